@@ -1,0 +1,116 @@
+"""Ranks: what torchrun sets up, and the few things that all ranks do together. One process needs no process group."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dcd.engine.config import ConfigError
+
+
+class LostRankError(RuntimeError):
+    """Another rank has gone; the message is one line that says where to look."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others: rank in [0, world_size), local_rank in [0, local_world_size) on its machine."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str) -> Ranks:
+    """Read torchrun's environment, choose the device, and join the process group (NCCL on GPUs, gloo on CPUs).
+
+    Args:
+        device: auto, cuda or cpu.
+
+    Raises:
+        ConfigError: no GPU where one is asked for, or fewer GPUs than ranks on this machine.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_gpus = torch.cuda.device_count()
+    if device == "cuda" and num_gpus == 0:
+        raise ConfigError("--device cuda: PyTorch sees no GPU here; check the driver, or use --device cpu")
+    if device != "cpu" and 0 < num_gpus < local_world_size:
+        raise ConfigError(
+            f"{local_world_size} ranks but {num_gpus} GPUs on this machine: "
+            f"use --nproc-per-node={num_gpus} (or --device cpu)"
+        )
+    if device == "cpu" or num_gpus == 0:
+        chosen = torch.device("cpu")
+    else:
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    if world_size > 1:
+        if chosen.type == "cuda":
+            dist.init_process_group("nccl", device_id=chosen, timeout=timedelta(minutes=30))
+        else:
+            dist.init_process_group("gloo", timeout=timedelta(minutes=30))
+    return Ranks(rank, local_rank, world_size, local_world_size, chosen)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_on_machine(ranks: Ranks) -> Iterator[None]:
+    """The first rank of each machine does the body before the others, who then find what it has cached."""
+    if ranks.local_rank != 0:
+        barrier()
+    yield
+    if ranks.local_rank == 0:
+        barrier()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of `values` over all ranks, in place and on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers (batch-norm statistics) of rank 0.
+
+    In training each rank keeps its own; sharing them only where they are used, before an evaluation, gives the same
+    numbers as DDP's broadcast in every step.
+    """
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Turn the many errors of a broken connection into one line; the rank that failed says why on its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        broken = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
+        if dist.is_initialized() and any(words in str(error) for words in broken):
+            raise LostRankError("another rank has failed; its own message says why") from error
+        raise

@@ -1,0 +1,56 @@
+"""Optimizer, learning-rate schedule and precision."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from dcd.engine.config import Config, ConfigError
+
+
+def build_optimizer(model: nn.Module, config: Config) -> SGD:
+    """SGD with momentum; weight decay on all parameters, or with `--no-norm-decay` on those with two dimensions or more."""
+    decayed = [p for p in model.parameters() if config.norm_decay or p.dim() > 1]
+    spared = [p for p in model.parameters() if not config.norm_decay and p.dim() <= 1]
+    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    return SGD(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.wd,
+        nesterov=config.nesterov,
+        # One kernel for all parameters; and with it GradScaler.step does not wait for the device.
+        fused=True,
+    )
+
+
+def learning_rate(config: Config, position: float) -> float:
+    """The learning rate at `position` epochs since the start, a fraction within an epoch; >= 0."""
+    warmup = config.warmup_epochs if config.warmup else 0
+    if position < warmup:
+        return config.lr * position / warmup
+    share = (position - warmup) / (config.epochs - warmup)  # of the decay that is done, in [0, 1]
+    match config.lr_decay:
+        case "schedule":
+            return config.lr * config.gamma ** sum(epoch <= position for epoch in config.schedule)
+        case "step":
+            return config.lr * config.gamma ** (position // config.step)
+        case "cos":
+            return config.lr * 0.5 * (1 + math.cos(math.pi * share))
+        case "linear":
+            return config.lr * (1 - share)
+    raise ConfigError(f"unknown --lr-decay {config.lr_decay}")
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision, or None for none. `auto` is bf16 where the device computes in it."""
+    if amp == "auto":
+        return torch.bfloat16 if _computes_in_bf16(device) else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))

@@ -1,0 +1,142 @@
+"""What a run leaves in its output folder, and what it shows on the terminal. Only rank 0 has one that writes.
+
+    config.json     every option, versions, device, git commit
+    metrics.jsonl   one JSON object a line: {"kind": "train" | "epoch" | "eval", "epoch", "step", ...}
+    tensorboard/    the same numbers as TensorBoard events
+    checkpoints/    last.pth, best.pth
+    summary.json    the result
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dcd.engine.config import Config
+from dcd.engine.distributed import Ranks
+from dcd.engine.optim import autocast_dtype
+
+
+class RunLog:
+    """Writes the log of one run.
+
+    Args:
+        folder: the output folder. enabled: False on every rank but the first, where nothing is written.
+    """
+
+    def __init__(self, folder: Path, enabled: bool):
+        self.folder, self.enabled = folder, enabled
+        self._bar: tqdm | None = None
+        self._show_bar = enabled and sys.stderr.isatty()
+
+    def open(self, resolved: dict, global_step: int) -> None:
+        """Write `config.json`, and go on with the metrics from `global_step`.
+
+        Lines that a stopped run wrote after its last checkpoint are dropped: those steps are done again.
+        """
+        if not self.enabled:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "config.json", resolved)
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= global_step]
+            _replace(metrics, "".join(f"{line}\n" for line in kept))
+        self._metrics = open(metrics, "a", buffering=1)
+        self._events = SummaryWriter(self.folder / "tensorboard", purge_step=global_step + 1)
+
+    def write(self, kind: str, global_step: int, **values: float) -> None:
+        """One line in `metrics.jsonl` and the same numbers in TensorBoard, under `kind`."""
+        if self.enabled:
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+            self._metrics.write(json.dumps({"kind": kind, "global_step": global_step, **finite}) + "\n")
+            for name, value in values.items():
+                self._events.add_scalar(f"{kind}/{name}", value, global_step)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal, above the progress bar."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def start_epoch(self, title: str, steps: int, done: int) -> None:
+        """Show a progress bar where there is a terminal."""
+        if self._show_bar:
+            self._bar = tqdm(desc=title, total=steps, initial=done, unit="step", leave=False, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        if self._bar:
+            self._bar.update()
+
+    def progress(self, text: str) -> None:
+        """The figures of the last steps: beside the bar, or as a plain line where there is no terminal."""
+        if self._bar:
+            self._bar.set_postfix_str(text, refresh=False)
+        else:
+            self.say(text)
+
+    def end_epoch(self) -> None:
+        if self._bar:
+            self._bar.close()
+            self._bar = None
+
+    def close(self, summary: dict | None = None) -> None:
+        """Flush everything; write `summary.json` when there is a summary. May be called twice."""
+        self.end_epoch()
+        if self.enabled and hasattr(self, "_metrics"):
+            self._metrics.close()
+            self._events.close()
+            if summary is not None:
+                write_json(self.folder / "summary.json", summary)
+
+
+def resolve(config: Config, ranks: Ranks) -> dict:
+    """Everything that determines a run, for `config.json`."""
+    on_gpu = ranks.device.type == "cuda"
+    return {
+        "config": config.to_dict(),
+        "command": sys.argv,
+        "world_size": ranks.world_size,
+        "device": torch.cuda.get_device_name(ranks.device) if on_gpu else platform.processor() or platform.machine(),
+        "amp_dtype": str(autocast_dtype(config.amp, ranks.device)),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": version("torchvision"),
+            "numpy": version("numpy"),
+            "cuda": torch.version.cuda,
+        },
+        "git_commit": _git_commit(),
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    _replace(path, json.dumps(content, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["global_step"]
+    except (ValueError, KeyError):
+        return float("inf")  # cut off in the middle of a write
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    return found.stdout.strip() or None

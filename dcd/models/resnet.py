@@ -1,0 +1,146 @@
+"""ResNet (He et al., arXiv 1512.03385) with static or dynamic convolutions; the stride stands on the 3×3.
+
+Names follow torchvision's ResNet, except for the last layer, `classifier`.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcd.layers import DCDConv2d, DCDLinear
+from dcd.registry import register_model
+
+# (in_channels, out_channels, kernel_size, stride) -> a convolution without bias, padded by kernel_size // 2
+ConvFactory = Callable[[int, int, int, int], nn.Module]
+
+
+def static_conv(in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+
+
+def dynamic_conv(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int, *, pool_size: int, min_squeeze: int
+) -> DCDConv2d:
+    """The sizes of the official ResNets: with D = C·pool_size², L = ⌊√D⌋ and the squeeze max(D, L²) // 16."""
+    descriptor_dim = in_channels * pool_size**2
+    latent_dim = math.isqrt(descriptor_dim)
+    squeeze_dim = max(descriptor_dim // 16, min_squeeze)  # L² <= D, so D is the larger of the two
+    return DCDConv2d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride,
+        latent_dim=latent_dim,
+        squeeze_dim=squeeze_dim,
+        pool_size=pool_size,
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int, conv: ConvFactory):
+        super().__init__()
+        self.conv1 = conv(in_channels, width, 3, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv(width, width, 3, 1)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = shortcut(in_channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.downsample(x), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 convolution and a shortcut: (B, C, H, W) -> (B, 4·width, H/stride, W/stride)."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int, conv: ConvFactory):
+        super().__init__()
+        self.conv1 = conv(in_channels, width, 1, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv(width, width, 3, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = conv(width, width * self.expansion, 1, 1)
+        self.bn3 = nn.BatchNorm2d(width * self.expansion)
+        self.downsample = shortcut(in_channels, width * self.expansion, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + self.downsample(x), inplace=True)
+
+
+def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """The identity where the shapes agree, else a static 1×1 convolution with batch norm."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(static_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+
+class ResNet(nn.Module):
+    """From images (B, 3, H, W) to logits (B, num_classes).
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`.
+        depths: number of blocks in each of the four stages.
+        conv: makes the convolutions inside the blocks.
+        classifier: makes the last layer from (in_features, num_classes).
+        dropout: probability before the classifier, or None.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, int, int, int],
+        conv: ConvFactory,
+        classifier: Callable[[int, int], nn.Module],
+        num_classes: int,
+        dropout: float | None,
+    ):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        channels = 64
+        for stage, depth in enumerate(depths):
+            blocks = []
+            for i in range(depth):
+                width, stride = 64 * 2**stage, 2 if stage > 0 and i == 0 else 1
+                blocks.append(block(channels, width, stride, conv))
+                channels = width * block.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Identity() if dropout is None else nn.Dropout(dropout)
+        self.classifier = classifier(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.classifier(self.dropout(self.avgpool(x).flatten(1)))
+
+
+# block, depths, and the official sizes of the dynamic convolution in that block
+_VARIANTS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), {"pool_size": 2, "min_squeeze": 4}),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), {"pool_size": 2, "min_squeeze": 4}),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), {"pool_size": 1, "min_squeeze": 1}),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), {"pool_size": 1, "min_squeeze": 1}),
+    "resnet152": (Bottleneck, (3, 8, 36, 3), {"pool_size": 1, "min_squeeze": 1}),
+}
+
+for _name, (_block, _depths, _sizes) in _VARIANTS.items():
+    register_model(_name, partial(ResNet, _block, _depths, static_conv, nn.Linear))
+    register_model(f"{_name}_dcd", partial(ResNet, _block, _depths, partial(dynamic_conv, **_sizes), DCDLinear))

@@ -1,0 +1,45 @@
+"""The names of the models: each name belongs to one constructor."""
+
+import difflib
+from collections.abc import Callable
+
+from torch import nn
+
+_CONSTRUCTORS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_model(name: str, constructor: Callable[..., nn.Module]) -> None:
+    """Make `constructor` available as `create_model(name)`. A name that is taken is an error."""
+    if name in _CONSTRUCTORS:
+        raise ValueError(f"model {name!r} is registered twice")
+    _CONSTRUCTORS[name] = constructor
+
+
+def list_models() -> list[str]:
+    """All names that `create_model` takes, sorted."""
+    return sorted(_CONSTRUCTORS)
+
+
+def create_model(name: str, num_classes: int = 1000, dropout: float | None = None, **kwargs) -> nn.Module:
+    """Build a model with freshly initialised weights, in training mode.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: width of the logits, at least 1.
+        dropout: probability in [0, 1) of the dropout before the classifier; None for no dropout layer.
+        **kwargs: what the family takes besides (`mobilenetv2*`: `width_mult`, and `fc_squeeze` when dynamic).
+
+    Returns:
+        a module from images (B, 3, H, W), 32 <= H, W <= 512, to logits (B, num_classes).
+
+    Raises:
+        ValueError: an unknown name (the message lists the nearest), or a value out of range.
+    """
+    if name not in _CONSTRUCTORS:
+        near = difflib.get_close_matches(name, _CONSTRUCTORS, n=3) or list_models()
+        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
+    return _CONSTRUCTORS[name](num_classes=num_classes, dropout=dropout, **kwargs)

@@ -1,0 +1,154 @@
+"""Own names <-> names of other releases, and checkpoints of both.
+
+The dynamic models are mapped to the official DCD release, the static twins to torchvision (which the official
+release has no counterpart for).
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from dcd.checkpoint_file import CheckpointError, read_state_dict
+from dcd.layers import DCDLinear
+from dcd.models.mobilenet_v2 import MobileNetV2
+
+# Each table is read from top to bottom: every pattern that matches an own name is replaced in it.
+_COEFFICIENTS = [
+    (r"\.coefficients\.squeeze\.", ".fc.0."),
+    (r"\.coefficients\.gate\.", ".fc.1.fc.0."),
+    (r"\.coefficients\.to_phi\.", ".fc_phi."),
+    (r"\.coefficients\.to_channel_scale\.", ".fc_scale."),
+]
+_DYNAMIC_CLASSIFIER = [
+    (r"^classifier\.static_linear\.", "classifier.{index}.cls."),
+    (r"^classifier\.proj_in\.", "classifier.{index}.cls_q."),
+    (r"^classifier\.proj_out\.", "classifier.{index}.cls_p."),
+    (r"^classifier\.(?!\d)", "classifier.{index}."),
+]
+_RESNET_DCD = [
+    *_COEFFICIENTS,
+    *_DYNAMIC_CLASSIFIER,
+    (r"\.static_conv\.", ".conv."),
+    (r"\.proj_in\.", ".q."),
+    (r"\.proj_out\.", ".p."),
+]
+_MOBILENET_V2_DCD = [
+    *_COEFFICIENTS,
+    *_DYNAMIC_CLASSIFIER,
+    (r"\.static_conv\.", ".conv."),
+    (r"\.proj_in\.", ".conv_q."),
+    (r"\.proj_out\.", ".conv_p."),
+    (r"^stem\.", "features.0.0."),
+    (r"^stem_bn\.", "features.0.1."),
+    (r"^blocks\.0\.depthwise\.", "features.1.conv.0."),
+    (r"^blocks\.0\.bn2\.", "features.1.conv.1."),
+    (r"^blocks\.0\.project\.", "features.1.conv.3."),
+    (r"^blocks\.0\.bn3\.", "features.1.conv.4."),
+    (r"^(blocks\.\d+)\.expand\.", r"\1.conv.0."),
+    (r"^(blocks\.\d+)\.bn1\.", r"\1.conv.1."),
+    (r"^(blocks\.\d+)\.depthwise\.", r"\1.conv.3."),
+    (r"^(blocks\.\d+)\.bn2\.", r"\1.conv.4."),
+    (r"^(blocks\.\d+)\.project\.", r"\1.conv.6."),
+    (r"^(blocks\.\d+)\.bn3\.", r"\1.conv.7."),
+    (r"^head\.", "conv.0."),
+    (r"^head_bn\.", "conv.1."),
+]
+_RESNET = [(r"^classifier\.", "fc.")]
+_MOBILENET_V2 = [
+    (r"^stem\.", "features.0.0."),
+    (r"^stem_bn\.", "features.0.1."),
+    (r"^blocks\.0\.depthwise\.", "features.1.conv.0.0."),
+    (r"^blocks\.0\.bn2\.", "features.1.conv.0.1."),
+    (r"^blocks\.0\.project\.", "features.1.conv.1."),
+    (r"^blocks\.0\.bn3\.", "features.1.conv.2."),
+    (r"^(blocks\.\d+)\.expand\.", r"\1.conv.0.0."),
+    (r"^(blocks\.\d+)\.bn1\.", r"\1.conv.0.1."),
+    (r"^(blocks\.\d+)\.depthwise\.", r"\1.conv.1.0."),
+    (r"^(blocks\.\d+)\.bn2\.", r"\1.conv.1.1."),
+    (r"^(blocks\.\d+)\.project\.", r"\1.conv.2."),
+    (r"^(blocks\.\d+)\.bn3\.", r"\1.conv.3."),
+    (r"^head\.", "features.18.0."),
+    (r"^head_bn\.", "features.18.1."),
+    (r"^classifier\.", "classifier.1."),
+]
+
+
+@dataclass
+class LoadReport:
+    """Names, in the checkpoint's own spelling, of what did not fit; all empty where everything was loaded."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = []
+        for kind, names in vars(self).items():
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                parts.append(f"{kind} ({len(names)}): {', '.join(names[:5])}{more}")
+        return "; ".join(parts)
+
+
+def upstream_names(model: nn.Module) -> dict[str, str]:
+    """Every own state-dict name of a model of `create_model` -> its official name, one to one, in order."""
+    if not hasattr(model, "classifier") or not hasattr(model, "dropout"):
+        raise ValueError(f"{type(model).__name__} is not a model of dcd.create_model")
+    dynamic, mobilenet = isinstance(model.classifier, DCDLinear), isinstance(model, MobileNetV2)
+    if dynamic:
+        rules = _MOBILENET_V2_DCD if mobilenet else _RESNET_DCD
+    else:
+        rules = _MOBILENET_V2 if mobilenet else _RESNET
+    # In the official Sequential the dynamic classifier moves from 0 to 1 when a dropout stands before it.
+    index = int(isinstance(model.dropout, nn.Dropout))
+    rules = [(re.compile(pattern), new.replace("{index}", str(index))) for pattern, new in rules]
+
+    def translate(name: str) -> str:
+        for pattern, new in rules:
+            name = pattern.sub(new, name)
+        # The official blocks are features.1, features.2, ...: the stem is features.0.
+        return re.sub(r"^blocks\.(\d+)\.", lambda match: f"features.{int(match[1]) + 1}.", name)
+
+    return {name: translate(name) for name in model.state_dict()}
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> LoadReport:
+    """Load the weights in `path` into `model`, in place.
+
+    Args:
+        model: of `create_model`.
+        path: an official `.pth.tar` (names with or without `module.`), a checkpoint of this project's trainer, or
+            a bare state dict with own, official or (static twins) torchvision names.
+        strict: raise when a name is missing, unexpected or of another shape; else load what fits.
+
+    Returns:
+        what did not fit.
+
+    Raises:
+        CheckpointError: the file is missing or no checkpoint, or, if strict, does not fit; the model is unchanged.
+    """
+    state = read_state_dict(path)
+    own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    to_upstream = upstream_names(model)
+    if len(state.keys() & own_shapes.keys()) < len(state.keys() & set(to_upstream.values())):
+        spelling = to_upstream
+    else:
+        spelling = {name: name for name in own_shapes}
+
+    report, fitting = LoadReport(), {}
+    for own, theirs in spelling.items():
+        if theirs not in state:
+            report.missing.append(theirs)
+        elif state[theirs].shape != own_shapes[own]:
+            found, wanted = tuple(state[theirs].shape), tuple(own_shapes[own])
+            report.mismatched.append(f"{theirs} is {found}, the model needs {wanted}")
+        else:
+            fitting[own] = state[theirs]
+    report.unexpected = sorted(state.keys() - set(spelling.values()))
+
+    if strict and str(report):
+        raise CheckpointError(f"{path} does not fit this model (check --arch and its options): {report}")
+    model.load_state_dict(fitting, strict=False)
+    return report

@@ -1,0 +1,215 @@
+"""Loaders: a plan, carried out by a backend.
+
+    source (sizes, labels, images)  +  EpochPlan  ->  executor: read, decode, cut, resize, flip  ->  Batch on the device
+
+`Loader` walks through the plan and keeps the state; an executor only carries out the steps that it is handed. A new
+backend is one class with `run` and `close`.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.plan import CenterCrop, EpochPlan, RandomCrop, StepPlan
+from pipelines.sources.errors import DataError
+
+# ImageNet's statistics, on pixels in [0, 255]
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+
+BACKENDS = ("auto", "torchvision", "synthetic")
+
+
+class Batch(NamedTuple):
+    """images (N, 3, H, W), channels_last strides, normalised by ImageNet's mean and std, in the loader's dtype on the
+    rank's device; labels (N,) int64 on the device, class ids in sorted order of the class names; indices (N,) int64
+    on the CPU, positions in the dataset.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class Source(Protocol):
+    """The images of one split. `sizes` (N, 2) int32, height first; `labels` (N,) int64."""
+
+    classes: list[str]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+
+    def __len__(self) -> int: ...
+
+
+class Executor(Protocol):
+    """Carries out steps of the plan."""
+
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Iterator[Batch]:
+        """One batch for each step, in order, of images `image_size` pixels high and wide."""
+
+    def close(self) -> None:
+        """Stop every worker and free what they hold."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How the data is read. Sizes are in pixels, epochs count from 0.
+
+    root: folder that holds `train` and `val`; not needed by the synthetic backend.
+    batch_size: images in a step over all ranks. workers: processes of this rank; 0 reads in the training process.
+    input_size, eval_size: side of the square images in training and in evaluation, at least 32.
+    start_size, size_ramp: training starts with `start_size` and grows to `input_size` between the two epochs, to the
+        nearest 32 pixels (progressive resizing); None trains with `input_size` throughout.
+    synthetic_images, synthetic_classes: what the synthetic backend pretends to hold in training (evaluation: a tenth).
+    """
+
+    root: Path | None = None
+    backend: Literal["auto", "torchvision", "synthetic"] = "auto"
+    batch_size: int = 256
+    workers: int = 4
+    seed: int = 0
+    input_size: int = 224
+    eval_size: int = 224
+    start_size: int | None = None
+    size_ramp: tuple[int, int] = (0, 0)
+    train_crop: RandomCrop = field(default_factory=RandomCrop)
+    eval_crop: CenterCrop = field(default_factory=CenterCrop)
+    synthetic_images: int = 1_281_167
+    synthetic_classes: int = 1000
+
+    def train_size(self, epoch: int) -> int:
+        """Side of the training images in `epoch`."""
+        if self.start_size is None:
+            return self.input_size
+        first, last = self.size_ramp
+        done = min(1.0, max(0.0, (epoch - first) / max(1, last - first)))
+        size = self.start_size + done * (self.input_size - self.start_size)
+        return self.input_size if done == 1 else round(size / 32) * 32
+
+
+class Loader:
+    """Batches of one split for one rank.
+
+    The state is (epoch, step), whatever the backend, the workers or the world size: what one loader has saved,
+    another goes on from with exactly the images that were left.
+
+    Args:
+        source: the images. executor: the backend.
+        config: see `DataConfig`. training: random crops in shuffled order, else centre crops in order, once each.
+        rank, world_size: this process takes slice `rank` of `world_size` of every global batch.
+    """
+
+    def __init__(self, source: Source, executor: Executor, config: DataConfig, training: bool, rank: int, world_size: int):
+        self._source, self._executor, self._config = source, executor, config
+        self.training, self.rank, self.world_size = training, rank, world_size
+        self.classes = source.classes
+        self.num_samples = len(source)
+        if training and self.num_samples < config.batch_size:
+            raise DataError(
+                f"{self.num_samples} training images do not fill one batch of {config.batch_size}: use a smaller --batch-size"
+            )
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of `epoch`."""
+        self.load_state_dict({"epoch": epoch, "step": 0})
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and the number of its batches that were handed out."""
+        return {"epoch": self.epoch, "step": self._step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to where a loader was when it saved `state`."""
+        self.epoch, self._step = state["epoch"], state["step"]
+        crop = self._config.train_crop if self.training else self._config.eval_crop
+        self._plan = EpochPlan(self._config.seed, self.epoch, self._source.sizes, self._config.batch_size, crop)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in a whole epoch."""
+        return len(self._plan)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images of this epoch."""
+        return self._config.train_size(self.epoch) if self.training else self._config.eval_size
+
+    def _steps_left(self) -> list[int]:
+        """Steps in which this rank has images: in the last step of an evaluation some ranks may have none."""
+        return [
+            step
+            for step in range(self._step, len(self._plan))
+            if np.diff(self._plan.bounds(step, self.rank, self.world_size)).item()
+        ]
+
+    def __len__(self) -> int:
+        """Steps of this epoch that are left for this rank."""
+        return len(self._steps_left())
+
+    def __iter__(self) -> Iterator[Batch]:
+        steps = (self._plan.step(step, self.rank, self.world_size) for step in self._steps_left())
+        for batch in self._executor.run(steps, self.image_size):
+            self._step += 1
+            yield batch
+
+    def close(self) -> None:
+        """Stop the backend's workers. The loader is of no use afterwards."""
+        self._executor.close()
+
+
+@lru_cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    # kept on the device: a small copy from the host in every step would make the host wait for the device
+    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
+
+
+def normalise(images: Tensor, labels: Tensor, indices: Tensor, device: torch.device, dtype: torch.dtype) -> Batch:
+    """A `Batch` from uint8 images (N, H, W, 3), labels (N,) and indices (N,) on the CPU, pinned or not."""
+    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last strides without a copy
+    mean, std = _statistics(device)
+    images = torch.sub(images, mean).div_(std).to(dtype)
+    return Batch(images, labels.to(device, non_blocking=True), indices)
+
+
+def build_loader(
+    config: DataConfig,
+    split: Literal["train", "val"],
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Loader:
+    """The loader of one split; its backend is imported here, on use.
+
+    Raises:
+        DataError: missing or damaged data, or a batch size that the world size does not divide.
+    """
+    if config.batch_size % world_size:
+        raise DataError(
+            f"--batch-size {config.batch_size} is global and is shared by {world_size} ranks: "
+            f"use a multiple of {world_size}"
+        )
+    device, training = torch.device(device), split == "train"
+    if config.backend == "synthetic":
+        from pipelines.synthetic_loader import SyntheticExecutor, SyntheticSource
+
+        source = SyntheticSource(config.synthetic_images if training else config.synthetic_images // 10, config.synthetic_classes)
+        executor = SyntheticExecutor(source, device, dtype)
+    elif config.backend in ("auto", "torchvision"):
+        from pipelines.sources.folder import FolderSource
+        from pipelines.torchvision_loader import TorchvisionExecutor
+
+        if config.root is None:
+            raise DataError("no data: --data must name a folder that holds train and val (or use --backend synthetic)")
+        source = FolderSource(Path(config.root) / split)
+        executor = TorchvisionExecutor(source, device, dtype, config.workers)
+    else:
+        raise DataError(f"unknown backend {config.backend!r}: use one of {', '.join(BACKENDS)}")
+    return Loader(source, executor, config, training, rank, world_size)

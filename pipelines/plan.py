@@ -1,0 +1,163 @@
+"""What an epoch does to the data, decided before any image is read.
+
+    EpochPlan(seed, epoch, sizes, global_batch_size, augmentation)  ->  step -> (indices, boxes, flips)
+
+The plan is a pure function of its arguments: which image stands where, which box is cut from it and whether it is
+flipped depend on (seed, epoch, image index) and on nothing else: not on the rank, the worker, the backend or the
+batch. The random numbers are counter-based (SplitMix64: Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", 2014), so the draw of any image can be had without drawing for the others, and so that they do not change
+with the version of a library.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+TRIES = 10  # of a random box before the fallback, as in torchvision's RandomResizedCrop
+# The columns of an image's random numbers: areas, aspect ratios, then one each.
+TOP, LEFT, FLIP, ORDER = range(2 * TRIES, 2 * TRIES + 4)
+NUM_DRAWS = ORDER + 1
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64: a bijection on 64 bits in which every input bit stirs every output bit."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def random_bits(seed: int, epoch: int, indices: NDArray, columns: NDArray | slice = slice(None)) -> NDArray[np.uint64]:
+    """64 random bits for each image (N,) and each of its columns (K,): (N, K), keyed by (seed, epoch, index)."""
+    state = np.zeros(1, np.uint64)
+    for key in (np.array([seed]), np.array([epoch]), np.asarray(indices)):
+        state = _mix((state ^ key.astype(np.uint64)) + _GOLDEN)
+    columns = np.arange(NUM_DRAWS, dtype=np.uint64)[columns]
+    return _mix(state[:, None] + (columns + np.uint64(1)) * _GOLDEN)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """Training: a random box (Szegedy et al., arXiv 1409.4842) and a random horizontal flip; the order is shuffled.
+
+    Args:
+        area: lowest and highest share of the image's area, in (0, 1].
+        ratio: lowest and highest width / height of the box, above 0; drawn uniformly in its logarithm.
+        flip: probability of a horizontal flip, in [0, 1].
+    """
+
+    area: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __post_init__(self):
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise ValueError(f"the crop's area must lie in (0, 1] and not fall, not {self.area}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"the crop's aspect ratio must be above 0 and not fall, not {self.ratio}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"the probability of a flip must lie in [0, 1], not {self.flip}")
+
+    def draw(self, seed: int, epoch: int, indices: NDArray, sizes: NDArray) -> tuple[NDArray, NDArray]:
+        """Boxes (N, 4) and flips (N,) for the images at `indices` (N,) of `sizes` (N, 2), height first."""
+        # 53 bits make a float64 in [0, 1)
+        uniform = (random_bits(seed, epoch, indices) >> np.uint64(11)) * 2.0**-53  # [N, NUM_DRAWS]
+        image_h, image_w = sizes[:, 0, None].astype(float), sizes[:, 1, None].astype(float)  # [N, 1]
+
+        area = image_h * image_w * (self.area[0] + (self.area[1] - self.area[0]) * uniform[:, :TRIES])
+        low, high = np.log(self.ratio)
+        ratio = np.exp(low + (high - low) * uniform[:, TRIES : 2 * TRIES])
+        box_w, box_h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))  # [N, TRIES]
+        fits = (box_w >= 1) & (box_w <= image_w) & (box_h >= 1) & (box_h <= image_h)
+
+        first = fits.argmax(1)[:, None]  # the first try that fits; 0 where none does, replaced below
+        # Where no try fits: the whole image, cut to the nearest ratio that is allowed.
+        whole_w = np.minimum(image_w, np.maximum(1, np.rint(image_h * self.ratio[1])))
+        whole_h = np.minimum(image_h, np.maximum(1, np.rint(image_w / self.ratio[0])))
+        any_fits = fits.any(1, keepdims=True)
+        box_w = np.where(any_fits, np.take_along_axis(box_w, first, 1), whole_w)
+        box_h = np.where(any_fits, np.take_along_axis(box_h, first, 1), whole_h)
+        top = np.where(any_fits, np.floor(uniform[:, TOP, None] * (image_h - box_h + 1)), (image_h - box_h) // 2)
+        left = np.where(any_fits, np.floor(uniform[:, LEFT, None] * (image_w - box_w + 1)), (image_w - box_w) // 2)
+        return np.concatenate([top, left, box_h, box_w], 1).astype(np.int32), uniform[:, FLIP] < self.flip
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """Evaluation: the square in the middle, in the dataset's order, every image once.
+
+    `share` of the shorter side is kept: 224 / 256 cuts what "resize the shorter side to 256, cut the middle 224"
+    cuts, to the nearest source pixel.
+    """
+
+    share: float = 224 / 256
+
+    def __post_init__(self):
+        if not 0 < self.share <= 1:
+            raise ValueError(f"the share of the centre crop must lie in (0, 1], not {self.share}")
+
+    def draw(self, seed: int, epoch: int, indices: NDArray, sizes: NDArray) -> tuple[NDArray, NDArray]:
+        side = np.maximum(1, np.rint(sizes.min(1) * self.share)).astype(np.int32)  # [N]
+        top, left = (sizes[:, 0] - side) // 2, (sizes[:, 1] - side) // 2
+        return np.stack([top, left, side, side], 1).astype(np.int32), np.zeros(len(indices), bool)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One rank's share of one global batch of n images.
+
+    indices (n,) int64, positions in the dataset; boxes (n, 4) int32, (top, left, height, width) in source pixels, at
+    least 1×1 and inside the image; flips (n,) bool.
+    """
+
+    indices: NDArray[np.int64]
+    boxes: NDArray[np.int32]
+    flips: NDArray[np.bool_]
+
+
+class EpochPlan:
+    """The plan of one epoch; `len()` is the number of its global batches.
+
+    Args:
+        seed, epoch: at least 0.
+        sizes: (N, 2) height and width of every image in pixels.
+        global_batch_size: images in a step over all ranks, at least 1.
+        augmentation: `RandomCrop` shuffles and leaves out the last, incomplete batch; `CenterCrop` keeps the order
+            and every image.
+    """
+
+    def __init__(
+        self, seed: int, epoch: int, sizes: NDArray, global_batch_size: int, augmentation: RandomCrop | CenterCrop
+    ):
+        self.seed, self.epoch, self.sizes = seed, epoch, sizes
+        self.global_batch_size, self.augmentation = global_batch_size, augmentation
+        if isinstance(augmentation, RandomCrop):
+            keys = random_bits(seed, epoch, np.arange(len(sizes)), slice(ORDER, ORDER + 1))[:, 0]
+            self.order = np.argsort(keys, kind="stable")
+            self._num_steps = len(sizes) // global_batch_size
+        else:
+            self.order = np.arange(len(sizes))
+            self._num_steps = -(-len(sizes) // global_batch_size)
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def bounds(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[int, int]:
+        """Where rank's slice of a global batch begins and ends in the order of the epoch.
+
+        The slices of all ranks together are the batch, each image once; they differ by at most one image.
+        """
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} is not in an epoch of {len(self)} steps")
+        start = step * self.global_batch_size
+        size = min(self.global_batch_size, len(self.order) - start)
+        return start + size * rank // world_size, start + size * (rank + 1) // world_size
+
+    def step(self, step: int, rank: int = 0, world_size: int = 1) -> StepPlan:
+        """What `rank` of `world_size` ranks does in `step`."""
+        start, stop = self.bounds(step, rank, world_size)
+        indices = self.order[start:stop].astype(np.int64)
+        boxes, flips = self.augmentation.draw(self.seed, self.epoch, indices, self.sizes[indices])
+        return StepPlan(indices, boxes, flips)

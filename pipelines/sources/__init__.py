@@ -1,0 +1,1 @@
+"""Where images come from: their sizes, labels and bytes, by index."""
