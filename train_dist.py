@@ -1,5 +1,7 @@
 """Train or evaluate a DCD model on one process, or on many by torchrun.
 
+Usage:
+
     torchrun --nproc-per-node=4 train_dist.py -a resnet50_dcd -d IMAGENET -b 256 -c OUTPUT
     python train_dist.py --help
 """
@@ -133,7 +135,9 @@ def evaluate(trainer: Trainer) -> None:
         path = trainer.checkpoint_path("best.pth")
         dcd.load_checkpoint(trainer.model, path)
     result = trainer.evaluate(trainer.model)
-    trainer.log.say(f"{path}: loss {result.loss:.6f} top1 {result.top1:.3f} top5 {result.top5:.3f} ({result.images} images)")
+    trainer.log.say(
+        f"{path}: loss {result.loss:.6f} top1 {result.top1:.3f} top5 {result.top5:.3f} ({result.images} images)"
+    )
     if trainer.ranks.is_first:
         content = {**resolve(config, trainer.ranks), "weight": str(path), "result": asdict(result)}
         write_json(config.checkpoint / "evaluation.json", content)

@@ -71,7 +71,7 @@ _MOBILENET_V2 = [
     (r"^(blocks\.\d+)\.bn3\.", r"\1.conv.3."),
     (r"^head\.", "features.18.0."),
     (r"^head_bn\.", "features.18.1."),
-    (r"^classifier\.", "classifier.1."),
+    (r"^classifier\.", "classifier.{index}."),
 ]
 
 
@@ -101,9 +101,8 @@ def upstream_names(model: nn.Module) -> dict[str, str]:
         rules = _MOBILENET_V2_DCD if mobilenet else _RESNET_DCD
     else:
         rules = _MOBILENET_V2 if mobilenet else _RESNET
-    # In the official Sequential the dynamic classifier moves from 0 to 1 when a dropout stands before it.
-    index = int(isinstance(model.dropout, nn.Dropout))
-    rules = [(re.compile(pattern), new.replace("{index}", str(index))) for pattern, new in rules]
+    index = str(_classifier_index(model))
+    rules = [(re.compile(pattern), new.replace("{index}", index)) for pattern, new in rules]
 
     def translate(name: str) -> str:
         for pattern, new in rules:
@@ -112,6 +111,14 @@ def upstream_names(model: nn.Module) -> dict[str, str]:
         return re.sub(r"^blocks\.(\d+)\.", lambda match: f"features.{int(match[1]) + 1}.", name)
 
     return {name: translate(name) for name in model.state_dict()}
+
+
+def _classifier_index(model: nn.Module) -> int:
+    """Where the classifier stands in the upstream Sequential: a dropout before it moves it from 0 to 1.
+
+    torchvision's MobileNetV2 always has one.
+    """
+    return int(isinstance(model.dropout, nn.Dropout) or not isinstance(model.classifier, DCDLinear))
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> LoadReport:
@@ -129,9 +136,13 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     Raises:
         CheckpointError: the file is missing or no checkpoint, or, if strict, does not fit; the model is unchanged.
     """
-    state = read_state_dict(path)
     own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     to_upstream = upstream_names(model)
+    # The file may come from a model with a dropout and this one have none, or the other way round.
+    index = _classifier_index(model)
+    state = {
+        re.sub(r"^classifier\.\d+\.", f"classifier.{index}.", name): t for name, t in read_state_dict(path).items()
+    }
     if len(state.keys() & own_shapes.keys()) < len(state.keys() & set(to_upstream.values())):
         spelling = to_upstream
     else:

@@ -106,14 +106,17 @@ class Loader:
         rank, world_size: this process takes slice `rank` of `world_size` of every global batch.
     """
 
-    def __init__(self, source: Source, executor: Executor, config: DataConfig, training: bool, rank: int, world_size: int):
+    def __init__(
+        self, source: Source, executor: Executor, config: DataConfig, training: bool, rank: int, world_size: int
+    ):
         self._source, self._executor, self._config = source, executor, config
         self.training, self.rank, self.world_size = training, rank, world_size
         self.classes = source.classes
         self.num_samples = len(source)
         if training and self.num_samples < config.batch_size:
             raise DataError(
-                f"{self.num_samples} training images do not fill one batch of {config.batch_size}: use a smaller --batch-size"
+                f"{self.num_samples} training images do not fill one batch of {config.batch_size}: "
+                "use a smaller --batch-size"
             )
         self.set_epoch(0)
 
@@ -200,7 +203,9 @@ def build_loader(
     if config.backend == "synthetic":
         from pipelines.synthetic_loader import SyntheticExecutor, SyntheticSource
 
-        source = SyntheticSource(config.synthetic_images if training else config.synthetic_images // 10, config.synthetic_classes)
+        source = SyntheticSource(
+            config.synthetic_images if training else config.synthetic_images // 10, config.synthetic_classes
+        )
         executor = SyntheticExecutor(source, device, dtype)
     elif config.backend in ("auto", "torchvision"):
         from pipelines.sources.folder import FolderSource

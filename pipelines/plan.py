@@ -131,6 +131,10 @@ class EpochPlan:
     def __init__(
         self, seed: int, epoch: int, sizes: NDArray, global_batch_size: int, augmentation: RandomCrop | CenterCrop
     ):
+        if not (0 <= seed < 2**63 and 0 <= epoch < 2**63):
+            raise ValueError(f"seed and epoch must lie in [0, 2**63), not {seed} and {epoch}")
+        if global_batch_size < 1:
+            raise ValueError(f"the batch size must be at least 1, not {global_batch_size}")
         self.seed, self.epoch, self.sizes = seed, epoch, sizes
         self.global_batch_size, self.augmentation = global_batch_size, augmentation
         if isinstance(augmentation, RandomCrop):
@@ -151,6 +155,8 @@ class EpochPlan:
         """
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} is not in an epoch of {len(self)} steps")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} ranks")
         start = step * self.global_batch_size
         size = min(self.global_batch_size, len(self.order) - start)
         return start + size * rank // world_size, start + size * (rank + 1) // world_size

@@ -84,6 +84,7 @@ class TorchvisionExecutor:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # for the workers' seeds, which nothing uses: the global one is the trainer's
             worker_init_fn=_leave_signals_to_the_trainer if workers else None,
         )
 

@@ -35,7 +35,9 @@ def load(path: Path, arch: str, num_classes: int) -> dict:
     """
     state = read_file(path)
     if "optimizer" not in state or "step" not in state:
-        raise CheckpointError(f"{path} is not a checkpoint of this trainer: give it to --weight to start from its weights")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this trainer: give it to --weight to start from its weights"
+        )
     found = (state["arch"], state["num_classes"])
     if found != (arch, num_classes):
         raise CheckpointError(

@@ -153,7 +153,10 @@ class Config:
         require(self.clip_grad is None or self.clip_grad > 0, f"--clip-grad {self.clip_grad}: must be above 0")
         require(self.workers is None or self.workers >= 0, f"--workers {self.workers}: must be at least 0")
         require(self.nesterov is False or self.momentum > 0, "--nesterov needs a --momentum above 0")
-        require(self.warmup is False or self.warmup_epochs < self.epochs, f"--warmup takes {self.warmup_epochs} epochs: use more --epochs or fewer --warmup-epochs")
+        require(
+            self.warmup is False or self.warmup_epochs < self.epochs,
+            f"--warmup takes {self.warmup_epochs} epochs: use more --epochs or fewer --warmup-epochs",
+        )
         mobilenet = self.arch.startswith("mobilenetv2")
         require(mobilenet or self.width_mult == 1.0, f"--width-mult has no meaning for {self.arch}: leave it out")
 

@@ -54,4 +54,6 @@ def mixed_cross_entropy(logits: Tensor, targets: Targets, smoothing: float) -> T
     loss = F.cross_entropy(logits, targets.labels, label_smoothing=epsilon)
     if targets.share == 1:
         return loss
-    return targets.share * loss + (1 - targets.share) * F.cross_entropy(logits, targets.mixed_in, label_smoothing=epsilon)
+    return targets.share * loss + (1 - targets.share) * F.cross_entropy(
+        logits, targets.mixed_in, label_smoothing=epsilon
+    )

@@ -10,7 +10,7 @@ from dcd.engine.config import Config, ConfigError
 
 
 def build_optimizer(model: nn.Module, config: Config) -> SGD:
-    """SGD with momentum; weight decay on all parameters, or with `--no-norm-decay` on those with two dimensions or more."""
+    """SGD with momentum; `--no-norm-decay` takes weight decay from batch norms and biases (one dimension)."""
     decayed = [p for p in model.parameters() if config.norm_decay or p.dim() > 1]
     spared = [p for p in model.parameters() if not config.norm_decay and p.dim() <= 1]
     groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]

@@ -1,5 +1,7 @@
 """What a run leaves in its output folder, and what it shows on the terminal. Only rank 0 has one that writes.
 
+Files:
+
     config.json     every option, versions, device, git commit
     metrics.jsonl   one JSON object a line: {"kind": "train" | "epoch" | "eval", "epoch", "step", ...}
     tensorboard/    the same numbers as TensorBoard events
@@ -56,7 +58,8 @@ class RunLog:
     def write(self, kind: str, global_step: int, **values: float) -> None:
         """One line in `metrics.jsonl` and the same numbers in TensorBoard, under `kind`."""
         if self.enabled:
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+            # JSON has no NaN
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             self._metrics.write(json.dumps({"kind": kind, "global_step": global_step, **finite}) + "\n")
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}/{name}", value, global_step)
@@ -138,5 +141,7 @@ def _step_of(line: str) -> float:
 
 def _git_commit() -> str | None:
     here = Path(__file__).parent
-    found = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
+    )
     return found.stdout.strip() or None

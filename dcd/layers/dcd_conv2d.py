@@ -40,9 +40,7 @@ class DCDConv2d(nn.Module):
         # A BatchNorm1d over (B, L, H·W) in the official release: the same numbers, but 4-d keeps channels_last.
         self.bn2 = nn.BatchNorm2d(latent_dim)
         self.proj_out = nn.Conv2d(latent_dim, out_channels, 1, bias=False)
-        self.coefficients = CoefficientGenerator(
-            in_channels * pool_size**2, squeeze_dim, latent_dim, out_channels
-        )
+        self.coefficients = CoefficientGenerator(in_channels * pool_size**2, squeeze_dim, latent_dim, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C, H, W) to (B, O, H', W') with H' and W' of the static convolution; keeps channels_last."""

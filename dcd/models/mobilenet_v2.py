@@ -48,9 +48,7 @@ def dynamic_pointwise(in_channels: int, out_channels: int, *, fc_squeeze: int) -
         reduction *= 2
     latent_dim = max(narrowest // reduction, 4)
     squeeze_dim = max(max(descriptor_dim, latent_dim**2) // fc_squeeze, 4)
-    return DCDConv2d(
-        in_channels, out_channels, latent_dim=latent_dim, squeeze_dim=squeeze_dim, pool_size=pool_size
-    )
+    return DCDConv2d(in_channels, out_channels, latent_dim=latent_dim, squeeze_dim=squeeze_dim, pool_size=pool_size)
 
 
 class InvertedResidual(nn.Module):
@@ -59,9 +57,7 @@ class InvertedResidual(nn.Module):
     The input is added where the shapes agree. With an expansion of 1 there is no expanding layer.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: int, expansion: int, pointwise: PointwiseFactory
-    ):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, pointwise: PointwiseFactory):
         super().__init__()
         hidden = in_channels * expansion
         self.has_shortcut = stride == 1 and in_channels == out_channels
@@ -123,6 +119,10 @@ class MobileNetV2(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            elif isinstance(module, nn.Linear):  # small, as in the official release: Φ starts near 0
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu6(self.stem_bn(self.stem(images)), inplace=True)

@@ -4,13 +4,16 @@ The plan needs the height and width of every image. They are read once from the 
 `$XDG_CACHE_HOME/dcd` (`~/.cache/dcd`), outside the dataset, which is often read-only.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
@@ -59,20 +62,24 @@ class FolderSource:
         """
         path = self.path(index)
         try:
-            image = decode_image(str(path), mode=ImageReadMode.RGB)
+            # The bytes rather than the path, which torchvision takes in UTF-8 only.
+            image = decode_image(torch.from_numpy(np.fromfile(path, np.uint8)), mode=ImageReadMode.RGB)
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{path} does not decode ({reason}): replace or remove this file") from error
         if image.shape[1:] != tuple(self.sizes[index]):
-            _index_path(self.root).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                _index_path(self.root).unlink()
             raise DataError(f"{path} has changed since the folder was indexed: start again, to index it anew")
-        return image
+        return (image >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image  # a PNG of 16 bits
 
 
 def _list_images(root: Path) -> tuple[list[str], list[str], list[int], str]:
     """Classes, names ("CLASS/FILE"), labels and a fingerprint of the listing."""
     if not root.is_dir():
-        raise DataError(f"no folder {root}: --data must name a folder that holds train/CLASS/*.JPEG and val/CLASS/*.JPEG")
+        raise DataError(
+            f"no folder {root}: --data must name a folder that holds train/CLASS/*.JPEG and val/CLASS/*.JPEG"
+        )
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not classes:
         raise DataError(f"{root} holds no class folders: it must look like {root}/CLASS/*.JPEG")
@@ -81,11 +88,15 @@ def _list_images(root: Path) -> tuple[list[str], list[str], list[int], str]:
     for label, name in enumerate(classes):
         files = sorted(entry.name for entry in os.scandir(root / name) if entry.name.lower().endswith(EXTENSIONS))
         if not files:
-            raise DataError(f"class {name} has no images in {root / name}: add some (.JPEG, .jpg, .png) or remove the folder")
+            raise DataError(
+                f"class {name} has no images in {root / name}: add some (.JPEG, .jpg, .png) or remove the folder"
+            )
         names += [f"{name}/{file}" for file in files]
         labels += [label] * len(files)
         # A folder's time changes when a file in it is added, removed or renamed.
-        fingerprint.update(f"{name}\0{os.stat(root / name).st_mtime_ns}\0{len(files)}\0".encode())
+        fingerprint.update(
+            f"{name}\0{os.stat(root / name).st_mtime_ns}\0{len(files)}\0".encode(errors="surrogateescape")
+        )
     return classes, names, labels, fingerprint.hexdigest()
 
 
@@ -101,7 +112,7 @@ def _cached_sizes(root: Path, names: list[str], fingerprint: str) -> np.ndarray:
         with np.load(index) as stored:
             if str(stored["fingerprint"]) == fingerprint and len(stored["sizes"]) == len(names):
                 return stored["sizes"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         pass  # no index, or one that another version wrote: made anew below
     sizes = _read_sizes(root, names)
     try:
@@ -111,7 +122,10 @@ def _cached_sizes(root: Path, names: list[str], fingerprint: str) -> np.ndarray:
             np.savez(file, fingerprint=np.array(fingerprint), sizes=sizes)
         os.replace(temporary, index)
     except OSError as error:
-        print(f"warning: cannot keep the image sizes in {index} ({error}); they are read again at each start", file=sys.stderr)
+        print(
+            f"warning: cannot keep the image sizes in {index} ({error}); they are read again at each start",
+            file=sys.stderr,
+        )
     return sizes
 
 

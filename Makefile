@@ -1,0 +1,68 @@
+PYTHON ?= python3
+PYTEST_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One rank for one GPU, two otherwise. Counted at the first use, when the environment is there; RANKS=N overrides it.
+RANKS = $(eval RANKS := $(shell $(BIN)/python -c \
+	'import torch; print(1 if torch.cuda.device_count() == 1 else 2)' 2>/dev/null || echo 2))$(RANKS)
+DEMO_FLAGS ?= -a resnet18_dcd -d data/digits -c runs/demo -b 64 --epochs 12 --lr 0.05 --lr-decay cos \
+	--input-size 32 --flip 0 --crop-area 0.6 1.0
+DEMO_TRAIN = $(BIN)/torchrun --nproc-per-node=$(RANKS) train_dist.py $(DEMO_FLAGS)
+
+.PHONY: help setup test lint format sample demo bench-model clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## Install everything into .venv (PYTHON=python3.12 picks the interpreter)
+
+# An installation that broke off leaves .unfinished or no pip; the environment is then made anew.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is not Python 3.10 or newer: name one, as in 'make setup PYTHON=python3.11'" >&2; exit 1; }
+	@if [ -e $(VENV)/.unfinished ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@touch $(VENV)/.unfinished
+	$(BIN)/python -m pip install --no-input --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@mv $(VENV)/.unfinished $@
+
+test: setup  ## Run the tests (PYTEST_ARGS="-k plan" passes options on)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: setup  ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup  ## Format the code and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+sample: setup  ## Write the sample dataset, handwritten digits, to data/digits
+	$(BIN)/python -m tools.make_sample data/digits
+
+demo: setup  ## Train on the sample, stop, go on, evaluate: minutes on a CPU
+	@rm -rf runs/demo
+	@echo "== 1/5 the sample dataset"
+	$(BIN)/python -m tools.make_sample data/digits
+	@echo "== 2/5 train on $(RANKS) rank(s), and stop after 100 steps"
+	$(DEMO_TRAIN) --stop-after-steps 100
+	@echo "== 3/5 the same command goes on from the checkpoint"
+	$(DEMO_TRAIN)
+	@echo "== 4/5 evaluate the best checkpoint"
+	$(DEMO_TRAIN) --evaluate
+	@echo "== 5/5 the results"
+	@echo "runs/demo/summary.json    the result"
+	@echo "runs/demo/metrics.jsonl   every logged step and epoch"
+	@echo "runs/demo/tensorboard     the same as curves: $(BIN)/tensorboard --logdir runs/demo/tensorboard"
+	@echo "runs/demo/checkpoints     last.pth, best.pth"
+
+bench-model: setup  ## Measure the models (ARGS="..." passes options on)
+	$(BIN)/python -m tools.bench_model $(ARGS)
+
+clean:  ## Remove caches, data/digits and runs/demo; .venv and other runs stay
+	rm -rf .pytest_cache .ruff_cache build *.egg-info data/digits runs/demo
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

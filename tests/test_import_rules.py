@@ -1,0 +1,191 @@
+"""Who may import whom (DESIGN.md), read from the source; and what `import dcd` pulls in."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STDLIB = set(sys.stdlib_module_names)
+OURS = {"dcd", "pipelines", "tools", "train_dist", "tests"}
+OPTIONAL = {"nvidia", "ffcv", "triton", "apex", "onnx", "onnxruntime"}  # imported where they are used
+NOT_THE_PROJECT = {"build", "data", "runs", "out"}  # nor hidden folders
+
+
+def python_files():
+    rooms = [path for path in sorted(ROOT.iterdir()) if path.name not in NOT_THE_PROJECT and path.name[0] != "."]
+    return [file for room in rooms for file in ([room] if room.suffix == ".py" else sorted(room.rglob("*.py")))]
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def names_in(node, package):
+    """The modules that an import statement names. `from dcd import models` names dcd.models, not dcd alone."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    base = node.module or ""
+    if node.level:
+        base = ".".join(package.split(".")[: len(package.split(".")) + 1 - node.level] + ([base] if base else []))
+    inner = [f"{base}.{alias.name}" for alias in node.names]
+    return [name if is_module(name) else base for name in inner]
+
+
+def imports(source, module, is_package=False):
+    """(module named, line, whether it is imported when this module is) for each import of a source text."""
+    package = module if is_package else module.rpartition(".")[0]
+    found = []
+
+    def visit(node, at_once):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.extend((name, node.lineno, at_once) for name in names_in(node, package))
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            at_once = False  # for a reader of types only
+        for child in ast.iter_child_nodes(node):
+            visit(child, at_once and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    visit(ast.parse(source), True)
+    return found
+
+
+FILES = {path: imports(path.read_text(), module_name(path), path.name == "__init__.py") for path in python_files()}
+
+
+def below(name, *packages):
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def broken(package, allowed):
+    """Imports by the modules of `package` for which `allowed(name)` is false."""
+    return [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path, found in FILES.items()
+        if below(module_name(path), package)
+        for name, line, _ in found
+        if not allowed(name)
+    ]
+
+
+def test_the_reader_of_imports_finds_every_way_to_import():
+    source = """
+import dcd.engine.config as c, numpy
+from dcd import models
+from dcd.registry import create_model
+from . import optim
+from .. import layers
+from ..layers.dcd_linear import DCDLinear
+if TYPE_CHECKING:
+    import onnx
+try:
+    import apex
+except ImportError:
+    pass
+class A:
+    import ffcv
+def f():
+    from nvidia.dali import pipeline
+    async def g():
+        import triton
+"""
+    names = [(name, at_once) for name, _, at_once in imports(source, "dcd.engine.trainer")]
+    assert names == [
+        ("dcd.engine.config", True),
+        ("numpy", True),
+        ("dcd.models", True),
+        ("dcd.registry", True),
+        ("dcd.engine.optim", True),
+        ("dcd.layers", True),
+        ("dcd.layers.dcd_linear", True),
+        ("onnx", False),
+        ("apex", True),
+        ("ffcv", True),
+        ("nvidia.dali", False),
+        ("triton", False),
+    ]
+
+
+def test_every_room_is_read():
+    read = {module_name(path) for path in FILES}
+    assert {"train_dist", "dcd", "dcd.ops.reference", "dcd.engine.trainer", "pipelines.plan"} <= read
+
+
+def stdlib_or_below(name, *packages):
+    return name.split(".")[0] in STDLIB or below(name, *packages)
+
+
+@pytest.mark.parametrize(
+    "package, allowed",
+    [
+        ("dcd.ops", ("torch", "triton", "dcd.ops")),
+        ("dcd.layers", ("torch", "dcd.ops", "dcd.layers")),
+        ("dcd.models", ("torch", "dcd.layers", "dcd.models", "dcd.registry")),
+        ("dcd.registry", ("torch", "dcd.registry")),
+    ],
+)
+def test_ops_layers_models_and_registry_import_only_what_is_below_them(package, allowed):
+    assert broken(package, lambda name: stdlib_or_below(name, *allowed)) == []
+
+
+def test_the_engine_imports_no_models_no_layers_and_no_backend():
+    others = ("dcd.models", "dcd.layers", "pipelines", "torchvision", *OPTIONAL)
+    # nor `dcd` itself, which holds the models' constructors
+    assert broken("dcd.engine", lambda name: name != "dcd" and not below(name, *others)) == []
+
+
+def test_pipelines_never_import_dcd_and_dcd_never_imports_pipelines():
+    assert broken("pipelines", lambda name: not below(name, "dcd")) == []
+    assert broken("dcd", lambda name: not below(name, "pipelines")) == []
+
+
+def test_only_train_dist_tools_and_tests_join_the_two():
+    for path, found in FILES.items():
+        if path.relative_to(ROOT).parts[0] in ("train_dist.py", "tools", "tests"):
+            continue
+        assert not {"dcd", "pipelines"} <= {name.split(".")[0] for name, _, _ in found}, path
+
+
+def test_nothing_imports_train_dist_or_tools_or_tests():
+    for path, found in FILES.items():
+        room = path.relative_to(ROOT).parts[0]
+        for name, line, _ in found:
+            assert room == "tests" or not below(name, "train_dist", "tests"), f"{path}:{line}"
+            assert room in ("tests", "tools") or not below(name, "tools"), f"{path}:{line}"
+
+
+def test_optional_packages_are_imported_on_use_only():
+    for path, found in FILES.items():
+        for name, line, at_once in found:
+            assert not (at_once and name.split(".")[0] in OPTIONAL), f"{path.relative_to(ROOT)}:{line} imports {name}"
+
+
+def test_no_file_of_ours_shadows_a_module_that_we_import():
+    # as a profile.py or an ffcv.py beside the file that is run would
+    imported = {name.split(".")[0] for found in FILES.values() for name, _, _ in found} - OURS
+    for path in FILES:
+        assert path.stem not in imported | OPTIONAL, path
+
+
+def test_importing_dcd_needs_torch_and_nothing_else():
+    unwanted = ["torchvision", "tyro", "PIL", "tensorboard", "tqdm", "sklearn", "triton", "pipelines", "dcd.engine"]
+    script = f"""
+import sys
+import torch
+before = set(sys.modules)
+import dcd
+assert "resnet50_dcd" in dcd.list_models()
+new = sorted(set(sys.modules) - before)
+print([name for name in {unwanted} if name in sys.modules and name not in before])
+print(sorted({{name.split(".")[0] for name in new}} - {{"dcd", "torch"}} - sys.stdlib_module_names))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["[]", "[]"]
