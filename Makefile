@@ -9,9 +9,9 @@ STAMP := $(VENV)/.installed
 # One rank for one GPU, two otherwise. Counted at the first use, when the environment is there; RANKS=N overrides it.
 RANKS = $(eval RANKS := $(shell $(BIN)/python -c \
 	'import torch; print(1 if torch.cuda.device_count() == 1 else 2)' 2>/dev/null || echo 2))$(RANKS)
-DEMO_FLAGS ?= -a resnet18_dcd -d data/digits -c runs/demo -b 64 --epochs 12 --lr 0.05 --lr-decay cos \
+DEMO_FLAGS ?= -a resnet18_dcd -d data/digits -c runs/demo -b 32 --epochs 9 --lr 0.02 --lr-decay cos --warmup --warmup-epochs 1 \
 	--input-size 32 --flip 0 --crop-area 0.6 1.0
-DEMO_TRAIN = $(BIN)/torchrun --nproc-per-node=$(RANKS) train_dist.py $(DEMO_FLAGS)
+DEMO_TRAIN = $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) train_dist.py $(DEMO_FLAGS)
 
 .PHONY: help setup test lint format sample demo bench-model clean
 

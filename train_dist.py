@@ -41,8 +41,7 @@ def main(argv: list[str]) -> None:
         log = RunLog(config.checkpoint, enabled=ranks.is_first)
         stack.callback(log.close)
         trainer = Trainer(config, ranks, build_model(config, ranks), train_loader, eval_loader, log)
-        with distributed.lost_ranks_named():
-            evaluate(trainer) if config.evaluate else train(trainer)
+        evaluate(trainer) if config.evaluate else train(trainer)
     distributed.stop()
 
 
@@ -145,6 +144,7 @@ def evaluate(trainer: Trainer) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with distributed.lost_ranks_named():
+            main(sys.argv[1:])
     except (ConfigError, DataError, dcd.CheckpointError, DivergedError, distributed.LostRankError, OSError) as error:
         sys.exit(f"rank {os.environ.get('RANK', 0)}: error: {error}")

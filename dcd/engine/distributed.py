@@ -72,12 +72,17 @@ def stop() -> None:
 
 @contextmanager
 def first_on_machine(ranks: Ranks) -> Iterator[None]:
-    """The first rank of each machine does the body before the others, who then find what it has cached."""
+    """The first rank of each machine does the body before the others, who then find what it has cached.
+
+    Where the body fails, it lets the others go on all the same: each finds the same error and can say so.
+    """
     if ranks.local_rank != 0:
         barrier()
-    yield
-    if ranks.local_rank == 0:
-        barrier()
+    try:
+        yield
+    finally:
+        if ranks.local_rank == 0:
+            barrier()
 
 
 def barrier() -> None:

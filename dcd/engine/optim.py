@@ -14,7 +14,7 @@ def build_optimizer(model: nn.Module, config: Config) -> SGD:
     decayed = [p for p in model.parameters() if config.norm_decay or p.dim() > 1]
     spared = [p for p in model.parameters() if not config.norm_decay and p.dim() <= 1]
     groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    return SGD(
+    optimizer = SGD(
         [group for group in groups if group["params"]],
         lr=config.lr,
         momentum=config.momentum,
@@ -23,6 +23,12 @@ def build_optimizer(model: nn.Module, config: Config) -> SGD:
         # One kernel for all parameters; and with it GradScaler.step does not wait for the device.
         fused=True,
     )
+    if config.momentum:
+        # Fused SGD takes its first buffers from uninitialised memory, and leaves them so when GradScaler skips the
+        # first step, as it does in fp16. Zeros give the same first step.
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def learning_rate(config: Config, position: float) -> float:

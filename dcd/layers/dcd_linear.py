@@ -1,6 +1,5 @@
 """The dynamic classifier."""
 
-import torch
 from torch import Tensor, nn
 
 from dcd.layers.coefficients import CoefficientGenerator
@@ -31,6 +30,6 @@ class DCDLinear(nn.Module):
         """From x (B, C) to (B, O)."""
         phi, channel_scale = self.coefficients(x)
         q = self.bn1(self.proj_in(x))  # [B, L]
-        fused = torch.bmm(phi.to(q.dtype), q.unsqueeze(2)).squeeze(2)
+        fused = reference.fuse_latent(phi, q[:, :, None, None]).flatten(1)  # [B, L]
         latent = self.bn2(fused) + q
         return reference.combine(self.static_linear(x), channel_scale, self.proj_out(latent))

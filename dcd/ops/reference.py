@@ -46,11 +46,13 @@ def fuse_latent(phi: Tensor, q: Tensor) -> Tensor:
         q: (B, L, H, W), any strides.
 
     Returns:
-        (B, L, H, W) with channels_last strides. In channels_last the rows (B, H·W, L) of q are a view, so the
-        product is one batched matrix product that copies nothing.
+        (B, L, H, W) in the dtype of phi, with channels_last strides. In channels_last the rows (B, H·W, L) of q are
+        a view, so the product is one batched matrix product that copies nothing. It leaves autocast: Φ grows with the
+        square of x, and overflows fp16 before bn2 can bring it back.
     """
-    rows = q.flatten(2).transpose(1, 2)  # [B, H*W, L]
-    fused = rows @ phi.to(rows.dtype).transpose(1, 2)  # [B, H*W, L]
+    with torch.autocast(q.device.type, enabled=False):
+        rows = q.flatten(2).transpose(1, 2).to(phi.dtype)  # [B, H*W, L]
+        fused = rows @ phi.transpose(1, 2)  # [B, H*W, L]
     return fused.transpose(1, 2).unflatten(2, q.shape[2:])
 
 

@@ -1,0 +1,299 @@
+"""The main job as its users run it: real processes, real images, torchrun."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+MODEL = "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16"
+SMALL = f"{MODEL} --input-size 32 --lr 0.02 -p 2 -j 2".split()
+
+
+def command(*args, ranks: int | None = None) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    return [sys.executable, *launcher, str(ROOT / "train_dist.py"), *map(str, args)]
+
+
+def run(*args, ranks: int | None = None, fails: bool = False) -> str:
+    """Standard output and error together, of a run that ends well, or that `fails`; a hang is a failure."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(*args, ranks=ranks), capture_output=True, text=True, timeout=240, env=env)
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, output
+    return output
+
+
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / name).read_text())
+
+
+def lines(folder: Path, kind: str) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def last(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+
+
+def difference(found, expected, where: str = "") -> list[str]:
+    """Where two checkpoints are not equal bit for bit."""
+    if isinstance(expected, torch.Tensor):
+        return [] if torch.equal(found, expected) else [where]
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        return [path for key in expected for path in difference(found[key], expected[key], f"{where}/{key}")]
+    if isinstance(expected, list):
+        return [
+            path
+            for i, pair in enumerate(zip(found, expected, strict=True))
+            for path in difference(*pair, f"{where}/{i}")
+        ]
+    return [] if found == expected else [where]
+
+
+@pytest.fixture(scope="module")
+def tiny(digits, tmp_path_factory) -> Path:
+    """A corner of the digits: three classes, 48 images to train and 23 to evaluate, which no 2 or 3 ranks divide."""
+    out = tmp_path_factory.mktemp("tiny")
+    for split, counts in (("train", (16, 16, 16)), ("val", (8, 8, 7))):
+        for folder, count in zip(sorted((digits / split).iterdir()), counts, strict=False):
+            (out / split / folder.name).mkdir(parents=True)
+            for image in sorted(folder.iterdir())[:count]:
+                shutil.copy(image, out / split / folder.name)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory) -> Path:
+    """The output of a short run of one process."""
+    out = tmp_path_factory.mktemp("trained")
+    run(*SMALL, "-d", tiny, "-c", out, "-b", 12, "--epochs", 2, "--ema", 0.9)
+    return out
+
+
+OFFICIAL_TRAINING = {
+    "resnet50_dcd": (
+        "-a resnet50_dcd -b 256 --epochs 120 --lr-decay schedule --lr 0.1 --wd 1e-4 -j 48 --input-size 224 "
+        "--label-smoothing 0.1 --dropout 0.1 --mixup 0.2"
+    ),
+    "mobilenetv2_dcd": (
+        "-a mobilenetv2_dcd --epochs 300 --lr-decay cos --lr 0.1 --wd 2e-5 --width-mult 1.0 -j 48 --input-size 224 "
+        "--label-smoothing 0.1 --dropout 0.2 -b 512 --mixup 0.2 --fc-squeeze 16"
+    ),
+}
+OFFICIAL_EVALUATION = {
+    "resnet50_dcd": "-a resnet50_dcd -b 256 -j 48 --input-size 224 --dropout 0.1 --evaluate",
+    "mobilenetv2_dcd": (
+        "-a mobilenetv2_dcd -b 512 --width-mult 1.0 -j 48 --input-size 224 --dropout 0.1 --fc-squeeze 16 --evaluate"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL_TRAINING)
+def test_official_commands(digits, tmp_path, name):
+    """Train by the official command, shortened to one epoch of smaller images, then evaluate by the official one."""
+    smaller = ["--epochs", 1, "--input-size", 32]
+    run(*OFFICIAL_TRAINING[name].split(), "-d", digits, "-c", tmp_path, *smaller, ranks=2)
+    summary = read(tmp_path, "summary.json")
+    assert summary["arch"] == name and summary["eval"]["images"] == 360
+    assert summary["train_images_per_sec"] > 0
+
+    weight = tmp_path / "checkpoints" / "last.pth"
+    output = run(
+        *OFFICIAL_EVALUATION[name].split(),
+        "-d",
+        digits,
+        "-c",
+        tmp_path / "e",
+        "--weight",
+        weight,
+        *smaller[2:],
+        ranks=2,
+    )
+    result = read(tmp_path / "e", "evaluation.json")["result"]
+    assert result["top1"] == summary["eval"]["top1"] and result["images"] == 360
+    assert f"top1 {result['top1']:.3f}" in output
+
+
+def test_outputs(trained):
+    resolved = read(trained, "config.json")
+    assert resolved["config"]["arch"] == "mobilenetv2_dcd" and resolved["config"]["num_classes"] == 3
+    assert resolved["config"]["momentum"] == 0.9 and resolved["versions"]["torch"] == torch.__version__
+    assert {"device", "git_commit", "world_size"} <= resolved.keys()
+    assert [line["global_step"] for line in lines(trained, "train")] == [2, 4, 6, 8]
+    assert all(0 <= line["data_wait"] <= 1 and line["images_per_sec"] > 0 for line in lines(trained, "train"))
+    assert [line["epoch"] for line in lines(trained, "eval")] == [0, 1]
+    assert [line["epoch"] for line in lines(trained, "eval_ema")] == [0, 1]
+    assert {"last.pth"} <= {path.name for path in (trained / "checkpoints").iterdir()}
+    assert list((trained / "tensorboard").glob("events.*"))
+    state = last(trained)
+    assert (state["epoch"], state["step"], state["seed"]) == (2, 0, 0)
+    assert {"model", "optimizer", "scaler", "ema", "config", "best_top1"} <= state.keys()
+    assert read(trained, "summary.json")["eval"]["images"] == 23
+
+
+@pytest.mark.parametrize(("ranks", "precision"), [(None, "off"), (2, "off"), (None, "fp16")])
+def test_resume_is_exact_to_the_bit(tiny, tmp_path, ranks, precision):
+    """Stopped in the middle of an epoch, twice, and gone on from: the weights of the run that was never stopped."""
+    everything = ["--dropout", 0.2, "--mixup", 0.4, "--mixup-epochs", 1, "--ema", 0.9, "--clip-grad", 1.0]
+    common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 3, "--amp", precision, *everything]
+    run(*common, "-c", tmp_path / "whole", ranks=ranks)
+    for _ in range(2):
+        output = run(*common, "-c", tmp_path / "parts", "--stop-after-steps", 5, ranks=ranks)
+        assert "stopped; the same command goes on" in output
+    assert (last(tmp_path / "parts")["epoch"], last(tmp_path / "parts")["step"]) == (2, 2)
+    assert "going on from" in run(*common, "-c", tmp_path / "parts", "-j", 1, ranks=ranks)
+
+    whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
+    whole.pop("config"), parts.pop("config")
+    assert difference(parts, whole) == []
+    steps = [line["global_step"] for line in lines(tmp_path / "parts", "train")]
+    assert steps == sorted(set(steps)) and steps[-1] == 12
+
+
+def test_a_signal_ends_a_run_with_a_checkpoint(tiny, tmp_path):
+    """SIGTERM to torchrun, as a batch system sends it: nothing is lost, and the exit code says unfinished."""
+    common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 200, "--seed", 1]
+    process = subprocess.Popen(
+        command(*common, "-c", tmp_path, ranks=2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and '"eval"' in log.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "stopped; the same command goes on" in output
+    done = last(tmp_path)["epoch"] * 4 + last(tmp_path)["step"]
+    assert 4 <= done < 800
+    assert lines(tmp_path, "train")[-1]["global_step"] == done, "the checkpoint is of the last step that was logged"
+
+
+def test_two_ranks_train_as_one(tiny, tmp_path):
+    """The same global batches, with mixup: two ranks are one that accumulates over the two halves."""
+    common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 1, "--mixup", 0.4, "--no-warmup", "--lr", 0.01]
+    run(*common, "-c", tmp_path / "one", "--accumulate", 2)
+    run(*common, "-c", tmp_path / "two", ranks=2)
+    one, two = (last(tmp_path / name)["model"] for name in ("one", "two"))
+    parameters = [name for name in one if "running" not in name and "tracked" not in name]
+    for name in parameters:
+        torch.testing.assert_close(
+            two[name], one[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_evaluation_is_exact_on_any_number_of_ranks(tiny, trained, tmp_path):
+    """23 images in batches of 6, and of 20, which leave some ranks without images in the last step."""
+    weight = trained / "checkpoints" / "last.pth"
+    results = []
+    for ranks, batch in ((None, 6), (2, 6), (3, 6), (2, 20), (None, 23)):
+        out = tmp_path / f"{ranks}-{batch}"
+        run(*SMALL, "-d", tiny, "-c", out, "-b", batch, "--weight", weight, "--evaluate", ranks=ranks)
+        results.append(read(out, "evaluation.json")["result"])
+    assert {result["images"] for result in results} == {23}
+    assert len({(result["top1"], result["top5"]) for result in results}) == 1
+    assert [result["loss"] for result in results] == pytest.approx([results[0]["loss"]] * len(results), rel=1e-5)
+    assert results[0]["top1"] == lines(trained, "eval")[-1]["top1"]
+
+
+def test_official_checkpoint_is_evaluated(tmp_path, digits):
+    weight = ROOT / "tests" / "golden" / "mobilenetv2_dcd_w0.1_c10.pth.tar"
+    run(*SMALL, "-d", digits, "-c", tmp_path, "-b", 60, "--dropout", 0.1, "--weight", weight, "-e")
+    assert read(tmp_path, "evaluation.json")["result"]["images"] == 360
+
+
+def test_synthetic_data_progressive_sizes_and_compile(tmp_path):
+    """No data at all, growing images, and the compiler (eager where there is none to be slow)."""
+    args = ["--backend", "synthetic", "--synthetic-images", 64, "--num-classes", 5, "-b", 16, "--epochs", 2]
+    run(*SMALL, *args, "-c", tmp_path, "--start-size", 32, "--size-ramp", 0, 1, "--input-size", 64, ranks=2)
+    assert read(tmp_path, "summary.json")["eval"]["images"] == 6
+
+
+# --- what goes wrong ---
+
+
+def error_lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("rank ") and ": error: " in line]
+
+
+def break_class(data: Path) -> None:
+    for image in next((data / "train").iterdir()).iterdir():
+        image.unlink()
+
+
+def break_class_names(data: Path) -> None:
+    (data / "val" / "0_zero").rename(data / "val" / "renamed")
+
+
+@pytest.mark.parametrize(
+    ("args", "spoil", "message"),
+    [
+        (["--wrong", "1"], None, "Unrecognized options: --wrong"),
+        (["-a", "mobilenetv2_dc"], None, "unknown model 'mobilenetv2_dc'; did you mean mobilenetv2_dcd"),
+        (["-b", "13"], None, "--batch-size 13 is global: 2 ranks"),
+        (["-b", "4096"], None, "48 training images do not fill one batch of 4096"),
+        (["-d", "/nowhere"], None, "no folder /nowhere/val: --data must name"),
+        (["--weight", "/nowhere.pth"], None, "no checkpoint at /nowhere.pth"),
+        (["--crop-area", "0.5", "0.2"], None, "the crop's area must lie in"),
+        (["--sync-bn"], None, "--sync-bn works on GPUs only"),
+        ([], break_class, "has no images in"),
+        ([], break_class_names, "hold different classes: 0_zero, renamed"),
+    ],
+)
+def test_errors_are_one_line_on_every_rank(tiny, tmp_path, args, spoil, message):
+    data = tiny
+    if spoil:
+        data = shutil.copytree(tiny, tmp_path / "data")
+        spoil(data)
+    output = run(*SMALL, "-d", data, "-c", tmp_path / "out", "-b", 12, "--epochs", 1, *args, ranks=2, fails=True)
+    found = error_lines(output)
+    # torchrun may end the second rank before it has spoken; what is said is the same line
+    assert found and all(message in line for line in found), output
+    assert "]: Traceback" not in output and output.count("Traceback") == 1, "torchrun's own, and no rank's"
+
+
+def test_a_checkpoint_of_another_model_is_left_alone(tiny, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    before = (tmp_path / "out" / "checkpoints" / "last.pth").read_bytes()
+    output = run(
+        "-a", "resnet18", "--input-size", 32, "-d", tiny, "-c", tmp_path / "out", "-b", 12, ranks=2, fails=True
+    )
+    assert "holds mobilenetv2_dcd with 3 classes, this run is resnet18 with 3" in error_lines(output)[0]
+    assert (tmp_path / "out" / "checkpoints" / "last.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_a_damaged_image_loses_nothing(tiny, tmp_path, ranks):
+    """The run says which image, keeps what it has trained, and goes on when the image is mended."""
+    data = shutil.copytree(tiny, tmp_path / "data")
+    common = [*SMALL, "-d", data, "-b", 12, "--epochs", 2, "-c", tmp_path / "out"]
+    run(*common, "--stop-after-steps", 1, ranks=ranks)
+    victim = sorted((data / "train").rglob("*.JPEG"))[17]
+    content = victim.read_bytes()
+    victim.write_bytes(content[: len(content) // 2])
+    output = run(*common, ranks=ranks, fails=True)
+    assert any(str(victim) in line and "does not decode" in line for line in error_lines(output)), output
+    assert last(tmp_path / "out")["step"] >= 1
+
+    victim.write_bytes(content)
+    assert "going on from" in run(*common, ranks=ranks)
+    assert read(tmp_path / "out", "summary.json")["epochs"] == 2
+
+
+def test_a_diverged_run_keeps_the_good_checkpoint(tiny, tmp_path):
+    common = [*SMALL, "-d", tiny, "-b", 12, "-c", tmp_path]
+    run(*common, "--epochs", 1)
+    before = last(tmp_path)
+    output = run(*common, "--epochs", 20, "--lr", 1e18, fails=True)
+    assert "the loss is" in error_lines(output)[0] and "lower --lr" in error_lines(output)[0]
+    assert all(tensor.isfinite().all() for tensor in last(tmp_path)["model"].values())
+    assert last(tmp_path)["epoch"] >= before["epoch"]
