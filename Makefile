@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 # One rank for one GPU, two otherwise. Counted at the first use, when the environment is there; RANKS=N overrides it.
 RANKS = $(eval RANKS := $(shell $(BIN)/python -c \
 	'import torch; print(1 if torch.cuda.device_count() == 1 else 2)' 2>/dev/null || echo 2))$(RANKS)
-DEMO_FLAGS ?= -a resnet18_dcd -d data/digits -c runs/demo -b 32 --epochs 9 --lr 0.02 --lr-decay cos --warmup --warmup-epochs 1 \
-	--input-size 32 --flip 0 --crop-area 0.6 1.0
+DEMO_FLAGS ?= -a resnet18_dcd -d data/digits -c runs/demo -b 64 --epochs 9 --lr 0.03 --lr-decay cos --warmup \
+	--warmup-epochs 2 --input-size 32 --flip 0 --crop-area 0.6 1.0 --eval-every 3 -p 11
 DEMO_TRAIN = $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) train_dist.py $(DEMO_FLAGS)
 
 .PHONY: help setup test lint format sample demo bench-model clean
@@ -48,8 +48,8 @@ demo: setup  ## Train on the sample, stop, go on, evaluate: minutes on a CPU
 	@rm -rf runs/demo
 	@echo "== 1/5 the sample dataset"
 	$(BIN)/python -m tools.make_sample data/digits
-	@echo "== 2/5 train on $(RANKS) rank(s), and stop after 100 steps"
-	$(DEMO_TRAIN) --stop-after-steps 100
+	@echo "== 2/5 train on $(RANKS) rank(s), and stop after 50 steps"
+	$(DEMO_TRAIN) --stop-after-steps 50
 	@echo "== 3/5 the same command goes on from the checkpoint"
 	$(DEMO_TRAIN)
 	@echo "== 4/5 evaluate the best checkpoint"
