@@ -93,7 +93,7 @@ def build_model(config: Config, ranks: Ranks) -> torch.nn.Module:
         model = dcd.create_model(config.arch, config.num_classes, config.dropout, **config.model_kwargs)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if config.weight is not None:
+    if config.weight is not None and not config.evaluate:
         dcd.load_checkpoint(model, config.weight)
     if config.sync_bn and ranks.world_size > 1:
         if ranks.device.type == "cpu":
@@ -128,11 +128,10 @@ def train(trainer: Trainer) -> None:
 
 
 def evaluate(trainer: Trainer) -> None:
-    """Evaluate --weight, or else the run's own best checkpoint; print and keep the figures."""
-    config, path = trainer.config, trainer.config.weight
-    if path is None:
-        path = trainer.checkpoint_path("best.pth")
-        dcd.load_checkpoint(trainer.model, path)
+    """Evaluate --weight, or else the run's own best checkpoint (its moving average with --ema); keep the figures."""
+    config = trainer.config
+    path = config.weight or trainer.checkpoint_path("best.pth")
+    dcd.load_checkpoint(trainer.model, path, ema=config.ema is not None)
     result = trainer.evaluate(trainer.model)
     trainer.log.say(
         f"{path}: loss {result.loss:.6f} top1 {result.top1:.3f} top5 {result.top5:.3f} ({result.images} images)"

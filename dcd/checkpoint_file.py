@@ -31,11 +31,23 @@ def read_file(path: str | Path) -> dict:
     return content
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint file, without the prefixes of DataParallel, DDP and torch.compile."""
+def read_state_dict(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
+    """The weights in a checkpoint file, without the prefixes of DataParallel, DDP and torch.compile.
+
+    Args:
+        path: an official or own checkpoint, or a bare state dict.
+        ema: the moving average of the weights, from a checkpoint of this project's trainer with `--ema`.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not hold what is asked for.
+    """
     content = read_file(path)
-    state = content.get("model", content.get("state_dict", content))
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
-    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path} holds no state dict under 'model' or 'state_dict'")
-    return state
+    if ema:
+        state = dict(content.get("ema") or {})
+        state.pop("n_averaged", None)
+    else:
+        state = content.get("model", content.get("state_dict", content))
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        wanted = "moving average under 'ema'" if ema else "state dict under 'model' or 'state_dict'"
+        raise CheckpointError(f"{path} holds no {wanted}")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}

@@ -121,13 +121,14 @@ def _classifier_index(model: nn.Module) -> int:
     return int(isinstance(model.dropout, nn.Dropout) or not isinstance(model.classifier, DCDLinear))
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> LoadReport:
+def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, ema: bool = False) -> LoadReport:
     """Load the weights in `path` into `model`, in place.
 
     Args:
         model: of `create_model`.
         path: an official `.pth.tar` (names with or without `module.`), a checkpoint of this project's trainer, or
             a bare state dict with own, official or (static twins) torchvision names.
+        ema: load the moving average of the weights, which the trainer keeps with `--ema`.
         strict: raise when a name is missing, unexpected or of another shape; else load what fits.
 
     Returns:
@@ -141,7 +142,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     # The file may come from a model with a dropout and this one have none, or the other way round.
     index = _classifier_index(model)
     state = {
-        re.sub(r"^classifier\.\d+\.", f"classifier.{index}.", name): t for name, t in read_state_dict(path).items()
+        re.sub(r"^classifier\.\d+\.", f"classifier.{index}.", name): t for name, t in read_state_dict(path, ema).items()
     }
     if len(state.keys() & own_shapes.keys()) < len(state.keys() & set(to_upstream.values())):
         spelling = to_upstream

@@ -205,14 +205,21 @@ def test_evaluation_is_exact_on_any_number_of_ranks(tiny, trained, tmp_path):
     assert results[0]["top1"] == lines(trained, "eval")[-1]["top1"]
 
 
+def test_the_moving_average_is_evaluated(tiny, trained, tmp_path):
+    weight = trained / "checkpoints" / "last.pth"
+    run(*SMALL, "-d", tiny, "-c", tmp_path, "-b", 12, "--weight", weight, "--ema", 0.9, "--evaluate")
+    result, logged = read(tmp_path, "evaluation.json")["result"], lines(trained, "eval_ema")[-1]
+    assert (result["top1"], result["loss"]) == (logged["top1"], logged["loss"])
+
+
 def test_official_checkpoint_is_evaluated(tmp_path, digits):
     weight = ROOT / "tests" / "golden" / "mobilenetv2_dcd_w0.1_c10.pth.tar"
     run(*SMALL, "-d", digits, "-c", tmp_path, "-b", 60, "--dropout", 0.1, "--weight", weight, "-e")
     assert read(tmp_path, "evaluation.json")["result"]["images"] == 360
 
 
-def test_synthetic_data_progressive_sizes_and_compile(tmp_path):
-    """No data at all, growing images, and the compiler (eager where there is none to be slow)."""
+def test_synthetic_data_and_progressive_sizes(tmp_path):
+    """No data at all, and images that grow."""
     args = ["--backend", "synthetic", "--synthetic-images", 64, "--num-classes", 5, "-b", 16, "--epochs", 2]
     run(*SMALL, *args, "-c", tmp_path, "--start-size", 32, "--size-ramp", 0, 1, "--input-size", 64, ranks=2)
     assert read(tmp_path, "summary.json")["eval"]["images"] == 6

@@ -79,12 +79,12 @@ class RunLog:
         if self._bar:
             self._bar.update()
 
-    def progress(self, text: str) -> None:
+    def progress(self, position: str, figures: str) -> None:
         """The figures of the last steps: beside the bar, or as a plain line where there is no terminal."""
         if self._bar:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(figures, refresh=False)
         else:
-            self.say(text)
+            self.say(f"{position} {figures}")
 
     def end_epoch(self) -> None:
         if self._bar:

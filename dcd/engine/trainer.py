@@ -153,9 +153,9 @@ class Trainer:
             data_wait=waiting,
         )
         self.log.progress(
-            f"epoch {self.epoch + 1}/{self.config.epochs} step {self.step}/{self.steps_per_epoch} "
+            f"epoch {self.epoch + 1}/{self.config.epochs} step {self.step}/{self.steps_per_epoch}",
             f"loss {summary.loss:.4f} top1 {summary.top1:.2f} lr {lr:.4g} {rate:.0f} images/s "
-            f"data wait {100 * waiting:.0f} %"
+            f"data wait {100 * waiting:.0f} %",
         )
         if time.monotonic() - self._last_save > 60 * self.config.checkpoint_minutes:
             self.save()

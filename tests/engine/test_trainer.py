@@ -1,0 +1,95 @@
+"""The training step: nothing in it waits for the device, and one batch is learnt by heart."""
+
+import json
+import shutil
+import traceback
+
+import pytest
+import torch
+from torch.optim import swa_utils
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dcd
+from dcd.engine.config import Config
+from dcd.engine.distributed import Ranks
+from dcd.engine.run_log import RunLog
+from dcd.engine.trainer import Trainer
+from pipelines.loader import DataConfig, build_loader
+from pipelines.plan import CenterCrop, RandomCrop
+
+CPU = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+
+
+def build(tmp_path, images: int = 64, **options) -> Trainer:
+    """A trainer on synthetic data: 16 images in a step."""
+    config = Config(arch="mobilenetv2_dcd", num_classes=5, batch_size=16, checkpoint=tmp_path, **options)
+    data = DataConfig(backend="synthetic", batch_size=16, input_size=32, synthetic_images=images, synthetic_classes=5)
+    torch.manual_seed(0)
+    model = dcd.create_model("mobilenetv2_dcd", 5, width_mult=0.1, fc_squeeze=16).to(memory_format=torch.channels_last)
+    loaders = [build_loader(data, split) for split in ("train", "val")]
+    trainer = Trainer(config, CPU, model, *loaders, RunLog(tmp_path, enabled=True))
+    trainer.log.open({}, 0)
+    return trainer
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts the reads of a tensor's value by the host, each of which would wait for a GPU.
+
+    AveragedModel's are left out: its counter lies on the CPU on every device.
+    """
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.count += not any(frame.filename == swa_utils.__file__ for frame in traceback.extract_stack())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"mixup": 0.5, "mixup_epochs": 1, "ema": 0.9, "clip_grad": 1.0}])
+def test_no_synchronisation_between_lines_of_the_log(tmp_path, options):
+    trainer = build(tmp_path, images=32 * 16, print_freq=10, **options)
+    trainer.epoch = 1  # mixup begins after epoch 0
+    trainer._parallel.train()
+    images, labels, _ = next(iter(trainer.train_loader))
+    with Synchronisations() as found:
+        for _ in range(3):
+            trainer._train_step(images, labels, lr=0.01)
+    assert found.count == 0
+    with Synchronisations() as found:
+        torch.ones(1).item()
+    assert found.count == 1, "the counter counts"
+
+
+def test_the_log_is_all_that_reads_values(tmp_path):
+    """A longer epoch with the same number of lines in the log has as many synchronisations."""
+    counts = []
+    for steps in (4, 8):
+        trainer = build(tmp_path / str(steps), images=16 * steps, print_freq=steps)
+        with Synchronisations() as found:
+            trainer.train_epoch()
+        counts.append(found.count)
+    assert counts[0] == counts[1] > 0
+
+
+def test_one_batch_is_overfitted(digits, tmp_path):
+    """Real images, one batch, the whole loop: after 24 steps it knows them by heart."""
+    for folder in (digits / "train").iterdir():
+        for split, image in zip(("train", "train", "val"), sorted(folder.iterdir()), strict=False):
+            target = tmp_path / split / folder.name
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, target)
+    options = {"epochs": 24, "lr": 0.02, "lr_decay": "cos"}
+    config = Config(arch="resnet18_dcd", num_classes=10, batch_size=20, checkpoint=tmp_path / "out", **options)
+    same = {"train_crop": RandomCrop(area=(1, 1), ratio=(1, 1), flip=0), "eval_crop": CenterCrop(1)}
+    data = DataConfig(root=tmp_path, batch_size=20, input_size=32, eval_size=32, workers=0, **same)
+    torch.manual_seed(0)
+    model = dcd.create_model("resnet18_dcd", 10).to(memory_format=torch.channels_last)
+    train_loader, eval_loader = build_loader(data, "train"), build_loader(data, "val")
+    trainer = Trainer(config, CPU, model, train_loader, eval_loader, RunLog(tmp_path / "out", enabled=True))
+    trainer.log.open({}, 0)
+    for trainer.epoch in range(24):
+        trainer.step = 0
+        trainer.train_epoch()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] > 2 and losses[-1] < 0.05
