@@ -71,7 +71,7 @@ class FolderSource:
             with contextlib.suppress(OSError):
                 _index_path(self.root).unlink()
             raise DataError(f"{path} has changed since the folder was indexed: start again, to index it anew")
-        return (image >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image  # a PNG of 16 bits
+        return (image.int() >> 8).byte() if image.dtype == torch.uint16 else image  # a PNG of 16 bits
 
 
 def _list_images(root: Path) -> tuple[list[str], list[str], list[int], str]:

@@ -151,10 +151,14 @@ def test_one_graph(name, training):
     """torch.compile finds no break in the graph, and the graph computes the same."""
     torch._dynamo.reset()
     model = build(name).to(memory_format=torch.channels_last).train(training)
+    x = images(4, 64)  # of those that the batch norms have seen
+    if not training:  # in double precision, since rounding grows from layer to layer
+        model, x = model.double(), x.double()
     traced = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
-    x = images(4, 32)
     with torch.autocast("cpu", torch.bfloat16, enabled=training):
-        torch.testing.assert_close(traced(x), model(x))
+        expected = model(x)
+        assert expected.isfinite().all()
+        torch.testing.assert_close(traced(x), expected)
 
 
 def test_compiled_by_inductor():
@@ -163,12 +167,16 @@ def test_compiled_by_inductor():
     torch.manual_seed(0)
     layer = DCDConv2d(16, 32, 3, 2, latent_dim=4, squeeze_dim=4, pool_size=2).to(memory_format=torch.channels_last)
     x = torch.randn(4, 16, 9, 9).to(memory_format=torch.channels_last)
-    eager, compiled = layer(x), torch.compile(layer, fullgraph=True)(x)
+    compiled_layer = torch.compile(copy.deepcopy(layer), fullgraph=True)
+    eager, compiled = layer(x), compiled_layer(x)
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
-    for output_pair in zip(
-        *(torch.autograd.grad(y.square().sum(), layer.parameters()) for y in (compiled, eager)), strict=True
-    ):
-        torch.testing.assert_close(*output_pair, rtol=1e-3, atol=1e-3)
+    for output in (eager, compiled):
+        output.square().sum().backward()
+    for (name, expected), found in zip(layer.named_parameters(), compiled_layer.parameters(), strict=True):
+        scale = expected.grad.abs().max().item()
+        torch.testing.assert_close(
+            found.grad, expected.grad, rtol=1e-3, atol=1e-3 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize(("name", "lr", "steps"), [("resnet18_dcd", 0.02, 16), ("mobilenetv2_dcd", 0.02, 60)])
