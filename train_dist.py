@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
         for loader in filter(None, (train_loader, eval_loader)):
             stack.callback(loader.close)
         config = replace(config, num_classes=config.num_classes or len(eval_loader.classes))
+        if config.num_classes < len(eval_loader.classes):
+            raise ConfigError(f"--num-classes {config.num_classes}: the data has {len(eval_loader.classes)} classes")
         log = RunLog(config.checkpoint, enabled=ranks.is_first)
         stack.callback(log.close)
         trainer = Trainer(config, ranks, build_model(config, ranks), train_loader, eval_loader, log)
@@ -109,6 +111,9 @@ def train(trainer: Trainer) -> None:
     path = config.resume or trainer.checkpoint_path()
     if config.resume or path.exists():
         trainer.resume(checkpoint.load(path, config.arch, config.num_classes))
+        if trainer.epoch >= config.epochs:
+            log.say(f"{path} has done all {config.epochs} epochs: --evaluate it, or train on with more --epochs")
+            return
         log.say(f"going on from {path}: epoch {trainer.epoch + 1}, step {trainer.step}")
     log.open(resolve(config, trainer.ranks), trainer.global_step)
     trainer.stop_on_signals()

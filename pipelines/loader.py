@@ -146,11 +146,10 @@ class Loader:
 
     def _steps_left(self) -> list[int]:
         """Steps in which this rank has images: in the last step of an evaluation some ranks may have none."""
-        return [
-            step
-            for step in range(self._step, len(self._plan))
-            if np.diff(self._plan.bounds(step, self.rank, self.world_size)).item()
-        ]
+        bounds = {
+            step: self._plan.bounds(step, self.rank, self.world_size) for step in range(self._step, len(self._plan))
+        }
+        return [step for step, (start, stop) in bounds.items() if start < stop]
 
     def __len__(self) -> int:
         """Steps of this epoch that are left for this rank."""

@@ -251,6 +251,7 @@ def break_class_names(data: Path) -> None:
         (["-d", "/nowhere"], None, "no folder /nowhere/val: --data must name"),
         (["--weight", "/nowhere.pth"], None, "no checkpoint at /nowhere.pth"),
         (["--crop-area", "0.5", "0.2"], None, "the crop's area must lie in"),
+        (["--num-classes", "2"], None, "--num-classes 2: the data has 3 classes"),
         (["--sync-bn"], None, "--sync-bn works on GPUs only"),
         ([], break_class, "has no images in"),
         ([], break_class_names, "hold different classes: 0_zero, renamed"),
@@ -294,6 +295,14 @@ def test_a_damaged_image_loses_nothing(tiny, tmp_path, ranks):
     victim.write_bytes(content)
     assert "going on from" in run(*common, ranks=ranks)
     assert read(tmp_path / "out", "summary.json")["epochs"] == 2
+
+
+def test_a_finished_run_is_left_alone(tiny, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    output = run(*SMALL, "-d", tiny, "-c", tmp_path / "out", "-b", 12, "--epochs", 2, "--ema", 0.9)
+    assert "has done all 2 epochs" in output
+    for name in ("summary.json", "metrics.jsonl", "checkpoints/last.pth"):
+        assert (tmp_path / "out" / name).read_bytes() == (trained / name).read_bytes()
 
 
 def test_a_diverged_run_keeps_the_good_checkpoint(tiny, tmp_path):

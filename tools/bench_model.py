@@ -9,7 +9,6 @@ of its steps, a ratio the median of the ratios of neighbouring steps.
 
 import gc
 import json
-import os
 import platform
 import statistics
 import sys
@@ -26,6 +25,7 @@ from tqdm import tqdm
 import dcd
 from dcd.engine.config import Config
 from dcd.engine.optim import autocast_dtype, build_optimizer
+from dcd.engine.run_log import device_name
 
 # small networks first
 STATIC = sorted((name for name in dcd.list_models() if not name.endswith("_dcd")), key=lambda name: (len(name), name))
@@ -80,9 +80,8 @@ def _wait(device: torch.device) -> None:
 
 def describe_machine(device: torch.device) -> dict:
     """What a figure must be read with."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
@@ -90,12 +89,6 @@ def describe_machine(device: torch.device) -> dict:
         "command": " ".join(["python -m tools.bench_model", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def main(

@@ -3,7 +3,7 @@
 Files:
 
     config.json     every option, versions, device, git commit
-    metrics.jsonl   one JSON object a line: {"kind": "train" | "epoch" | "eval", "epoch", "step", ...}
+    metrics.jsonl   one JSON object a line: {"kind": "train" | "eval" | "eval_ema", "global_step", "epoch", ...}
     tensorboard/    the same numbers as TensorBoard events
     checkpoints/    last.pth, best.pth
     summary.json    the result
@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dcd.engine.config import Config
@@ -46,7 +45,8 @@ class RunLog:
         """
         if not self.enabled:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import; the other ranks need not
+
         write_json(self.folder / "config.json", resolved)
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():
@@ -103,12 +103,11 @@ class RunLog:
 
 def resolve(config: Config, ranks: Ranks) -> dict:
     """Everything that determines a run, for `config.json`."""
-    on_gpu = ranks.device.type == "cuda"
     return {
         "config": config.to_dict(),
         "command": sys.argv,
         "world_size": ranks.world_size,
-        "device": torch.cuda.get_device_name(ranks.device) if on_gpu else platform.processor() or platform.machine(),
+        "device": device_name(ranks.device),
         "amp_dtype": str(autocast_dtype(config.amp, ranks.device)),
         "versions": {
             "python": platform.python_version(),
@@ -119,6 +118,16 @@ def resolve(config: Config, ranks: Ranks) -> dict:
         },
         "git_commit": _git_commit(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the number of cores that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -140,8 +149,8 @@ def _step_of(line: str) -> float:
 
 
 def _git_commit() -> str | None:
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
-    )
-    return found.stdout.strip() or None
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None  # no git here

@@ -24,9 +24,11 @@ from dcd.engine.mixup import mix, mixed_cross_entropy, mixup_share
 from dcd.engine.optim import autocast_dtype, build_optimizer, learning_rate
 from dcd.engine.run_log import RunLog
 
+DIVERGED = "use a lower --lr, --warmup, --clip-grad or --amp bf16; the last checkpoint is from before"
+
 
 class DivergedError(RuntimeError):
-    """The loss is not a number any more; the message is one line that says what to do."""
+    """The loss or the weights are not finite any more; the message is one line that says what to do."""
 
 
 class Trainer:
@@ -46,7 +48,7 @@ class Trainer:
         self.config, self.ranks, self.model, self.log = config, ranks, model, log
         self.train_loader, self.eval_loader = train_loader, eval_loader
         self.epoch, self.step = 0, 0  # where training goes on: the step is the next one of this epoch
-        self.best_top1, self.best_epoch = 0.0, -1
+        self.best_top1, self.best_epoch = -1.0, -1  # in percent; before the first evaluation
         self.stopped = False  # True once all ranks have agreed to stop
         self._stop_requested = False  # on this rank, by a signal
         self._steps_here = 0
@@ -107,7 +109,7 @@ class Trainer:
     def _train_step(self, images: Tensor, labels: Tensor, lr: float) -> None:
         """One optimizer step on this rank's share of a global batch; returns before the device is done."""
         config, parts = self.config, self.config.accumulate
-        torch.manual_seed((config.seed * 1_000_003 + self.global_step) * 65_537 + self.ranks.rank)
+        torch.manual_seed(((config.seed * 1_000_003 + self.global_step) * 65_537 + self.ranks.rank) % 2**63)
         share = mixup_share(config.mixup, self.epoch, config.mixup_epochs, config.seed, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -133,10 +135,7 @@ class Trainer:
         """Read the sums of the last steps (the only place where training waits for the device) and log them."""
         summary = self._metrics.reduce()
         if not math.isfinite(summary.loss):
-            raise DivergedError(
-                f"the loss is {summary.loss} at epoch {self.epoch + 1}, step {self.step}: "
-                "use a lower --lr, --warmup, --clip-grad or --amp bf16; the last checkpoint is from before"
-            )
+            raise DivergedError(f"the loss is {summary.loss} at epoch {self.epoch + 1}, step {self.step}: {DIVERGED}")
         seconds = watch.seconds
         rate, waiting = summary.images / seconds, watch.waited / seconds
         self._rates.append((summary.images, seconds))
@@ -273,9 +272,15 @@ class Trainer:
         return self.config.checkpoint / "checkpoints" / name
 
     def save(self, name: str = "last.pth") -> None:
-        """Write a checkpoint, on rank 0: its parameters, optimizer and statistics are those of all."""
+        """Write a checkpoint, on rank 0: its parameters, optimizer and statistics are those of all.
+
+        Raises:
+            DivergedError: the weights are no numbers any more; the last checkpoint stays.
+        """
         if not self.ranks.is_first:
             return
+        if not nn.utils.get_total_norm(self.model.parameters()).isfinite():
+            raise DivergedError(f"the weights are not finite in epoch {self.epoch + 1}: {DIVERGED}")
         state = {
             "arch": self.config.arch,
             "num_classes": self.config.num_classes,
@@ -309,10 +314,16 @@ class Trainer:
             )
         self.model.load_state_dict(state["model"])
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ConfigError(
+                f"the checkpoint's optimizer has other groups ({error}): was it --no-norm-decay?"
+            ) from error
         for group, chosen in zip(self.optimizer.param_groups, options, strict=True):
             group.update(chosen)  # those of this run, where they have changed
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run before was not in fp16
+            self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
         self.epoch, self.step = state["epoch"], state["step"]

@@ -10,10 +10,10 @@ from torch.optim import swa_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcd
-from dcd.engine.config import Config
+from dcd.engine.config import Config, ConfigError
 from dcd.engine.distributed import Ranks
 from dcd.engine.run_log import RunLog
-from dcd.engine.trainer import Trainer
+from dcd.engine.trainer import DivergedError, Trainer
 from pipelines.loader import DataConfig, build_loader
 from pipelines.plan import CenterCrop, RandomCrop
 
@@ -93,3 +93,37 @@ def test_one_batch_is_overfitted(digits, tmp_path):
         trainer.train_epoch()
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert losses[0] > 2 and losses[-1] < 0.05
+
+
+def test_spoilt_weights_are_not_saved(tmp_path):
+    trainer = build(tmp_path)
+    trainer.save()
+    before = trainer.checkpoint_path().read_bytes()
+    trainer.model.classifier.static_linear.bias.data[0] = float("inf")
+    with pytest.raises(DivergedError, match="weights are not finite"):
+        trainer.save()
+    with pytest.raises(DivergedError), trainer.saved_on_failure():
+        raise ValueError("a damaged image, say")
+    assert trainer.checkpoint_path().read_bytes() == before
+
+
+def test_going_on_with_other_options(tmp_path):
+    """What is chosen on the command line holds; what cannot be gone on with is said."""
+    first = build(tmp_path, images=16 * 4, wd=1e-4)
+    first.epoch, first.step = 1, 2
+    first.save()
+    state = torch.load(first.checkpoint_path(), weights_only=True)
+
+    second = build(tmp_path, images=16 * 4, wd=5e-5, amp="fp16", ema=0.9)
+    second.resume(state)
+    assert (second.epoch, second.step, second.global_step) == (1, 2, 6)
+    assert second.optimizer.param_groups[0]["weight_decay"] == 5e-5
+
+    with pytest.raises(
+        ConfigError, match="middle of an epoch of 4 steps with --seed 0, this run has 4 steps and --seed 1"
+    ):
+        build(tmp_path, images=16 * 4, seed=1).resume(state)
+    with pytest.raises(ConfigError, match="this run has 5 steps"):
+        build(tmp_path, images=16 * 5).resume(state)
+    with pytest.raises(ConfigError, match="was it --no-norm-decay"):
+        build(tmp_path, images=16 * 4, norm_decay=False).resume(state)
