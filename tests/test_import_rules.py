@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN.md), read from the source; and what `import dcd` pulls in."""
+"""Who may import whom (docs/architecture.md), read from the source; and what `import dcd` pulls in."""
 
 import ast
 import subprocess

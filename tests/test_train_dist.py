@@ -136,7 +136,7 @@ def test_outputs(trained):
     assert {"last.pth"} <= {path.name for path in (trained / "checkpoints").iterdir()}
     assert list((trained / "tensorboard").glob("events.*"))
     state = last(trained)
-    assert (state["epoch"], state["step"], state["seed"]) == (2, 0, 0)
+    assert (state["epoch"], state["step"], state["random_state"]) == (2, 0, {"seed": 0})
     assert {"model", "optimizer", "scaler", "ema", "config", "best_top1"} <= state.keys()
     assert read(trained, "summary.json")["eval"]["images"] == 23
 

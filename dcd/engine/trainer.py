@@ -294,8 +294,8 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
             "best_top1": self.best_top1,
             "best_epoch": self.best_epoch,
-            # The whole random state: every draw is keyed by it and by (epoch, step, rank or image).
-            "seed": self.config.seed,
+            # All of it: every draw is keyed by the seed and by (epoch, step, rank or image).
+            "random_state": {"seed": self.config.seed},
         }
         checkpoint.save(state, self.checkpoint_path(name))
         self._last_save = time.monotonic()
@@ -306,10 +306,11 @@ class Trainer:
         Raises:
             ConfigError: it lies in the middle of an epoch that another seed or batch size has laid out.
         """
-        if state["step"] and (state["seed"], state["steps_per_epoch"]) != (self.config.seed, self.steps_per_epoch):
+        seed = state["random_state"]["seed"]
+        if state["step"] and (seed, state["steps_per_epoch"]) != (self.config.seed, self.steps_per_epoch):
             raise ConfigError(
                 f"the checkpoint stands in the middle of an epoch of {state['steps_per_epoch']} steps with --seed "
-                f"{state['seed']}, this run has {self.steps_per_epoch} steps and --seed {self.config.seed}: "
+                f"{seed}, this run has {self.steps_per_epoch} steps and --seed {self.config.seed}: "
                 "use the same --batch-size, --seed and data"
             )
         self.model.load_state_dict(state["model"])
