@@ -110,7 +110,7 @@ def train(trainer: Trainer) -> None:
     config, log = trainer.config, trainer.log
     path = config.resume or trainer.checkpoint_path()
     if config.resume or path.exists():
-        trainer.resume(checkpoint.load(path, config.arch, config.num_classes))
+        trainer.resume(checkpoint.load(path, config.architecture))
         if trainer.epoch >= config.epochs:
             log.say(f"{path} has done all {config.epochs} epochs: --evaluate it, or train on with more --epochs")
             return

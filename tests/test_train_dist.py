@@ -275,7 +275,10 @@ def test_a_checkpoint_of_another_model_is_left_alone(tiny, trained, tmp_path):
     output = run(
         "-a", "resnet18", "--input-size", 32, "-d", tiny, "-c", tmp_path / "out", "-b", 12, ranks=2, fails=True
     )
-    assert "holds mobilenetv2_dcd with 3 classes, this run is resnet18 with 3" in error_lines(output)[0]
+    assert (
+        "holds mobilenetv2_dcd (num_classes 3, width_mult 0.1, fc_squeeze 16), this run is resnet18"
+        in error_lines(output)[0]
+    )
     assert (tmp_path / "out" / "checkpoints" / "last.pth").read_bytes() == before
 
 

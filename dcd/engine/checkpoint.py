@@ -27,21 +27,29 @@ def save(state: dict, path: Path) -> None:
         raise
 
 
-def load(path: Path, arch: str, num_classes: int) -> dict:
+def load(path: Path, architecture: dict) -> dict:
     """A checkpoint of this trainer, on the CPU.
+
+    Args:
+        architecture: `Config.architecture` of the run that is to go on from it.
 
     Raises:
         CheckpointError: missing, damaged, of another program or of another architecture.
     """
     state = read_file(path)
-    if "optimizer" not in state or "step" not in state:
+    if "optimizer" not in state or "architecture" not in state:
         raise CheckpointError(
             f"{path} is not a checkpoint of this trainer: give it to --weight to start from its weights"
         )
-    found = (state["arch"], state["num_classes"])
-    if found != (arch, num_classes):
+    found = state["architecture"]
+    if found != architecture:
         raise CheckpointError(
-            f"{path} holds {found[0]} with {found[1]} classes, this run is {arch} with {num_classes}: "
-            "use the same --arch and data, or another --checkpoint folder"
+            f"{path} holds {_in_words(found)}, this run is {_in_words(architecture)}: "
+            "use the same model and data, or another --checkpoint folder"
         )
     return state
+
+
+def _in_words(architecture: dict) -> str:
+    options = ", ".join(f"{name} {value}" for name, value in architecture.items() if name != "arch")
+    return f"{architecture['arch']} ({options})"

@@ -175,6 +175,11 @@ class Config:
         squeeze = {"fc_squeeze": self.fc_squeeze} if self.arch == "mobilenetv2_dcd" else {}
         return {"width_mult": self.width_mult, **squeeze}
 
+    @property
+    def architecture(self) -> dict[str, str | int | float | None]:
+        """What decides on the shapes of the weights: a checkpoint fits where all of it agrees."""
+        return {"arch": self.arch, "num_classes": self.num_classes, **self.model_kwargs}
+
 
 def parse_config(argv: list[str], recipes: dict[str, Config]) -> Config:
     """The options in `argv`, over those of `--recipe` where one is named. `--help` prints them and exits.

@@ -282,8 +282,7 @@ class Trainer:
         if not nn.utils.get_total_norm(self.model.parameters()).isfinite():
             raise DivergedError(f"the weights are not finite in epoch {self.epoch + 1}: {DIVERGED}")
         state = {
-            "arch": self.config.arch,
-            "num_classes": self.config.num_classes,
+            "architecture": self.config.architecture,
             "config": self.config.to_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
