@@ -1,7 +1,7 @@
 """Training and inference rate of every DCD model and its static twin, on a resident batch: no data is read.
 
     python -m tools.bench_model                       every pair, on the GPU where there is one
-    python -m tools.bench_model --models resnet50 --batch-size 32 --json out.json
+    python -m tools.bench_model --models resnet50 --batch-size 32 --json-file out.json
 
 The two of a pair take turns, step by step, so that whatever else the machine does falls on both; a rate is the median
 of its steps, a ratio the median of the ratios of neighbouring steps.
