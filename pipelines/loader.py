@@ -8,7 +8,7 @@ backend is one class with `run` and `close`.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from pipelines.sources.errors import DataError
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 
-BACKENDS = ("auto", "torchvision", "synthetic")
+BACKENDS = ("auto", "dali", "ffcv", "torchvision", "synthetic")
 
 
 class Batch(NamedTuple):
@@ -62,16 +62,20 @@ class Executor(Protocol):
 class DataConfig:
     """How the data is read. Sizes are in pixels, epochs count from 0.
 
-    root: folder that holds `train` and `val`; not needed by the synthetic backend.
-    batch_size: images in a step over all ranks. workers: processes of this rank; 0 reads in the training process.
+    root: folder that holds `train` and `val`, or `train.beton` and `val.beton`; not needed by the synthetic backend.
+    backend: "auto" is DALI on a GPU where it is installed, else FFCV for .beton files, else torchvision.
+    batch_size: images in a step over all ranks. workers: threads or processes of this rank that decode; with 0
+        torchvision reads in the training process.
     input_size, eval_size: side of the square images in training and in evaluation, at least 32.
     start_size, size_ramp: training starts with `start_size` and grows to `input_size` between the two epochs, to the
         nearest 32 pixels (progressive resizing); None trains with `input_size` throughout.
+    exact_decode: decode every pixel of a training image's box; otherwise the FFCV backend decodes images that are
+        reduced to half or less at half their size. Evaluation is always exact.
     synthetic_images, synthetic_classes: what the synthetic backend pretends to hold in training (evaluation: a tenth).
     """
 
     root: Path | None = None
-    backend: Literal["auto", "torchvision", "synthetic"] = "auto"
+    backend: Literal["auto", "dali", "ffcv", "torchvision", "synthetic"] = "auto"
     batch_size: int = 256
     workers: int = 4
     seed: int = 0
@@ -81,6 +85,7 @@ class DataConfig:
     size_ramp: tuple[int, int] = (0, 0)
     train_crop: RandomCrop = field(default_factory=RandomCrop)
     eval_crop: CenterCrop = field(default_factory=CenterCrop)
+    exact_decode: bool = False
     synthetic_images: int = 1_281_167
     synthetic_classes: int = 1000
 
@@ -166,20 +171,6 @@ class Loader:
         self._executor.close()
 
 
-@lru_cache
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    # kept on the device: a small copy from the host in every step would make the host wait for the device
-    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
-
-
-def normalise(images: Tensor, labels: Tensor, indices: Tensor, device: torch.device, dtype: torch.dtype) -> Batch:
-    """A `Batch` from uint8 images (N, H, W, 3), labels (N,) and indices (N,) on the CPU, pinned or not."""
-    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last strides without a copy
-    mean, std = _statistics(device)
-    images = torch.sub(images, mean).div_(std).to(dtype)
-    return Batch(images, labels.to(device, non_blocking=True), indices)
-
-
 def build_loader(
     config: DataConfig,
     split: Literal["train", "val"],
@@ -191,7 +182,8 @@ def build_loader(
     """The loader of one split; its backend is imported here, on use.
 
     Raises:
-        DataError: missing or damaged data, or a batch size that the world size does not divide.
+        DataError: missing or damaged data, a backend that can't be used, or a batch size that the world size does not
+            divide.
     """
     if config.batch_size % world_size:
         raise DataError(
@@ -199,21 +191,63 @@ def build_loader(
             f"use a multiple of {world_size}"
         )
     device, training = torch.device(device), split == "train"
-    if config.backend == "synthetic":
-        from pipelines.synthetic_loader import SyntheticExecutor, SyntheticSource
+    exact = config.exact_decode or not training
+    source = _open_source(config, split)
+    backend = _choose_backend(source, device) if config.backend == "auto" else config.backend
+    if backend == "synthetic":
+        from pipelines.synthetic_loader import SyntheticExecutor
 
-        source = SyntheticSource(
-            config.synthetic_images if training else config.synthetic_images // 10, config.synthetic_classes
-        )
         executor = SyntheticExecutor(source, device, dtype)
-    elif config.backend in ("auto", "torchvision"):
-        from pipelines.sources.folder import FolderSource
-        from pipelines.torchvision_loader import TorchvisionExecutor
+    elif backend == "torchvision":
+        from pipelines.torchvision_loader import TorchvisionExecutor, TorchvisionGpuExecutor
 
-        if config.root is None:
-            raise DataError("no data: --data must name a folder that holds train and val (or use --backend synthetic)")
-        source = FolderSource(Path(config.root) / split)
-        executor = TorchvisionExecutor(source, device, dtype, config.workers)
+        if device.type == "cuda":
+            executor = TorchvisionGpuExecutor(source, device, dtype)
+        else:
+            executor = TorchvisionExecutor(source, device, dtype, config.workers)
+    elif backend == "ffcv":
+        from pipelines.ffcv_loader import FfcvExecutor
+
+        executor = FfcvExecutor(source, device, dtype, config.workers, exact)
+    elif backend == "dali":
+        from pipelines.dali_loader import DaliExecutor
+
+        batch_size_per_rank = config.batch_size // world_size
+        executor = DaliExecutor(source, device, dtype, config.workers, batch_size_per_rank)
     else:
-        raise DataError(f"unknown backend {config.backend!r}: use one of {', '.join(BACKENDS)}")
+        raise DataError(f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
     return Loader(source, executor, config, training, rank, world_size)
+
+
+def _open_source(config: DataConfig, split: str) -> Source:
+    if config.backend == "synthetic":
+        from pipelines.synthetic_loader import SyntheticSource
+
+        images = config.synthetic_images if split == "train" else config.synthetic_images // 10
+        return SyntheticSource(images, config.synthetic_classes)
+    from pipelines.sources.beton import BetonSource
+    from pipelines.sources.folder import FolderSource
+
+    if config.root is None:
+        raise DataError(
+            "no data: --data must name a folder that holds train and val, or train.beton and val.beton "
+            "(or use --backend synthetic)"
+        )
+    beton = Path(config.root) / f"{split}.beton"
+    if beton.exists():
+        return BetonSource(beton)
+    if config.backend == "ffcv":
+        raise DataError(
+            f"no file {beton}: convert the dataset with python -m tools.make_dataset SRC OUT, "
+            "or use --backend torchvision"
+        )
+    return FolderSource(Path(config.root) / split)
+
+
+def _choose_backend(source: Source, device: torch.device) -> str:
+    """DALI decodes on a GPU; on a CPU our own threads are the fastest, and they read .beton files."""
+    from pipelines.sources.beton import BetonSource
+
+    if device.type == "cuda" and find_spec("nvidia") and find_spec("nvidia.dali"):
+        return "dali"
+    return "ffcv" if isinstance(source, BetonSource) else "torchvision"

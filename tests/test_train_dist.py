@@ -248,7 +248,7 @@ def break_class_names(data: Path) -> None:
         (["-a", "mobilenetv2_dc"], None, "unknown model 'mobilenetv2_dc'; did you mean mobilenetv2_dcd"),
         (["-b", "13"], None, "--batch-size 13 is global: 2 ranks"),
         (["-b", "4096"], None, "48 training images do not fill one batch of 4096"),
-        (["-d", "/nowhere"], None, "no folder /nowhere/val: --data must name"),
+        (["-d", "/nowhere"], None, "no folder /nowhere/val: it must hold CLASS/"),
         (["--weight", "/nowhere.pth"], None, "no checkpoint at /nowhere.pth"),
         (["--crop-area", "0.5", "0.2"], None, "the crop's area must lie in"),
         (["--num-classes", "2"], None, "--num-classes 2: the data has 3 classes"),

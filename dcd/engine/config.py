@@ -36,11 +36,12 @@ class Config:
 
     # --- data ---
     data: Annotated[Path | None, arg(aliases=("-d",))] = None
-    """Folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG."""
-    backend: Literal["auto", "torchvision", "synthetic"] = "auto"
-    """What reads the data; synthetic reads nothing and shows the upper bound."""
+    """Folder with train.beton and val.beton (tools.make_dataset), or with train/CLASS/*.JPEG and val/CLASS/*.JPEG."""
+    backend: Literal["auto", "dali", "ffcv", "torchvision", "synthetic"] = "auto"
+    """What reads the data; auto: DALI on a GPU if installed, else FFCV for .beton files, else torchvision; synthetic
+    reads nothing and shows the upper bound."""
     workers: Annotated[int | None, arg(aliases=("-j",))] = None
-    """Loading processes of this machine, shared by its ranks; at most one for each core, and by default that."""
+    """Loading threads or processes of this machine, shared by its ranks; at most, and by default, one for each core."""
     input_size: int = 224
     """Side of the training images in pixels."""
     eval_size: int | None = None
@@ -57,6 +58,8 @@ class Config:
     """Lowest and highest width / height of a training crop."""
     flip: float = 0.5
     """Probability of a horizontal flip in training."""
+    exact_decode: bool = False
+    """Decode training images pixel by pixel even where FFCV's backend could decode them at half their size."""
     synthetic_images: int = 1_281_167
     """Images in an epoch of the synthetic backend."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
@@ -42,10 +43,11 @@ class FolderSource:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        self.classes, names, labels, fingerprint = _list_images(self.root)
+        self.classes, names, labels, fingerprint = list_images(self.root)
         self.labels = np.array(labels, dtype=np.int64)
         # One array of bytes instead of a list of strings: forked workers share it without copying.
         self._names = np.array([os.fsencode(name) for name in names])
+        self.is_raw = np.zeros(len(labels), bool)  # all are encoded images
         self.sizes = _cached_sizes(self.root, names, fingerprint)
 
     def __len__(self) -> int:
@@ -54,32 +56,48 @@ class FolderSource:
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self._names[index])
 
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """The bytes of file `index`.
+
+        Raises:
+            DataError: the file does not read.
+        """
+        try:
+            return np.fromfile(self.path(index), np.uint8)
+        except OSError as error:
+            raise self.damaged_image(index, str(error)) from error
+
+    def will_need(self, indices: NDArray[np.int64]) -> None:
+        """Nothing: threads and processes read the files of a batch side by side."""
+
+    def damaged_image(self, index: int, reason: str) -> DataError:
+        """The error for an image that can't be used."""
+        return DataError(f"{self.path(index)} does not decode ({reason}): replace or remove this file")
+
     def decode(self, index: int) -> Tensor:
         """Image `index` as RGB, (3, H, W) uint8.
 
         Raises:
             DataError: the file is gone, does not decode, or is not of the size in the index.
         """
-        path = self.path(index)
+        encoded = torch.from_numpy(self.read(index))
         try:
-            # The bytes rather than the path, which torchvision takes in UTF-8 only.
-            image = decode_image(torch.from_numpy(np.fromfile(path, np.uint8)), mode=ImageReadMode.RGB)
-        except (RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{path} does not decode ({reason}): replace or remove this file") from error
+            image = decode_image(encoded, mode=ImageReadMode.RGB)  # of bytes: torchvision takes paths in UTF-8 only
+        except RuntimeError as error:
+            raise self.damaged_image(index, str(error).splitlines()[0]) from error
         if image.shape[1:] != tuple(self.sizes[index]):
             with contextlib.suppress(OSError):
                 _index_path(self.root).unlink()
-            raise DataError(f"{path} has changed since the folder was indexed: start again, to index it anew")
+            raise DataError(
+                f"{self.path(index)} has changed since it was indexed: start again to index the folder anew"
+            )
         return (image.int() >> 8).byte() if image.dtype == torch.uint16 else image  # a PNG of 16 bits
 
 
-def _list_images(root: Path) -> tuple[list[str], list[str], list[int], str]:
+def list_images(root: Path) -> tuple[list[str], list[str], list[int], str]:
     """Classes, names ("CLASS/FILE"), labels and a fingerprint of the listing."""
     if not root.is_dir():
-        raise DataError(
-            f"no folder {root}: --data must name a folder that holds train/CLASS/*.JPEG and val/CLASS/*.JPEG"
-        )
+        raise DataError(f"no folder {root}: it must hold CLASS/*.JPEG, or be converted to {root.name}.beton")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not classes:
         raise DataError(f"{root} holds no class folders: it must look like {root}/CLASS/*.JPEG")

@@ -1,0 +1,210 @@
+"""The executor by NVIDIA DALI: region decode, resize and normalise in one DALI pipeline, on the CPU or the GPU.
+
+    thread:    steps of the plan -> bytes, boxes, flips -> DALI's own threads: decode the box, resize, flip, normalise
+    caller:                                                                -> copied out of DALI's memory, to the device
+
+On a GPU nvJPEG and the hardware decoder decode ("mixed"). The bytes of a .beton file go to DALI without a copy.
+"""
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.loader import MEAN, STD, Batch
+from pipelines.plan import StepPlan
+from pipelines.sources.beton import BetonSource
+from pipelines.sources.errors import DataError
+from pipelines.sources.folder import FolderSource
+from pipelines.stages import HostBatch, in_background, to_device
+
+# Each step with the stored bytes of its images
+Inputs: TypeAlias = Generator[tuple[StepPlan, list[NDArray[np.uint8]]], None, None]
+
+BATCHES_AHEAD = 2  # in DALI, beside the one that is being used
+
+
+class DaliExecutor:
+    """Decodes a folder or a .beton file by DALI.
+
+    Args:
+        source: the images. device, dtype: of the batches.
+        workers: DALI's threads, at least 1.
+        batch_size: images in a step of this rank, at most.
+    """
+
+    def __init__(
+        self,
+        source: BetonSource | FolderSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        workers: int,
+        batch_size: int,
+    ):
+        if not (find_spec("nvidia") and find_spec("nvidia.dali")):
+            raise DataError("--backend dali needs NVIDIA DALI: pip install nvidia-dali-cuda130")
+        self._source, self._device, self._dtype = source, device, dtype
+        self._threads, self._batch_size = max(1, workers), batch_size
+        self._pipeline: Any = None
+        self._image_size = 0
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._in_dali: deque[tuple[StepPlan, Any]] = deque()  # the steps whose batches are to come, and their inputs
+        self._running: Generator | None = None
+
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Iterator[Batch]:
+        self._stop()
+        if image_size != self._image_size:
+            self._destroy()
+        if self._pipeline is None:
+            self._pipeline, self._image_size = self._build(image_size), image_size
+        inputs = in_background(self._read(steps), BATCHES_AHEAD)
+        self._running = in_background(self._outputs(inputs), ahead=1)
+        yield from to_device(self._running, self._device, self._dtype)
+
+    def close(self) -> None:
+        self._stop()
+        self._destroy()
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.close()
+        self._running = None
+
+    def _destroy(self) -> None:
+        # Private, but the only way to do it now: a pipeline in a cycle of references, as an error makes one, would be
+        # destroyed by a later garbage collection, perhaps in a forked process, where it waits for threads for ever.
+        if self._pipeline is not None:
+            self._pipeline._shutdown()
+        self._pipeline = None
+
+    def _build(self, size: int) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        on_gpu = self._device.type == "cuda"
+        pipeline = Pipeline(
+            self._batch_size,
+            self._threads,
+            device_id=self._device.index or 0 if on_gpu else None,
+            prefetch_queue_depth=BATCHES_AHEAD,
+        )
+        with pipeline:
+            encoded, start, shape, mirror = fn.external_source(
+                self._next_step,
+                num_outputs=4,
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
+                ndim=[1, 1, 1, 0],
+                no_copy=True,  # `_in_dali` keeps the bytes until they are decoded
+            )
+            images = fn.decoders.image_slice(
+                encoded,
+                device="mixed" if on_gpu else "cpu",
+                start=start,
+                shape=shape,
+                axes=[0, 1],
+                output_type=types.RGB,
+                adjust_orientation=False,  # the plan's sizes are those of the stored image
+            )
+            images = fn.resize(images, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
+            images = fn.crop_mirror_normalize(
+                images,
+                mirror=mirror,
+                mean=MEAN,
+                std=STD,
+                output_layout="HWC",
+                # half the bytes where the trainer wants 16 bits; bfloat16 has fewer digits still
+                dtype=types.FLOAT if self._dtype == torch.float32 else types.FLOAT16,
+            )
+            pipeline.set_outputs(images)
+        pipeline.build()
+        return pipeline
+
+    def _read(self, steps: Iterable[StepPlan]) -> Inputs:
+        source = self._source
+
+        def read(indices: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+            return [source.read(index) if not source.is_raw[index] else _as_ppm(source, index) for index in indices]
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            for step in steps:
+                source.will_need(step.indices)
+                parts = pool.map(read, np.array_split(step.indices, self._threads))
+                yield step, [data for part in parts for data in part]
+
+    def _next_step(self) -> tuple[list[NDArray[np.uint8]], NDArray, NDArray, NDArray]:
+        """What DALI asks for when it starts a batch; StopIteration at the end of the epoch, or where reading fails."""
+        try:
+            step, data = next(self._inputs)
+        except DataError as error:
+            self._error = error  # raised after the batches that DALI has already
+            raise StopIteration from error
+        starts, shapes = np.ascontiguousarray(step.boxes[:, :2]), np.ascontiguousarray(step.boxes[:, 2:])
+        inputs = (data, starts, shapes, step.flips.astype(np.int32))
+        self._in_dali.append((step, inputs))
+        return inputs
+
+    def _outputs(self, inputs: Inputs) -> Generator[HostBatch, None, None]:
+        """Keeps DALI filled, and takes the batches out in order."""
+        self._inputs, self._error = inputs, None
+        finished = False
+        try:
+            self._pipeline.reset()
+            self._pipeline.schedule_run()  # fills DALI's queue
+            while self._in_dali:
+                yield self._take()
+            if self._error is not None:
+                raise self._error
+            finished = True
+        finally:
+            inputs.close()
+            self._in_dali.clear()
+            if not finished:  # there are steps in DALI that would come out first in the next epoch
+                self._destroy()
+
+    def _take(self) -> HostBatch:
+        """The images of the oldest step in DALI."""
+        step, _ = self._in_dali[0]
+        try:
+            (output,) = self._pipeline.share_outputs()
+        except RuntimeError as error:
+            raise self._named(error, step) from error
+        images = self._copied(output.as_tensor())
+        self._pipeline.release_outputs()
+        self._in_dali.popleft()
+        self._pipeline.schedule_run()
+        labels = torch.from_numpy(self._source.labels[step.indices])
+        return HostBatch(images, labels, torch.from_numpy(step.indices))
+
+    def _copied(self, output: Any) -> Tensor:
+        """DALI's images (N, S, S, 3) in memory of PyTorch's."""
+        if self._stream is None:
+            return torch.from_dlpack(output)  # DALI's own memory, which lives as long as the tensor
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        with torch.cuda.stream(self._stream):
+            dtype = torch.float32 if self._dtype == torch.float32 else torch.float16
+            images = torch.empty(output.shape(), dtype=dtype, device=self._device)
+            feed_ndarray(output, images, cuda_stream=self._stream)
+        self._stream.synchronize()  # this thread waits, not the training's
+        return images
+
+    def _named(self, error: RuntimeError, step: StepPlan) -> DataError:
+        """DALI does not say which image it could not decode: another decoder will."""
+        for index in step.indices:
+            try:
+                self._source.decode(index)
+            except DataError as named:
+                return named
+        return DataError(f"DALI cannot decode one of the images {step.indices.tolist()}: {error}")
+
+
+def _as_ppm(source: BetonSource, index: int) -> NDArray[np.uint8]:
+    """A raw image in the simplest format that DALI's decoder reads."""
+    height, width = source.sizes[index]
+    header = np.frombuffer(f"P6 {width} {height} 255\n".encode(), np.uint8)
+    return np.concatenate([header, source.read(index)])

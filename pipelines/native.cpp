@@ -1,0 +1,415 @@
+// Decode, cut, resize, flip and normalise JPEG and raw images, one batch a call, on any number of threads.
+//
+//     bytes  ->  checksum  ->  libjpeg-turbo: the rows and columns of the box  ->  ring of rows
+//                                                   |  vertical pass   (u8 rows -> one float row)
+//                                                   |  horizontal pass (float row -> out pixels)
+//                                                   v
+//                                               out row, normalised floats or rounded bytes
+//
+// The Huffman code can only be read from the beginning, but everything after it is done for the box alone: rows above
+// it are skipped, rows below it are never read, and columns beside it are neither transformed nor upsampled. The
+// resizer takes rows as they are decoded, so a thread's working set is a few rows and stays in its cache.
+//
+// `native.py` compiles this file and is its only caller; it states what each function takes.
+
+#include <atomic>
+#include <csetjmp>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include <jpeglib.h>
+#include <jerror.h>
+
+#include "jpeg_scan.h"
+
+#ifndef LIBJPEG_TURBO_VERSION
+#error "jpeglib.h is not libjpeg-turbo's"
+#endif
+
+typedef float Pixel __attribute__((vector_size(16)));  // red, green, blue, unused
+
+static const int MARGIN = 2;       // columns beside the box that the upsampling of chroma looks at
+static const size_t MESSAGE = 256;  // bytes of an error message
+
+// ---------------------------------------------------------------------------------------------------------- checksum
+
+static inline uint64_t rotate(uint64_t x, int bits) { return (x << bits) | (x >> (64 - bits)); }
+
+// XXH64 of Y. Collet, seed 0 (the specification is doc/xxhash_spec.md of github.com/Cyan4973/xxHash): 64 bits at more
+// than the speed of memory, so that bytes which changed on the disk are told from an image at no cost.
+extern "C" uint64_t dcd_xxh64(const uint8_t *p, uint64_t size) {
+    const uint64_t P1 = 0x9E3779B185EBCA87, P2 = 0xC2B2AE3D27D4EB4F, P3 = 0x165667B19E3779F9, P4 = 0x85EBCA77C2B2AE63,
+                   P5 = 0x27D4EB2F165667C5;
+    auto round = [&](uint64_t lane, uint64_t input) { return rotate(lane + input * P2, 31) * P1; };
+    const uint8_t *end = p + size;
+    uint64_t hash = P5;
+    if (size >= 32) {
+        uint64_t lanes[4] = {P1 + P2, P2, 0, 0 - P1};
+        for (; end - p >= 32; p += 32)
+            for (int i = 0; i < 4; i++) lanes[i] = round(lanes[i], load64(p + 8 * i));
+        hash = rotate(lanes[0], 1) + rotate(lanes[1], 7) + rotate(lanes[2], 12) + rotate(lanes[3], 18);
+        for (uint64_t lane : lanes) hash = (hash ^ round(0, lane)) * P1 + P4;
+    }
+    hash += size;
+    for (; end - p >= 8; p += 8) hash = rotate(hash ^ round(0, load64(p)), 27) * P1 + P4;
+    if (end - p >= 4) {
+        uint32_t word;
+        memcpy(&word, p, 4);
+        hash = rotate(hash ^ word * P1, 23) * P2 + P3;
+        p += 4;
+    }
+    for (; p < end; p++) hash = rotate(hash ^ *p * P5, 11) * P1;
+    hash = (hash ^ (hash >> 33)) * P2;
+    hash = (hash ^ (hash >> 29)) * P3;
+    return hash ^ (hash >> 32);
+}
+
+// --------------------------------------------------------------------------------------------------- libjpeg, guarded
+
+// libjpeg reports damaged data as a warning and goes on with grey; here it is an error, as any other.
+static bool is_damage(int code) {
+    return code == JWRN_HIT_MARKER || code == JWRN_HUFF_BAD_CODE || code == JWRN_JPEG_EOF || code == JWRN_MUST_RESYNC ||
+           code == JWRN_NOT_SEQUENTIAL || code == JWRN_ARITH_BAD_CODE;
+}
+
+class Decoder {
+   public:
+    jpeg_decompress_struct info;
+    char message[MESSAGE];
+
+    Decoder() {
+        info.err = jpeg_std_error(&errors_);
+        errors_.error_exit = [](j_common_ptr common) { fail(common); };
+        errors_.emit_message = [](j_common_ptr common, int level) {
+            if (level < 0 && is_damage(common->err->msg_code)) fail(common);
+        };
+        info.client_data = this;
+        jpeg_create_decompress(&info);
+    }
+    ~Decoder() { jpeg_destroy_decompress(&info); }
+    Decoder(const Decoder &) = delete;
+
+    // Runs `work`; false if libjpeg gave up, with the reason in `message`. `work` must hold nothing that a jump out of
+    // it would leak.
+    template <class Work>
+    bool guarded(Work work) {
+        if (setjmp(escape_)) {
+            jpeg_abort_decompress(&info);
+            return false;
+        }
+        work();
+        return true;
+    }
+
+    // The header, with RGB as the aim; libjpeg refuses what it can't turn into RGB (CMYK) when decoding starts.
+    void read_header(const uint8_t *data, uint64_t size) {
+        jpeg_mem_src(&info, data, size);
+        jpeg_read_header(&info, TRUE);
+        info.dct_method = JDCT_ISLOW;
+    }
+
+   private:
+    jpeg_error_mgr errors_;
+    jmp_buf escape_;
+
+    static void fail(j_common_ptr common) {
+        Decoder *decoder = static_cast<Decoder *>(common->client_data);
+        char text[JMSG_LENGTH_MAX];
+        common->err->format_message(common, text);
+        snprintf(decoder->message, MESSAGE, "%s", text);
+        longjmp(decoder->escape_, 1);
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------ resizer
+
+// Antialiased bilinear resize along one axis: output i is the sum of `weights[i * taps + k]` times input `first[i] + k`.
+// The triangle is as wide as the step between outputs, at least 1, and cut at the box: what torchvision and Pillow do.
+struct Axis {
+    int taps;  // of the output that has most; the others have weights 0 at the end
+    std::vector<int> first, count;
+    std::vector<float> weights;
+
+    // `size` outputs from [start, start + length), where `end` is the first input behind it; in falling order to flip.
+    void set(float start, float length, int end, int size, bool flip) {
+        const float step = length / size, reach = std::max(step, 1.0f);
+        auto low = [&](int i) { return std::max(int(start + (i + 0.5f) * step - reach + 0.5f), int(start)); };
+        auto high = [&](int i) { return std::min(int(start + (i + 0.5f) * step + reach + 0.5f), end); };
+        taps = 0;
+        for (int i = 0; i < size; i++) taps = std::max(taps, high(i) - low(i));
+        first.resize(size), count.resize(size), weights.assign(size_t(size) * taps, 0.0f);
+        for (int i = 0; i < size; i++) {
+            const int at = flip ? size - 1 - i : i;
+            const float center = start + (i + 0.5f) * step;
+            float *w = &weights[size_t(at) * taps], sum = 0;
+            first[at] = low(i), count[at] = high(i) - low(i);
+            for (int k = 0; k < count[at]; k++)
+                sum += w[k] = std::max(0.0f, 1 - std::abs(first[at] + k + 0.5f - center) / reach);
+            for (int k = 0; k < count[at]; k++) w[k] /= sum;
+        }
+    }
+};
+
+// line[x] (+)= sum over k < count of weights[k] * rows[k][x], for x in [0, width). One loop for each count, which the
+// compiler turns into vector instructions.
+template <int count, bool add>
+static void blend(const uint8_t *const *rows, const float *weights, int width, float *__restrict line) {
+    const uint8_t *__restrict r[count];
+    float w[count];
+    for (int k = 0; k < count; k++) r[k] = rows[k], w[k] = weights[k];
+    for (int x = 0; x < width; x++) {
+        float sum = add ? line[x] : 0;
+        for (int k = 0; k < count; k++) sum += w[k] * r[k][x];
+        line[x] = sum;
+    }
+}
+
+static void blend_rows(const uint8_t *const *rows, const float *weights, int count, int width, float *line) {
+    switch (std::min(count, 4)) {
+        case 1: blend<1, false>(rows, weights, width, line); break;
+        case 2: blend<2, false>(rows, weights, width, line); break;
+        case 3: blend<3, false>(rows, weights, width, line); break;
+        case 4: blend<4, false>(rows, weights, width, line); break;
+    }
+    for (int k = 4; k < count; k++) blend<1, true>(rows + k, weights + k, width, line);
+}
+
+// ------------------------------------------------------------------------------------------------------------- render
+
+struct Job {  // as in native.py
+    const uint8_t *data;
+    uint64_t size, checksum;
+    int32_t height, width;               // of the stored image
+    int32_t top, left, box_h, box_w;     // of the box
+    uint8_t is_raw, flip, has_checksum, padding[5];
+};
+
+struct Output {
+    void *images;  // [count, side, side, 3]
+    int side;
+    bool as_float;  // normalised float32 instead of uint8
+    Pixel scale, shift;
+};
+
+// How a pixel becomes floats or bytes. `write` may write one component behind the pixel, `write_last` may not.
+struct Floats {
+    typedef float Component;
+    const Pixel scale, shift;
+    void write(float *to, Pixel value) const { value = value * scale + shift, memcpy(to, &value, 16); }
+    void write_last(float *to, Pixel value) const { value = value * scale + shift, memcpy(to, &value, 12); }
+};
+
+struct Bytes {
+    typedef uint8_t Component;
+    typedef int32_t Ints __attribute__((vector_size(16)));
+    typedef uint8_t Sixteen __attribute__((vector_size(16)));
+    static Sixteen pack(Pixel value) {
+        return __builtin_shuffle((Sixteen)__builtin_convertvector(value + 0.5f, Ints), Sixteen{0, 4, 8, 12});
+    }
+    void write(uint8_t *to, Pixel value) const { const Sixteen bytes = pack(value); memcpy(to, &bytes, 4); }
+    void write_last(uint8_t *to, Pixel value) const { const Sixteen bytes = pack(value); memcpy(to, &bytes, 3); }
+};
+
+// One output row from one blended row of `channels` floats a pixel.
+template <int channels, int fixed_taps, class Format>
+static void write_row(const float *__restrict line, const Axis &axis, const Format format, int side,
+                      typename Format::Component *__restrict to) {
+    const int taps = fixed_taps ? fixed_taps : axis.taps;
+    const float *__restrict weights = axis.weights.data();
+    const int *__restrict first = axis.first.data();
+    auto sum = [&](int x) {
+        const float *from = line + size_t(first[x]) * channels, *w = weights + size_t(x) * taps;
+        Pixel total = {};
+        for (int k = 0; k < taps; k++) {
+            Pixel value;
+            memcpy(&value, from + k * channels, 16);
+            total += w[k] * value;
+        }
+        return total;
+    };
+    for (int x = 0; x < side - 1; x++) format.write(to + 3 * x, sum(x));
+    format.write_last(to + 3 * (side - 1), sum(side - 1));
+}
+
+template <int channels, class Format>
+static void write_row(const float *line, const Axis &axis, const Format format, int side,
+                      typename Format::Component *to) {
+    switch (axis.taps) {  // a fixed number of taps makes a loop without branches
+        case 2: return write_row<channels, 2>(line, axis, format, side, to);
+        case 3: return write_row<channels, 3>(line, axis, format, side, to);
+        case 4: return write_row<channels, 4>(line, axis, format, side, to);
+        case 5: return write_row<channels, 5>(line, axis, format, side, to);
+        case 6: return write_row<channels, 6>(line, axis, format, side, to);
+        default: return write_row<channels, 0>(line, axis, format, side, to);
+    }
+}
+
+class Renderer {
+   public:
+    char message[MESSAGE];
+
+    // One image into its place in the batch; false, with the reason in `message`, if it can't be.
+    bool run(const Job &job, const Output &out, size_t position, bool exact) {
+        if (job.has_checksum && dcd_xxh64(job.data, job.size) != job.checksum)
+            return refuse("its bytes are not those that were converted");
+        if (job.is_raw) {
+            if (job.size != uint64_t(job.height) * job.width * 3) return refuse("it is not height x width x 3 bytes");
+            return run_raw(job, out, position), true;
+        }
+        bool fits = true;
+        const bool decoded = decoder_.guarded([&] { fits = run_jpeg(job, out, position, exact); });
+        if (!decoded) return refuse(decoder_.message);
+        return fits || refuse("its size is not the one in the index");
+    }
+
+   private:
+    Decoder decoder_;
+    Axis vertical_, horizontal_;
+    std::vector<uint8_t> ring_;
+    std::vector<float> line_;
+    std::vector<const uint8_t *> window_;
+
+    bool refuse(const char *why) {
+        snprintf(message, MESSAGE, "%s", why);
+        return false;
+    }
+
+    void run_raw(const Job &job, const Output &out, size_t position) {
+        vertical_.set(job.top, job.box_h, job.top + job.box_h, out.side, false);
+        horizontal_.set(0, job.box_w, job.box_w, out.side, job.flip);
+        const size_t stride = size_t(job.width) * 3;
+        resize<3>(job.box_w, out, position, [&](int row) { return job.data + row * stride + job.left * 3; });
+    }
+
+    bool run_jpeg(const Job &job, const Output &out, size_t position, bool exact) {
+        jpeg_decompress_struct &info = decoder_.info;
+        decoder_.read_header(job.data, job.size);
+        if (int(info.image_height) != job.height || int(info.image_width) != job.width) {
+            jpeg_abort_decompress(&info);
+            return false;
+        }
+        info.out_color_space = JCS_EXT_RGBX;
+        // A smaller inverse transform, where the box still has as many pixels as the output in both directions.
+        int scale = 1;
+        while (!exact && scale < 8 && std::min(job.box_h, job.box_w) >= 2 * scale * out.side) scale *= 2;
+        info.scale_num = 1, info.scale_denom = scale;
+        jpeg_start_decompress(&info);
+
+        const float shrink = 1.0f / scale;
+        const int end_row = std::min(int(info.output_height), -(-(job.top + job.box_h) / scale));
+        const int end_column = std::min(int(info.output_width), (job.left + job.box_w + scale - 1) / scale);
+        JDIMENSION offset = std::max(0, job.left / scale - MARGIN);
+        JDIMENSION width = std::min(int(info.output_width), end_column + MARGIN) - offset;
+        jpeg_crop_scanline(&info, &offset, &width);  // moves the offset to the left, to a whole block
+        const int first_row = job.top / scale;
+        if (first_row) jpeg_skip_scanlines(&info, first_row);
+
+        vertical_.set(job.top * shrink, job.box_h * shrink, end_row, out.side, false);
+        horizontal_.set(job.left * shrink - offset, job.box_w * shrink, end_column - int(offset), out.side,
+                        job.flip);
+        const size_t stride = size_t(width) * 4;
+        const int capacity = vertical_.taps + 16;  // libjpeg hands out up to 16 rows at a time
+        ring_.resize(stride * capacity);
+        resize<4>(end_column - int(offset), out, position, [&](int row) {
+            while (int(info.output_scanline) <= row) {
+                JSAMPROW line = &ring_[(info.output_scanline % capacity) * stride];
+                jpeg_read_scanlines(&info, &line, 1);
+            }
+            return &ring_[(row % capacity) * stride];
+        });
+        jpeg_abort_decompress(&info);
+        return true;
+    }
+
+    // `get_row(y)` gives row y of the input, `channels` bytes a pixel; it is asked for rows in rising order.
+    template <int channels, class GetRow>
+    void resize(int width, const Output &out, size_t position, GetRow get_row) {
+        line_.resize((size_t(width) + horizontal_.taps) * 4);  // taps beyond the box have weight 0
+        window_.resize(vertical_.taps);
+        for (int y = 0; y < out.side; y++) {
+            for (int k = 0; k < vertical_.count[y]; k++) window_[k] = get_row(vertical_.first[y] + k);
+            float *line = line_.data();
+            blend_rows(window_.data(), &vertical_.weights[size_t(y) * vertical_.taps], vertical_.count[y],
+                       width * channels, line);
+            const size_t at = (position * out.side + y) * out.side * 3;
+            if (out.as_float)
+                write_row<channels>(line, horizontal_, Floats{out.scale, out.shift}, out.side,
+                                    static_cast<float *>(out.images) + at);
+            else
+                write_row<channels>(line, horizontal_, Bytes{}, out.side, static_cast<uint8_t *>(out.images) + at);
+        }
+    }
+};
+
+// Renders `count` images on `threads` threads. Returns the position of an image that failed, with the reason in
+// `message` (256 bytes), or -1.
+extern "C" int64_t dcd_render(const Job *jobs, int64_t count, int threads, int side, int as_float, const float *scale,
+                              const float *shift, int exact, void *images, char *message) {
+    Output out = {images, side, bool(as_float), {}, {}};
+    for (int c = 0; c < 3; c++) out.scale[c] = scale[c], out.shift[c] = shift[c];
+    std::atomic<int64_t> next{0}, failed{-1};
+    std::mutex first;
+    auto work = [&] {
+        Renderer renderer;
+        for (int64_t i; failed < 0 && (i = next++) < count;) {
+            if (renderer.run(jobs[i], out, i, exact)) continue;
+            std::lock_guard<std::mutex> lock(first);
+            if (failed < 0) memcpy(message, renderer.message, MESSAGE), failed = i;
+        }
+    };
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads && i < count; i++) others.emplace_back(work);
+    work();
+    for (std::thread &other : others) other.join();
+    return failed;
+}
+
+// ------------------------------------------------------------------------------------------------ whole images, alone
+
+// The height and width of a JPEG, from its header. 0, or 1 with the reason in `message`.
+extern "C" int dcd_jpeg_size(const uint8_t *data, uint64_t size, int32_t *height_width, char *message) {
+    Decoder decoder;
+    if (decoder.guarded([&] {
+            decoder.read_header(data, size);
+            height_width[0] = decoder.info.image_height, height_width[1] = decoder.info.image_width;
+        }))
+        return 0;
+    memcpy(message, decoder.message, MESSAGE);
+    return 1;
+}
+
+// Decodes a whole JPEG: into `pixels` (height, width, 3), or, where `pixels` is null, only to see that it decodes:
+// everything is read, but nothing or only the mean of each block is computed. 0, or 1 with the reason in `message`.
+extern "C" int dcd_decode(const uint8_t *data, uint64_t size, uint8_t *pixels, char *message) {
+    Decoder decoder;
+    std::vector<uint8_t> row;
+    static thread_local Scan scan;
+    if (decoder.guarded([&] {
+            jpeg_decompress_struct &info = decoder.info;
+            decoder.read_header(data, size);
+            info.out_color_space = JCS_RGB;
+            info.scale_num = 1, info.scale_denom = pixels ? 1 : 8;
+            const uint8_t *next = info.src->next_input_byte;
+            const size_t left = info.src->bytes_in_buffer;
+            jpeg_start_decompress(&info);
+            if (!pixels && scan.is_whole(info, next, left)) {
+                jpeg_abort_decompress(&info);
+                return;
+            }
+            const size_t stride = size_t(info.output_width) * 3;
+            row.resize(stride);
+            while (info.output_scanline < info.output_height) {
+                JSAMPROW line = pixels ? pixels + info.output_scanline * stride : row.data();
+                jpeg_read_scanlines(&info, &line, 1);
+            }
+            jpeg_finish_decompress(&info);
+        }))
+        return 0;
+    memcpy(message, decoder.message, MESSAGE);
+    return 1;
+}

@@ -1,0 +1,185 @@
+"""JPEG and raw images, decoded and resized by `native.cpp` on threads of this process.
+
+The C++ file is compiled at its first use on a machine (about 3 s), with the machine's own instructions, and kept under
+`$XDG_CACHE_HOME/dcd` (`~/.cache/dcd`) for every later start. It needs a C++ compiler and libjpeg-turbo's header.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.sources.errors import DataError
+
+SOURCE = Path(__file__).with_name("native.cpp")
+HEADER = SOURCE.with_name("jpeg_scan.h")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+PACKAGES = "g++ libjpeg-dev"  # by Debian's and Ubuntu's names
+
+_MESSAGE_BYTES = 256
+
+# One image of a batch; `struct Job` of native.cpp. data: address of `size` bytes, a JPEG or (is_raw) height × width × 3
+# bytes. checksum: their XXH64, compared where has_checksum. box: (top, left, height, width) inside the image.
+JOB = np.dtype(
+    [
+        ("data", np.uint64),
+        ("size", np.uint64),
+        ("checksum", np.uint64),
+        ("image_size", np.int32, 2),
+        ("box", np.int32, 4),
+        ("is_raw", np.bool_),
+        ("flip", np.bool_),
+        ("has_checksum", np.bool_),
+        ("padding", np.uint8, 5),
+    ]
+)
+
+
+class DecodeError(ValueError):
+    """An image does not decode. `position` is its place in the batch."""
+
+    def __init__(self, reason: str, position: int = 0):
+        super().__init__(reason)
+        self.position = position
+
+
+def render(
+    jobs: NDArray,
+    images: NDArray[np.uint8] | NDArray[np.float32],
+    threads: int,
+    exact: bool,
+    mean: tuple[float, float, float] = (0, 0, 0),
+    std: tuple[float, float, float] = (1, 1, 1),
+) -> None:
+    """Decode each image's box, resize it (antialiased bilinear), flip it, and write it into `images`.
+
+    Args:
+        jobs: (N,) of dtype `JOB`; the bytes that they point to must stay.
+        images: (N, S, S, 3), C-contiguous: uint8, rounded, or float32, with `mean` subtracted and divided by `std`.
+        threads: at least 1.
+        exact: decode every pixel of the box. Otherwise JPEGs whose box has at least twice the output's height and
+            width (4, 8 times) are decoded at 1/2 (1/4, 1/8) of their size by the inverse transform itself.
+
+    Raises:
+        DecodeError: one of the images is damaged, or not of its size in `jobs`.
+    """
+    if not (jobs.dtype == JOB and jobs.flags.c_contiguous and images.flags.c_contiguous):
+        raise TypeError("jobs must be of dtype JOB, and jobs and images contiguous")
+    if images.dtype not in (np.uint8, np.float32) or images.shape != (len(jobs), images.shape[1], images.shape[1], 3):
+        raise TypeError(f"images must be (N, S, S, 3) uint8 or float32, not {images.shape} {images.dtype}")
+    scale = np.array(1 / np.array(std), np.float32)
+    shift = np.array(-np.array(mean) / np.array(std), np.float32)
+    message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+    failed = _library().dcd_render(
+        jobs.ctypes.data,
+        len(jobs),
+        threads,
+        images.shape[1],
+        images.dtype == np.float32,
+        scale.ctypes.data,
+        shift.ctypes.data,
+        exact,
+        images.ctypes.data,
+        message,
+    )
+    if failed >= 0:
+        raise DecodeError(message.value.decode(errors="replace"), failed)
+
+
+def checksum(data: NDArray[np.uint8]) -> int:
+    """XXH64 with seed 0 of contiguous bytes (N,)."""
+    return _library().dcd_xxh64(data.ctypes.data, data.nbytes)
+
+
+def jpeg_size(data: NDArray[np.uint8]) -> tuple[int, int]:
+    """Height and width of a JPEG, from its header.
+
+    Raises:
+        DecodeError: the header is damaged, or not a JPEG's.
+    """
+    size, message = (ctypes.c_int32 * 2)(), ctypes.create_string_buffer(_MESSAGE_BYTES)
+    if _library().dcd_jpeg_size(data.ctypes.data, data.nbytes, size, message):
+        raise DecodeError(message.value.decode(errors="replace"))
+    return size[0], size[1]
+
+
+def decode_jpeg(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A whole JPEG as (H, W, 3), by libjpeg-turbo's accurate transform and smooth upsampling of chroma.
+
+    Raises:
+        DecodeError: it is damaged, truncated, or not to be had as RGB (CMYK).
+    """
+    pixels = np.empty((*jpeg_size(data), 3), np.uint8)
+    _decode(data, pixels.ctypes.data)
+    return pixels
+
+
+def check_jpeg(data: NDArray[np.uint8]) -> None:
+    """Read all of a JPEG, to see that `decode_jpeg` will, in about half the time.
+
+    Raises:
+        DecodeError: as `decode_jpeg`.
+    """
+    _decode(data, None)
+
+
+def _decode(data: NDArray[np.uint8], pixels: int | None) -> None:
+    message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+    if _library().dcd_decode(data.ctypes.data, data.nbytes, pixels, message):
+        raise DecodeError(message.value.decode(errors="replace"))
+
+
+@lru_cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_compiled()))
+    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
+    library.dcd_render.argtypes = [
+        *(pointer, ctypes.c_int64, integer, integer, integer),
+        *(pointer, pointer, integer, pointer, ctypes.c_char_p),
+    ]
+    library.dcd_render.restype = ctypes.c_int64
+    library.dcd_xxh64.argtypes = [pointer, size]
+    library.dcd_xxh64.restype = ctypes.c_uint64
+    library.dcd_jpeg_size.argtypes = [pointer, size, pointer, ctypes.c_char_p]
+    library.dcd_decode.argtypes = [pointer, size, pointer, ctypes.c_char_p]
+    return library
+
+
+def _compiled() -> Path:
+    """The compiled library, made now unless an earlier start has left it."""
+    compiler = os.environ.get("CXX", "g++")
+    key = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes())
+    for part in (compiler, *FLAGS, platform.machine(), _processor()):
+        key.update(f"\0{part}".encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcd"
+    library = cache / f"native-{key.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = library.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: another rank may look for it
+    try:
+        done = subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", str(temporary), "-ljpeg"], capture_output=True, text=True
+        )
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+    except OSError as error:
+        done, reason = None, str(error)
+    if done is None or done.returncode:
+        raise DataError(f"cannot compile {SOURCE} ({reason}): apt-get install {PACKAGES}")
+    temporary.rename(library)
+    return library
+
+
+def _processor() -> str:
+    """What the compiler's -march=native depends on: a home folder may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

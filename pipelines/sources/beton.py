@@ -1,0 +1,212 @@
+"""Images in a .beton file, FFCV's format (version 2), as `tools.make_dataset` or FFCV's own writer leaves it.
+
+    header | field descriptors | metadata: one row an image | pages of image bytes | allocation table
+
+Everything but the pages is read at the start and checked against the file, and against `dataset.json` beside it where
+there is one: FFCV itself trusts every byte. The pages are mapped into memory, which the processes of a machine share.
+"""
+
+import json
+import mmap
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from pipelines import native
+from pipelines.sources.errors import DataError
+
+VERSION = 2
+DATASET_FILE = "dataset.json"
+
+# FFCV's types, which are little-endian and aligned as C structs
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+INT_FIELD, IMAGE_FIELD = 1, 2  # type numbers
+JPEG, RAW = 0, 1  # modes of an image
+FIELD_TYPES = {0: np.dtype("<f8"), INT_FIELD: np.dtype("<i8"), IMAGE_FIELD: IMAGE}
+
+
+class BetonSource:
+    """One split in a .beton file.
+
+    Args:
+        path: the file. `dataset.json` beside it adds the names of the classes and the checksums; without it the
+            classes are called by their numbers, and damage to the bytes of an image is noticed by the decoder alone.
+
+    Attributes:
+        classes: names, sorted; the label is the position in this list.
+        labels: (N,) int64. sizes: (N, 2) int32, height and width in pixels.
+        offsets, lengths: (N,) int64, where the bytes of each image are in `data`.
+        is_raw: (N,) bool, whether they are height × width × 3 pixels rather than a JPEG.
+        checksums: (N,) uint64, XXH64 of them, or None.
+        data: (size of the file,) uint8, the mapped file.
+
+    Raises:
+        DataError: no such file, another format or version, or a file that is not whole.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            # Not np.memmap: this mapping is also asked to read ahead (`will_need`).
+            with open(self.path, "rb") as file:
+                self._mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        except FileNotFoundError as error:
+            raise DataError(f"no file {self.path}: make it with python -m tools.make_dataset SRC OUT") from error
+        except ValueError as error:
+            raise self._damaged("it is empty") from error
+        self.data = np.frombuffer(self._mapping, np.uint8)
+        images, labels, allocations = self._read_index()
+        if len(labels) == 0:
+            raise DataError(f"{self.path} holds no images")
+        self.labels = labels.astype(np.int64)
+        self.sizes = np.stack([images["height"], images["width"]], 1).astype(np.int32)
+        self.is_raw = images["mode"] == RAW
+        self.offsets, self.lengths = self._find_bytes(images, allocations)
+        if self.labels.min() < 0:
+            raise self._damaged(f"label {self.labels.min()}")
+        self.classes = [str(label) for label in range(self.labels.max() + 1)]
+        self.checksums: NDArray[np.uint64] | None = None
+        self._use_record()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """Image `index` as an error names it."""
+        return f"image {index} of {self.path}"
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """The bytes of image `index`, a view of the mapped file, compared with their checksum.
+
+        Raises:
+            DataError: they are not those that were converted.
+        """
+        offset = self.offsets[index]
+        stored = self.data[offset : offset + self.lengths[index]]
+        if self.checksums is not None and native.checksum(stored) != self.checksums[index]:
+            raise self.damaged_image(index, "its bytes are not those that were converted")
+        return stored
+
+    def decode(self, index: int) -> Tensor:
+        """Image `index` by torchvision, (3, H, W) uint8.
+
+        Raises:
+            DataError: its bytes have changed, or it does not decode.
+        """
+        stored = self.read(index)
+        if self.is_raw[index]:
+            return torch.from_numpy(stored.reshape(*self.sizes[index], 3).copy()).permute(2, 0, 1)
+        try:
+            image = decode_jpeg(torch.from_numpy(stored.copy()), ImageReadMode.RGB)  # PyTorch wants writable memory
+        except RuntimeError as error:
+            raise self.damaged_image(index, str(error).splitlines()[0]) from error
+        if image.shape[1:] != tuple(self.sizes[index]):
+            raise self.damaged_image(index, "its size is not the one in the index")
+        return image
+
+    def will_need(self, indices: NDArray[np.int64]) -> None:
+        """Ask the system to read the bytes of these images (N,) from the disk, without waiting for them."""
+        starts = self.offsets[indices] // mmap.PAGESIZE * mmap.PAGESIZE
+        lengths = self.offsets[indices] + self.lengths[indices] - starts
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            self._mapping.madvise(mmap.MADV_WILLNEED, start, length)
+
+    def damaged_image(self, index: int, reason: str) -> DataError:
+        """The error for an image that can't be used."""
+        return DataError(f"{self.name(index)} is damaged ({reason}): convert the dataset again")
+
+    def _damaged(self, reason: str) -> DataError:
+        return DataError(f"{self.path} is damaged or no .beton file ({reason}): convert the dataset again")
+
+    def _read(self, what: str, dtype: np.dtype, count: int, offset: int) -> NDArray:
+        """`count` records from `offset`, which must lie in the file."""
+        if offset + count * dtype.itemsize > len(self.data):
+            raise self._damaged(f"its {what} would end beyond the end of the file")
+        return np.frombuffer(self._mapping, dtype, count, offset)
+
+    def _read_index(self) -> tuple[NDArray, NDArray, NDArray]:
+        """The images' and the labels' columns of the metadata, and the allocation table sorted by address."""
+        header = self._read("header", HEADER, 1, 0)[0]
+        if header["version"] != VERSION:
+            raise self._damaged(f"version {header['version']} instead of {VERSION}")
+        fields = self._read("list of fields", FIELD, int(header["num_fields"]), HEADER.itemsize)
+        types = fields["type_id"].tolist()
+        if sorted(types) != [INT_FIELD, IMAGE_FIELD]:
+            raise DataError(
+                f"{self.path} holds fields of FFCV's types {types[:5]} instead of one integer and one image, "
+                f"{INT_FIELD} and {IMAGE_FIELD}: convert the dataset again"
+            )
+        # FFCV gives the columns no names, and aligns them.
+        rows = np.dtype([(str(number), FIELD_TYPES[number]) for number in types], align=True)
+        start = HEADER.itemsize + fields.nbytes
+        metadata = self._read("metadata", rows, int(header["num_samples"]), start)
+        table = int(header["alloc_table_ptr"])
+        count, rest = divmod(len(self.data) - table, ALLOCATION.itemsize)
+        if not start + metadata.nbytes <= table <= len(self.data) or rest:
+            raise self._damaged("it has no allocation table at its end")
+        self._index_parts = (0, start + metadata.nbytes), (table, len(self.data))
+        allocations = self._read("allocation table", ALLOCATION, count, table)
+        return metadata[str(IMAGE_FIELD)], metadata[str(INT_FIELD)], np.sort(allocations, order="ptr")
+
+    def _find_bytes(self, images: NDArray, allocations: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(offsets, lengths): FFCV keeps the length of an image in the allocation table alone."""
+        at = np.searchsorted(allocations["ptr"], images["data_ptr"])
+        found = at < len(allocations)
+        at = np.where(found, at, 0)
+        found &= len(allocations) > 0
+        if found.any():
+            entries = allocations[at]
+            found &= entries["ptr"] == images["data_ptr"]
+            found &= (entries["ptr"] < len(self.data)) & (entries["size"] <= len(self.data) - entries["ptr"])
+            pixels = self.sizes.astype(np.uint64).prod(1)
+            found &= np.where(self.is_raw, entries["size"] == 3 * pixels, images["mode"] == JPEG)
+            found &= pixels > 0
+        if not found.all():
+            raise self._damaged(f"its index of image {found.argmin()} is wrong")
+        return entries["ptr"].astype(np.int64), entries["size"].astype(np.int64)
+
+    def index_checksum(self) -> str:
+        """XXH64 of everything but the pages, 32 hexadecimal digits."""
+        return "".join(f"{native.checksum(self.data[start:stop]):016x}" for start, stop in self._index_parts)
+
+    def _use_record(self) -> None:
+        """Compare the file with dataset.json and take the classes and checksums from there."""
+        path = self.path.with_name(DATASET_FILE)
+        try:
+            dataset = json.loads(path.read_text())
+            split = dataset["splits"][self.path.stem]
+            expected_bytes, expected_index = int(split["bytes"]), str(split["index_xxh64"])
+            expected_checksums = str(split["checksums_xxh64"])
+            self.classes = [str(name) for name in dataset["classes"]]
+            self.checksums = np.load(self.path.with_name(split["checksums"]))
+        except FileNotFoundError as error:
+            if Path(error.filename) == path:
+                return
+            raise DataError(f"no file {error.filename}, which {path} names: convert the dataset again") from error
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            reason = f"{path} or the checksums that it names do not read ({error})"
+            raise DataError(f"{reason}: convert the dataset again") from error
+        if len(self.data) != expected_bytes:
+            raise self._damaged(f"{len(self.data):,} bytes instead of {expected_bytes:,}")
+        if self.index_checksum() != expected_index:
+            raise self._damaged(f"its index is not the one that {path.name} records")
+        if f"{native.checksum(self.checksums.view(np.uint8)):016x}" != expected_checksums:
+            raise DataError(f"{path.with_name(split['checksums'])} is damaged: convert the dataset again")
+        if self.labels.max() >= len(self.classes):
+            raise self._damaged(f"label {self.labels.max()} of {len(self.classes)} classes")

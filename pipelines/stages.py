@@ -1,0 +1,144 @@
+"""What every executor's pipeline is made of: a stage in a thread of its own, and the way to the device.
+
+with closing(in_background(to_host_memory(...), ahead=2)) as batches:
+    yield from to_device(batches, device, dtype)
+"""
+
+import sys
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import suppress
+from functools import lru_cache
+from queue import Empty, Queue
+from threading import Event, Thread
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.loader import MEAN, STD, Batch
+
+T = TypeVar("T")
+
+
+class HostBatch(NamedTuple):
+    """A batch in the host's memory, pinned where it goes to a GPU.
+
+    images (N, S, S, 3): uint8, or float32 that is normalised already; labels, indices (N,) int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+def in_background(items: Generator[T, None, None], ahead: int) -> Generator[T, None, None]:
+    """The items, made in a thread of their own, at most `ahead` of them before they are asked for.
+
+    An error in making them is raised here. Closing this generator closes `items` and ends the thread.
+    """
+    queue: Queue[tuple[T | None, BaseException | None]] = Queue(ahead)
+    stopped = Event()
+
+    def fill() -> None:
+        error = None
+        try:
+            for item in items:
+                queue.put((item, None))
+                if stopped.is_set():
+                    break
+        except BaseException as raised:
+            error = raised
+        finally:
+            items.close()
+        queue.put((None, error or StopIteration()))
+
+    thread = Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = queue.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stopped.set()
+        while thread.is_alive():  # it may wait for a place in the queue
+            with suppress(Empty):
+                queue.get(timeout=0.01)
+
+
+class Buffers:
+    """Memory for batches on the host. On a CPU it is used again as soon as nobody holds the tensor that it was handed
+    out as: the system would clear fresh pages first, a tenth of a loader's time. Pinned memory PyTorch itself keeps.
+    """
+
+    KEPT = 6  # more than a loader has in hand at a time, unless its user keeps batches
+
+    def __init__(self, pinned: bool):
+        self._pinned = pinned
+        self._arrays: list[np.ndarray] = []
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor."""
+        if self._pinned:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        kind = torch.empty(0, dtype=dtype).numpy().dtype
+        self._arrays = [array for array in self._arrays if array.shape == shape and array.dtype == kind]
+        for array in self._arrays:
+            if sys.getrefcount(array) == 3:  # the list, this loop and the call; a tensor would be the fourth
+                return torch.from_numpy(array)
+        array = np.empty(shape, kind)
+        self._arrays = [*self._arrays, array][-self.KEPT :]
+        return torch.from_numpy(array)
+
+
+@lru_cache
+def _statistics(device: torch.device, width: int) -> tuple[Tensor, Tensor]:
+    """Factor and summand for one row of `width` pixels, (width * 3,) each.
+
+    A whole row, because PyTorch is three times as fast on a CPU with long rows as with rows of three. Kept on the
+    device, because a small copy from the host in every step would make the host wait for the device.
+    """
+    scale, mean = 1 / torch.tensor(STD), torch.tensor(MEAN)
+    return scale.repeat(width).to(device), (-mean * scale).repeat(width).to(device)
+
+
+def normalise(batch: HostBatch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """The batch on the device, normalised, in `dtype`; copies from pinned memory do not wait."""
+    images = batch.images.to(device, non_blocking=True)
+    if images.dtype == torch.uint8:
+        scale, shift = _statistics(device, images.shape[2])
+        rows = images.flatten(2).float()  # [N, S, S*3]
+        images = torch.addcmul(shift, rows, scale, out=rows).view(images.shape)
+    images = images.to(dtype).permute(0, 3, 1, 2)  # channels_last strides without a copy
+    return Batch(images, batch.labels.to(device, non_blocking=True), batch.indices)
+
+
+def to_device(batches: Iterable[HostBatch], device: torch.device, dtype: torch.dtype) -> Iterator[Batch]:
+    """Batches on the device. On a GPU each is copied and normalised on a stream of its own, one batch ahead."""
+    if device.type != "cuda":
+        yield from (normalise(batch, device, dtype) for batch in batches)
+        return
+    stream = torch.cuda.Stream(device)
+    waiting: list[tuple[Batch, torch.cuda.Event]] = []
+
+    def hand_out() -> Batch:
+        batch, copied = waiting.pop(0)
+        compute = torch.cuda.current_stream(device)
+        compute.wait_event(copied)
+        for tensor in (batch.images, batch.labels):
+            tensor.record_stream(compute)  # it was allocated on the other stream, which must not reuse it too early
+        return batch
+
+    for batch in batches:
+        if batch.images.is_cuda:
+            batch.images.record_stream(stream)  # it comes from another stream, which must not reuse it too early
+        with torch.cuda.stream(stream):
+            waiting.append((normalise(batch, device, dtype), stream.record_event()))
+        if len(waiting) == 2:
+            yield hand_out()
+    while waiting:
+        yield hand_out()

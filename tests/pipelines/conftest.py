@@ -1,0 +1,91 @@
+"""Photographs in a folder and in .beton files, and every backend that reads them."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageFilter
+from sklearn.datasets import load_sample_images
+
+from pipelines.loader import DataConfig, build_loader
+from pipelines.sources.folder import FolderSource
+
+# (left, top, right, bottom) of the cuts from two photographs of 640×427
+CUTS = [
+    (0, 0, 640, 427),
+    (40, 20, 540, 395),
+    (100, 0, 360, 400),
+    (0, 60, 400, 360),
+    (9, 9, 265, 265),
+    (50, 70, 250, 220),
+]
+
+
+def write_photos(folder, blur=0):
+    """Twelve photographs in two classes, in six sizes; train and val hold the same."""
+    for name, pixels in zip(("china", "flower"), load_sample_images().images, strict=True):
+        whole = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(blur))
+        for split in ("train", "val"):
+            (folder / split / name).mkdir(parents=True)
+            for number, cut in enumerate(CUTS):
+                whole.crop(cut).save(folder / split / name / f"{number}.JPEG", quality=95)
+
+
+def make_dataset(src: Path, out: Path, *options: str) -> Path:
+    """`out`, with the .beton files of `src`."""
+    command = [sys.executable, "-m", "tools.make_dataset", str(src), str(out), "--workers", "1", *options]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=120, stderr=subprocess.DEVNULL)
+    return out
+
+
+@dataclass
+class Photos:
+    """The twelve photographs: in a folder, in .beton files verbatim, and half of them raw."""
+
+    folder: Path
+    verbatim: Path
+    half_raw: Path
+
+    @property
+    def source(self) -> FolderSource:
+        """What the folder's val (and train) holds."""
+        return FolderSource(self.folder / "val")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Photos:
+    root = tmp_path_factory.mktemp("photos")
+    write_photos(root / "folder")
+    verbatim = make_dataset(root / "folder", root / "verbatim")
+    half_raw = make_dataset(
+        root / "folder", root / "half_raw", "--mode", "reencode", "--jpeg-fraction", "0.5", "--quality", "95"
+    )
+    return Photos(root / "folder", verbatim, half_raw)
+
+
+# Every way from stored images to batches: backend and form of the data
+EXECUTORS = ["ffcv", "dali", "dali on a folder", "torchvision", "torchvision on a folder"]
+
+
+@pytest.fixture(params=EXECUTORS)
+def small(request, photos) -> DataConfig:
+    """Small images and an epoch of three training batches, to be quick; by every executor."""
+    backend, _, folder = request.param.partition(" on a ")
+    root = photos.folder if folder else photos.verbatim
+    return DataConfig(root=root, backend=backend, batch_size=4, workers=1, input_size=64, eval_size=64, seed=5)
+
+
+@pytest.fixture
+def build():
+    """`build_loader`, whose loaders are closed at the end of the test."""
+    loaders = []
+
+    def build(*args, **kwargs):
+        loaders.append(build_loader(*args, **kwargs))
+        return loaders[-1]
+
+    yield build
+    for loader in loaders:
+        loader.close()

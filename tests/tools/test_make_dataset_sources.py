@@ -1,0 +1,239 @@
+"""Sources that are not as they should be, and the liberties that each form has."""
+
+import io
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+
+from pipelines.sources.errors import DataError
+from tools.conversion.inputs import open_source
+from tools.conversion.shards import ROWS_PER_TASK
+
+WNIDS = ["n01440764", "n02119789", "n15075141"]
+
+
+@pytest.fixture
+def copied(tmp_path):
+    def copy(src):
+        return shutil.copytree(src, tmp_path / "src")
+
+    return copy
+
+
+def refused(src, *words):
+    with pytest.raises(DataError) as caught:
+        open_source(src)
+    message = str(caught.value)
+    assert "\n" not in message and ": " in message
+    for word in words:
+        assert word in message, message
+
+
+def everything(split):
+    """{index: bytes} of a split, as its reader gives them."""
+    return {index: data.tobytes() for task in split.reader.tasks for index, data in split.reader.read(task)}
+
+
+# ----------------------------------------------------------------------------------------------------- what is missing
+
+
+def test_no_folder_and_no_known_form(tmp_path):
+    refused(tmp_path / "no", "no folder", "ILSVRC2012_img_train.tar")
+    refused(tmp_path, "no ImageNet in a known form", "LOC_val_solution.csv", "train-*.parquet")
+
+
+@pytest.mark.parametrize("split, other", [("train", "val"), ("val", "train")])
+def test_one_split_alone(folder, kaggle, copied, split, other):
+    src = copied(folder)
+    shutil.rmtree(src / other)
+    refused(src, f"holds {split}/ but no {other}/")
+    shutil.rmtree(src)
+    src = copied(kaggle)
+    shutil.rmtree(src / "ILSVRC/Data/CLS-LOC" / other)
+    refused(src, f"CLS-LOC/{split}/ but no ", f"CLS-LOC/{other}/")
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"])
+def test_one_archive_missing(tars, copied, name):
+    src = copied(tars)
+    (src / name).unlink()
+    refused(src, f"but no {name}")
+
+
+def test_shards_of_one_split_alone(shards, copied):
+    src = copied(shards)
+    for file in (src / "data").glob("validation-*"):
+        file.unlink()
+    refused(src, "holds train-*.parquet but no validation-*.parquet")
+
+
+def test_classes_that_differ_and_classes_without_images(folder, copied):
+    src = copied(folder)
+    shutil.rmtree(src / "val" / WNIDS[1])
+    refused(src, "differ in 1 classes", WNIDS[1], "which only train has")
+    (src / "val" / WNIDS[1]).mkdir()
+    refused(src, f"class {WNIDS[1]} has no images")
+
+
+def test_something_else_in_place_of_an_image(folder, copied):
+    src = copied(folder)
+    (src / "train" / WNIDS[0] / "folder.JPEG").mkdir()
+    refused(src, "folder.JPEG is no file")
+
+
+# -------------------------------------------------------------------------------------------------------------- Kaggle
+
+
+def test_kaggles_table_is_found_and_needed(kaggle, copied):
+    src = copied(kaggle)
+    assert open_source(src / "ILSVRC").classes == WNIDS  # the table is beside it
+    (src / "LOC_val_solution.csv").rename(src / "ILSVRC" / "LOC_val_solution.csv")
+    assert open_source(src).classes == WNIDS
+    table = src / "ILSVRC" / "LOC_val_solution.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(lines[:-1]))
+    refused(src, "has no class for", lines[-1].split(",")[0])
+    table.write_text("a,b\n1,2\n")
+    refused(src, "no columns ImageId and PredictionString")
+    table.unlink()
+    refused(src, "no file", "LOC_val_solution.csv")
+
+
+# ---------------------------------------------------------------------------------------------------------------- tars
+
+
+def member(kind, name="x.JPEG", link=""):
+    found = tarfile.TarInfo(name)
+    found.type, found.linkname = kind, link
+    return found
+
+
+EVIL = {
+    "absolute": member(tarfile.REGTYPE, "/etc/x.JPEG"),
+    "outside": member(tarfile.REGTYPE, "a/../../x.JPEG"),
+    "symbolic link": member(tarfile.SYMTYPE, link="/etc/passwd"),
+    "hard link": member(tarfile.LNKTYPE, link="n01440764.tar"),
+    "device": member(tarfile.CHRTYPE),
+    "pipe": member(tarfile.FIFOTYPE),
+}
+
+
+@pytest.mark.parametrize("evil", EVIL)
+@pytest.mark.parametrize("place", ["train", "a class of train", "val"])
+def test_members_that_no_honest_archive_holds_are_refused(tars, copied, evil, place):
+    src = copied(tars)
+    split = place.split()[-1]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(EVIL[evil])
+    with tarfile.open(src / f"ILSVRC2012_img_{split}.tar", "a") as archive:
+        if place == split:
+            archive.addfile(EVIL[evil])
+        else:
+            inner = tarfile.TarInfo("n99999999.tar")
+            inner.size = len(buffer.getvalue())
+            archive.addfile(inner, io.BytesIO(buffer.getvalue()))
+    refused(src, f"ILSVRC2012_img_{split}.tar", EVIL[evil].name, "download it again")
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"])
+@pytest.mark.parametrize("how", ["truncated", "rubbish", "empty"])
+def test_damaged_archives(tars, copied, name, how):
+    src = copied(tars)
+    data = (src / name).read_bytes()
+    (src / name).write_bytes({"truncated": data[: len(data) // 2], "rubbish": b"rubbish" * 1000, "empty": b""}[how])
+    refused(src, name, "download it again")
+
+
+def test_a_validation_archive_that_does_not_fit_the_development_kit(tars, images, copied, make_devkit):
+    src = copied(tars)
+    val = [wnid for wnid, _, _ in sorted(images["val"], key=lambda image: image[1])]
+    make_devkit(src, [*val, val[0]])
+    refused(src, "holds 12 images", "knows 13")
+    make_devkit(src, val[:-1])
+    refused(src, "ILSVRC2012_val_00000012.JPEG")
+
+
+def test_long_names_folders_and_other_files_in_a_class_archive(tars, images, copied):
+    src = copied(tars)
+    buffer = io.BytesIO()
+    name = "x" * 200 + ".JPEG"
+    with tarfile.open(fileobj=buffer, mode="w") as inner:
+        inner.addfile(member(tarfile.DIRTYPE, "n00000001"))
+        for file, data in ((f"n00000001/{name}", b"the image"), ("n00000001/README", b"no image")):
+            found = tarfile.TarInfo(file)
+            found.size = len(data)
+            inner.addfile(found, io.BytesIO(data))
+    with tarfile.open(src / "ILSVRC2012_img_train.tar", "w") as outer:
+        for wnid in [*WNIDS, "n00000001"][-1:]:
+            found = tarfile.TarInfo(f"{wnid}.tar")
+            found.size = len(buffer.getvalue())
+            outer.addfile(found, io.BytesIO(buffer.getvalue()))
+    from tools.conversion import tars as module
+
+    members = module._train_members(src / "ILSVRC2012_img_train.tar")
+    assert [(wnid, path) for wnid, path, _, _ in members] == [("n00000001", f"n00000001.tar/{name}".encode())]
+    split = module._split(src / "ILSVRC2012_img_train.tar", ["n00000001"], members)
+    assert everything(split) == {0: b"the image"}
+
+
+# -------------------------------------------------------------------------------------------------------------- shards
+
+
+def test_labels_in_another_order_than_the_wordnet_ids(images, tmp_path, make_shards):
+    make_shards(tmp_path / "a", images, label_of=WNIDS[::-1].index)
+    make_shards(tmp_path / "b", images, names=WNIDS[::-1], label_of=WNIDS[::-1].index, with_paths=False)
+    for name in "ab":
+        source = open_source(tmp_path / name)
+        assert source.classes == WNIDS
+        stored = everything(source.splits["val"])
+        expected = {data: WNIDS.index(wnid) for wnid, _, data in images["val"]}
+        assert {stored[i]: label for i, label in enumerate(source.splits["val"].labels.tolist())} == expected
+
+
+def test_names_of_classes_where_no_path_tells_them(images, tmp_path, make_shards):
+    names = ["tench", "red fox", "acorn"]  # in the order of the labels, which stays
+    make_shards(tmp_path / "a", images, names=names, with_paths=False)
+    source = open_source(tmp_path / "a")
+    assert source.classes == names
+    assert source.splits["train"].labels.tolist() == [0] * 12 + [1] * 12 + [2] * 12
+    assert source.splits["train"].name(0).startswith("train-00000-of-00002.parquet/row ")
+    make_shards(tmp_path / "b", images, names=names[:2], with_paths=False)
+    refused(tmp_path / "b", "label 2", "none of its 2 classes")
+    make_shards(tmp_path / "c", images, names=[*names, "nothing"], with_paths=False)
+    refused(tmp_path / "c", "class nothing has no images")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_every_row_is_read_once_whatever_the_size_of_row_groups(images, tmp_path, monkeypatch, rows, make_shards):
+    from tools.conversion import shards as module
+
+    assert ROWS_PER_TASK == (128, 1024)
+    monkeypatch.setattr(module, "ROWS_PER_TASK", (4, 1024))
+    make_shards(tmp_path / "a", images, group=rows)
+    for split, expected in images.items():
+        found = open_source(tmp_path / "a").splits[split]
+        assert everything(found) == {i: data for i, (_, _, data) in enumerate(expected)}
+        assert max(len(task.indices) for task in found.reader.tasks) <= 4
+        assert np.array_equal(np.sort(np.concatenate([t.indices for t in found.reader.tasks])), range(len(expected)))
+
+
+def test_damaged_shards_and_shards_of_something_else(shards, copied):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    src = copied(shards)
+    file = src / "data" / "train-00001-of-00002.parquet"
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    refused(src, file.name, "is damaged or no parquet file", "download it again")
+    parquet.write_table(pa.table({"text": ["a"], "label": [1]}), file)
+    refused(src, file.name, "has no column image.bytes and no image.path")
+
+
+def test_an_image_without_bytes_is_bad(images, tmp_path, make_shards):
+    train = [(wnid, name, None if i == 3 else data) for i, (wnid, name, data) in enumerate(images["train"])]
+    make_shards(tmp_path / "a", {"train": train, "val": images["val"]})
+    assert everything(open_source(tmp_path / "a").splits["train"])[3] == b""

@@ -1,0 +1,193 @@
+"""The official archives: ILSVRC2012_img_{train,val}.tar and the development kit, read where they lie.
+
+The archive of train holds one archive for each class. The headers are walked once; an image is then read by its place
+in the outer file, and nothing is unpacked.
+"""
+
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pipelines.sources.errors import DataError
+from pipelines.sources.folder import EXTENSIONS
+from tools.conversion.inputs import Source, Split, check_classes, check_parts, tasks_of
+
+TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
+META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+
+
+class TarReader:
+    """Reads images by their place, offsets and sizes (N,) in bytes, in one file."""
+
+    def __init__(self, path: Path, offsets: NDArray[np.int64], sizes: NDArray[np.int64]):
+        self._path, self._offsets, self._sizes = path, offsets, sizes
+        self._file: int | None = None
+        self.tasks = tasks_of(np.argsort(offsets, kind="stable"))
+
+    def read(self, task: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8] | OSError]]:
+        if self._file is None:
+            self._file = os.open(self._path, os.O_RDONLY)
+        for index in task.tolist():
+            try:
+                yield index, self._read(int(self._offsets[index]), int(self._sizes[index]))
+            except OSError as error:
+                yield index, error
+
+    def _read(self, offset: int, size: int) -> NDArray[np.uint8]:
+        parts = []
+        while size:
+            part = os.pread(self._file, size, offset)
+            if not part:
+                raise OSError(f"{self._path} has become shorter")
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return np.frombuffer(b"".join(parts), np.uint8)
+
+
+class _Window(io.RawIOBase):
+    """A part of an open file as a file of its own, for an archive inside an archive."""
+
+    def __init__(self, file: io.BufferedReader, start: int, size: int):
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        self._file.seek(self._start + self._at)
+        data = self._file.read(left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+
+def open_tars(path: Path) -> Source | None:
+    """The official archives in the folder `path`, or None where there is none of them."""
+    if not check_parts(path, {name: (path / name).is_file() for name in (TRAIN, VAL, DEVKIT)}):
+        return None
+    wnids = _devkit_classes(path / DEVKIT)
+    train, val = _train_members(path / TRAIN), _val_members(path / VAL, wnids)
+    classes = sorted({wnid for wnid, _, _, _ in train})
+    check_classes(path, classes, [wnid for wnid, _, _, _ in val])
+    splits = {"train": _split(path / TRAIN, classes, train), "val": _split(path / VAL, classes, val)}
+    return Source("official tars", classes, splits)
+
+
+Member = tuple[str, bytes, int, int]  # class, name inside the archive, offset, size
+
+
+def _split(path: Path, classes: list[str], members: list[Member]) -> Split:
+    positions = {wnid: label for label, wnid in enumerate(classes)}
+    members.sort()
+    offsets = np.array([offset for _, _, offset, _ in members], np.int64)
+    sizes = np.array([size for _, _, _, size in members], np.int64)
+    return Split(
+        labels=np.array([positions[wnid] for wnid, _, _, _ in members], np.int64),
+        names=np.array([os.fsencode(path.name) + b"/" + name for _, name, _, _ in members]),
+        largest=int(sizes.max()),
+        reader=TarReader(path, offsets, sizes),
+    )
+
+
+def _train_members(path: Path) -> list[Member]:
+    members, seen = [], set()
+    with open(path, "rb") as file, _bar(path) as bar:
+        for outer in _walk(path, file, 0, path.stat().st_size):
+            name = Path(outer.name).name
+            if not name.endswith(".tar"):
+                raise DataError(f"{path} holds {outer.name} instead of one .tar for each class: download it again")
+            wnid, before = name.removesuffix(".tar"), len(members)
+            if wnid in seen:
+                raise DataError(f"{path} holds {name} twice: download it again")
+            seen.add(wnid)
+            for member in _walk(path, file, outer.offset_data, outer.size, f"/{outer.name}"):
+                if member.name.lower().endswith(EXTENSIONS):
+                    inner = os.fsencode(f"{name}/{Path(member.name).name}")
+                    members.append((wnid, inner, outer.offset_data + member.offset_data, member.size))
+            if len(members) == before:
+                raise DataError(f"class {wnid} has no images in {path}/{outer.name}: download it again")
+            bar.update(outer.size)
+    if not members:
+        raise DataError(f"{path} holds no classes: download it again")
+    return members
+
+
+def _val_members(path: Path, wnids: list[str]) -> list[Member]:
+    """`wnids`: the classes of the images, in the order of their numbers, which begin at 1."""
+    members, seen = [], set()
+    with open(path, "rb") as file:
+        for member in _walk(path, file, 0, path.stat().st_size):
+            match = VAL_NAME.fullmatch(Path(member.name).name)
+            number = int(match[1]) if match else 0
+            if not 1 <= number <= len(wnids) or number in seen:
+                raise DataError(
+                    f"{path} holds {member.name}, which is no new one of the {len(wnids):,} images that {DEVKIT} "
+                    f"knows: download both again"
+                )
+            seen.add(number)
+            members.append((wnids[number - 1], os.fsencode(match[0]), member.offset_data, member.size))
+    if len(members) != len(wnids):
+        raise DataError(f"{path} holds {len(members):,} images, but {DEVKIT} knows {len(wnids):,}: download both again")
+    return members
+
+
+def _walk(path: Path, file: io.BufferedReader, start: int, size: int, inside: str = "") -> Iterator[tarfile.TarInfo]:
+    """The files of the archive that takes `size` bytes of `file` from `start`.
+
+    Raises:
+        DataError: it is damaged, or holds what no honest archive of images does.
+    """
+    try:
+        with tarfile.open(fileobj=_Window(file, start, size), mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # which would otherwise keep every header
+                if member.name.startswith("/") or ".." in Path(member.name).parts:
+                    raise DataError(f"{path}{inside} holds the path {member.name!r}, outside it: download it again")
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise DataError(
+                        f"{path}{inside} holds {member.name!r}, a link, device or other thing that is no file: "
+                        f"download it again"
+                    )
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError("unexpected end of data")
+                yield member
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"{path}{inside} is damaged or no tar archive ({error}): download it again") from error
+
+
+def _devkit_classes(path: Path) -> list[str]:
+    """The WordNet ID of each validation image, in the order of their numbers."""
+    from scipy.io import loadmat
+
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            files = {name: archive.extractfile(f"ILSVRC2012_devkit_t12/{name}").read() for name in (META, GROUND_TRUTH)}
+        synsets = np.atleast_1d(loadmat(io.BytesIO(files[META]), squeeze_me=True)["synsets"])
+        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
+        return [wnids[int(number)] for number in files[GROUND_TRUTH].split()]
+    except Exception as error:  # gzip, tarfile and SciPy raise a dozen types for damaged files
+        raise DataError(f"{path} is damaged or not the development kit ({error}): download it again") from error
+
+
+def _bar(path: Path) -> tqdm:
+    return tqdm(desc=path.name, total=path.stat().st_size, unit="B", unit_scale=True, leave=False, disable=None)
