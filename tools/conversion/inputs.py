@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.sources.errors import DataError
-from pipelines.sources.folder import EXTENSIONS, _list_images
+from pipelines.sources.folder import EXTENSIONS, list_images
 
 IMAGES_PER_TASK = 64
 SPLITS = ("train", "val")
@@ -168,7 +168,7 @@ def _open_kaggle(path: Path) -> Source | None:
 
 
 def _class_folders(path: Path, split: str) -> tuple[list[str], Split]:
-    classes, names, labels, _ = _list_images(path / split)
+    classes, names, labels, _ = list_images(path / split)
     return classes, _file_split(path, [f"{split}/{name}" for name in names], labels)
 
 
