@@ -1,6 +1,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 ARGS ?=
+DATA ?= data/fake_imagenet
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,25 +10,28 @@ STAMP := $(VENV)/.installed
 # One rank for one GPU, two otherwise. Counted at the first use, when the environment is there; RANKS=N overrides it.
 RANKS = $(eval RANKS := $(shell $(BIN)/python -c \
 	'import torch; print(1 if torch.cuda.device_count() == 1 else 2)' 2>/dev/null || echo 2))$(RANKS)
-DEMO_FLAGS ?= -a resnet18_dcd -d data/digits -c runs/demo -b 64 --epochs 9 --lr 0.03 --lr-decay cos --warmup \
+DEMO_FLAGS ?= -a resnet18_dcd -d data/digits_beton -c runs/demo -b 64 --epochs 9 --lr 0.03 --lr-decay cos --warmup \
 	--warmup-epochs 2 --input-size 32 --flip 0 --crop-area 0.6 1.0 --eval-every 3 -p 11
 DEMO_TRAIN = $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) train_dist.py $(DEMO_FLAGS)
 
-.PHONY: help setup test lint format sample demo bench-model clean
+.PHONY: help setup test lint format sample dataset demo bench-model bench-loader bench-conversion clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## Install everything into .venv (PYTHON=python3.12 picks the interpreter)
 
-# An installation that broke off leaves .unfinished or no pip; the environment is then made anew.
+# An installation that broke off leaves .unfinished or no pip; the environment is then made anew. The constraints hold
+# for what builds FFCV, too: an older pip reads them for that from the first variable, a newer one from the second.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is not Python 3.10 or newer: name one, as in 'make setup PYTHON=python3.11'" >&2; exit 1; }
+	@tools/system_packages.sh $(PYTHON)
 	@if [ -e $(VENV)/.unfinished ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
 	@touch $(VENV)/.unfinished
-	$(BIN)/python -m pip install --no-input --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --no-input \
+		--disable-pip-version-check --use-pep517 -e '.[dev]'
 	@mv $(VENV)/.unfinished $@
 
 test: setup  ## Run the tests (PYTEST_ARGS="-k plan" passes options on)
@@ -44,17 +48,23 @@ format: setup  ## Format the code and mend what can be mended
 sample: setup  ## Write the sample dataset, handwritten digits, to data/digits
 	$(BIN)/python -m tools.make_sample data/digits
 
-demo: setup  ## Train on the sample, stop, go on, evaluate: minutes on a CPU
+dataset: setup  ## Convert ImageNet for FFCV: make dataset SRC=/path/to/imagenet OUT=/path/to/output
+	$(if $(and $(SRC),$(OUT)),,$(error name both folders: make dataset SRC=/path/to/imagenet OUT=/path/to/output))
+	$(BIN)/python -m tools.make_dataset "$(SRC)" "$(OUT)" $(ARGS)
+
+demo: setup  ## Convert the sample, train on it, stop, go on, evaluate: minutes on a CPU
 	@rm -rf runs/demo
-	@echo "== 1/5 the sample dataset"
+	@echo "== 1/6 the sample dataset"
 	$(BIN)/python -m tools.make_sample data/digits
-	@echo "== 2/5 train on $(RANKS) rank(s), and stop after 50 steps"
+	@echo "== 2/6 convert it to FFCV's format"
+	$(BIN)/python -m tools.make_dataset data/digits data/digits_beton
+	@echo "== 3/6 train on $(RANKS) rank(s), and stop after 50 steps"
 	$(DEMO_TRAIN) --stop-after-steps 50
-	@echo "== 3/5 the same command goes on from the checkpoint"
+	@echo "== 4/6 the same command goes on from the checkpoint"
 	$(DEMO_TRAIN)
-	@echo "== 4/5 evaluate the best checkpoint"
+	@echo "== 5/6 evaluate the best checkpoint"
 	$(DEMO_TRAIN) --evaluate
-	@echo "== 5/5 the results"
+	@echo "== 6/6 the results"
 	@echo "runs/demo/summary.json    the result"
 	@echo "runs/demo/metrics.jsonl   every logged step and epoch"
 	@echo "runs/demo/tensorboard     the same as curves: $(BIN)/tensorboard --logdir runs/demo/tensorboard"
@@ -63,6 +73,15 @@ demo: setup  ## Train on the sample, stop, go on, evaluate: minutes on a CPU
 bench-model: setup  ## Measure the models (ARGS="..." passes options on)
 	$(BIN)/python -m tools.bench_model $(ARGS)
 
-clean:  ## Remove caches, data/digits and runs/demo; .venv and other runs stay
-	rm -rf .pytest_cache .ruff_cache build *.egg-info data/digits runs/demo
+bench-loader: setup $(DATA)  ## Measure the loaders (DATA=/path/to/imagenet, else on a fake one)
+	$(BIN)/python -m tools.bench_loader $(DATA) $(ARGS)
+
+bench-conversion: setup $(DATA)  ## Measure the conversion beside FFCV's own (DATA=... as above)
+	$(BIN)/python -m tools.bench_conversion $(DATA) $(ARGS)
+
+data/fake_imagenet: | $(STAMP)
+	$(BIN)/python -m tools.make_fake_imagenet $@
+
+clean:  ## Remove caches, the sample and runs/demo; .venv, other data and other runs stay
+	rm -rf .pytest_cache .ruff_cache build *.egg-info data/digits data/digits_beton runs/demo
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

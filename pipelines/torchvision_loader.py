@@ -100,6 +100,8 @@ class TorchvisionExecutor:
             batch_size=None,
             sampler=self._work,
             num_workers=workers,
+            # forked: the source is shared, not copied, and a mapped file can't be sent
+            multiprocessing_context="fork" if workers else None,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # for the workers' seeds, which nothing uses: the global one is the trainer's

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import dcd
+from pipelines.loader import DataConfig, build_loader
+
 ROOT = Path(__file__).parents[1]
 MODEL = "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16"
 SMALL = f"{MODEL} --input-size 32 --lr 0.02 -p 2 -j 2".split()
@@ -223,6 +226,42 @@ def test_synthetic_data_and_progressive_sizes(tmp_path):
     args = ["--backend", "synthetic", "--synthetic-images", 64, "--num-classes", 5, "-b", 16, "--epochs", 2]
     run(*SMALL, *args, "-c", tmp_path, "--start-size", 32, "--size-ramp", 0, 1, "--input-size", 64, ranks=2)
     assert read(tmp_path, "summary.json")["eval"]["images"] == 6
+
+
+@pytest.fixture(scope="module")
+def converted(digits, tmp_path_factory) -> Path:
+    """The digits as .beton files."""
+    out = tmp_path_factory.mktemp("converted")
+    command = [sys.executable, "-m", "tools.make_dataset", digits, out, "--workers", "1"]
+    subprocess.run(command, check=True, timeout=120, capture_output=True, cwd=ROOT)
+    return out
+
+
+def top1_by(backend: str, data: Path, model: torch.nn.Module) -> float:
+    """Percent of the digits' evaluation images that the model gets right, read by `backend`."""
+    loader = build_loader(DataConfig(data, backend, batch_size=90, workers=2, eval_size=32), "val")
+    with torch.no_grad():
+        right = [(model(batch.images).argmax(1) == batch.labels).float() for batch in loader]
+    loader.close()
+    return 100 * torch.cat(right).mean().item()
+
+
+def test_every_backend_goes_on_with_the_run_of_another(digits, converted, tmp_path):
+    """One run, by all of them in turn, from a folder and from .beton files; its model is as good by each of them."""
+    flags = "-a resnet18_dcd -b 64 --epochs 2 --lr 0.03 --lr-decay cos --input-size 32 --flip 0 --crop-area 0.6 1"
+    common = [*flags.split(), "-c", tmp_path, "-j", 2, "-p", 2]
+    run(*common, "-d", converted, "--backend", "dali", "--stop-after-steps", 6)
+    run(*common, "-d", converted, "--backend", "ffcv", "--stop-after-steps", 10, ranks=2)
+    run(*common, "-d", digits, "--backend", "torchvision", "--stop-after-steps", 8)
+    run(*common, "-d", converted)
+    summary = read(tmp_path, "summary.json")
+    assert summary["epochs"] == 2 and summary["eval"]["top1"] > 60  # of ten classes
+
+    model = dcd.create_model("resnet18_dcd", num_classes=10).eval()
+    dcd.load_checkpoint(model, tmp_path / "checkpoints" / "last.pth")
+    found = [top1_by(backend, converted, model) for backend in ("ffcv", "dali", "torchvision")]
+    found += [top1_by(backend, digits, model) for backend in ("dali", "torchvision")]
+    assert max(found) - min(found) <= 0.1 and abs(found[0] - summary["eval"]["top1"]) <= 0.1
 
 
 # --- what goes wrong ---
