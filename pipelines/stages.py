@@ -4,7 +4,7 @@ with closing(in_background(to_host_memory(...), ahead=2)) as batches:
     yield from to_device(batches, device, dtype)
 """
 
-import sys
+import weakref
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
@@ -79,20 +79,23 @@ class Buffers:
 
     def __init__(self, pinned: bool):
         self._pinned = pinned
-        self._arrays: list[np.ndarray] = []
+        self._free: list[np.ndarray] = []
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
         if self._pinned:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         kind = torch.empty(0, dtype=dtype).numpy().dtype
-        self._arrays = [array for array in self._arrays if array.shape == shape and array.dtype == kind]
-        for array in self._arrays:
-            if sys.getrefcount(array) == 3:  # the list, this loop and the call; a tensor would be the fourth
-                return torch.from_numpy(array)
-        array = np.empty(shape, kind)
-        self._arrays = [*self._arrays, array][-self.KEPT :]
-        return torch.from_numpy(array)
+        memory = np.empty(0)
+        while (memory.shape, memory.dtype) != (shape, kind):  # one of another size is dropped
+            memory = self._free.pop() if self._free else np.empty(shape, kind)
+        handed_out = memory.view()  # lives as long as a tensor that is made of it
+        weakref.finalize(handed_out, self._give_back, memory).atexit = False
+        return torch.from_numpy(handed_out)
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        if len(self._free) < self.KEPT:
+            self._free.append(memory)
 
 
 @lru_cache

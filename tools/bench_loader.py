@@ -22,7 +22,7 @@ from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, local
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,6 @@ from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from tools.conversion.images import Options
 from tools.make_dataset import make_dataset
-
 
 # Batches at the beginning of an epoch: DALI's iterator has made them during the end of the last one.
 UNCOUNTED = 4
@@ -186,12 +185,15 @@ def full_decode(setting: Setting) -> Epochs:
     """libjpeg-turbo alone, on all cores: every image whole, accurate, nothing else done with it."""
     source = BetonSource(setting.beton / "train.beton")
     pool = ThreadPoolExecutor(setting.workers)
+    memory = local()
 
-    def decode(start: int) -> int:
-        indices = range(start, min(start + 16, len(source)))
-        return sum(native.decode_jpeg(source.read(index)).size > 0 for index in indices)
+    def decode(indices: range) -> int:
+        if not hasattr(memory, "pixels"):
+            memory.pixels = np.empty(int(source.sizes.astype(np.int64).prod(1).max()) * 3, np.uint8)
+        return sum(native.decode_jpeg(source.read(index), memory.pixels).size > 0 for index in indices)
 
-    return lambda: iter(pool.map(decode, range(0, len(source), 16)))
+    parts = [range(start, min(start + 64, len(source))) for start in range(0, len(source), 64)]
+    return lambda: iter(pool.map(decode, parts))
 
 
 def rows(setting: Setting) -> dict[str, tuple[Row, Callable[[Setting], Epochs]]]:
