@@ -1,6 +1,6 @@
 """Measure every loader beside the libraries' own, on the same images and cores, in one run.
 
-    python -m tools.bench_loader DATA                           a table, and OUT.json, OUT.md, OUT.png by --out OUT
+    python -m tools.bench_loader DATA --out OUT      a table; OUT.md, OUT.json and OUT.png
 
 Each row runs in a process of its own, which stays: the rows take turns, an epoch each, so that a machine whose speed
 changes changes it for all of them. An epoch gives the rate and the share of the cores that were busy, from its fifth
@@ -379,7 +379,7 @@ def plot(found: list[Row], path: Path, title: str) -> None:
 def main(
     data: tyro.conf.Positional[Path],
     beton: Path | None = None,
-    out: Path | None = None,
+    out: Path = Path("runs/loaders"),
     only: tuple[str, ...] = (),
     epochs: int = 3,
     batch_size: int = 256,
@@ -392,7 +392,7 @@ def main(
     Args:
         data: a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG, such as tools.make_fake_imagenet writes.
         beton: a folder with the same, converted; by default it is converted into a temporary folder.
-        out: write OUT.md, OUT.json and OUT.png.
+        out: where OUT.md, OUT.json and OUT.png are written.
         only: names of rows; by default all.
         epochs: counted epochs of each row.
         batch_size: images in a batch.
@@ -421,12 +421,11 @@ def main(
     what = f"{images:,} images, batches of {batch_size} at {size}×{size} pixels, {workers} workers, on {device}"
     text = "\n\n".join([f"{where}.", f"{what}; median of {epochs} epochs.", table(found), "\n".join(ratios(found))])
     print(text)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".md").write_text(f"{text}\n")
-        record = {"machine": where, "setting": what, "rows": [asdict(row) for row in found]}
-        out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-        plot(found, out.with_suffix(".png"), what)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text(f"{text}\n")
+    record = {"machine": where, "setting": what, "rows": [asdict(row) for row in found]}
+    out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    plot(found, out.with_suffix(".png"), what)
 
 
 if __name__ == "__main__":

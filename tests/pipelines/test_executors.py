@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -233,7 +234,9 @@ def test_closing_in_the_middle_of_an_epoch_leaves_nothing_ten_times(small):
         loader.close()
         loader.close()  # twice does no harm
 
-    open_and_leave()  # what the libraries keep for good: DALI's, PyTorch's and our own, once
+    for _ in range(3):
+        open_and_leave()  # what the libraries keep for good: DALI's, PyTorch's and our own, once
+    memory = psutil.Process().memory_info().rss
     before = children(), threading.active_count(), len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
     for _ in range(10):
         open_and_leave()
@@ -242,6 +245,7 @@ def test_closing_in_the_middle_of_an_epoch_leaves_nothing_ten_times(small):
     assert threading.active_count() <= python_threads
     assert len(os.listdir("/proc/self/task")) <= threads + 2
     assert len(os.listdir("/proc/self/fd")) <= files + 5
+    assert psutil.Process().memory_info().rss - memory < 30 * 2**20
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision"])
