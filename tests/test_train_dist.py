@@ -17,7 +17,7 @@ from pipelines.loader import DataConfig, build_loader
 
 ROOT = Path(__file__).parents[1]
 MODEL = "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16"
-SMALL = f"{MODEL} --input-size 32 --lr 0.02 -p 2 -j 2".split()
+SMALL = f"{MODEL} --input-size 32 --lr 0.005 -p 2 -j 2".split()
 
 
 def command(*args, ranks: int | None = None) -> list[str]:
