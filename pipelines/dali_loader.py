@@ -1,14 +1,15 @@
 """The executor by NVIDIA DALI: region decode, resize and normalise in one DALI pipeline, on the CPU or the GPU.
 
     thread:    steps of the plan -> bytes, boxes, flips -> DALI's own threads: decode the box, resize, flip, normalise
-    caller:                                                                -> copied out of DALI's memory, to the device
+    caller:                                                                                            -> to the device
 
 On a GPU nvJPEG and the hardware decoder decode ("mixed"). The bytes of a .beton file go to DALI without a copy.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
@@ -22,12 +23,17 @@ from pipelines.plan import StepPlan
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
-from pipelines.stages import HostBatch, in_background, to_device
+from pipelines.stages import HostBatch, host_batch, in_background, to_device
 
 # Each step with the stored bytes of its images
 Inputs: TypeAlias = Generator[tuple[StepPlan, list[NDArray[np.uint8]]], None, None]
 
 BATCHES_AHEAD = 2  # in DALI, beside the one that is being used
+
+
+def is_installed() -> bool:
+    """Whether DALI can be imported; it is not, yet."""
+    return bool(find_spec("nvidia") and find_spec("nvidia.dali"))
 
 
 class DaliExecutor:
@@ -47,7 +53,7 @@ class DaliExecutor:
         workers: int,
         batch_size: int,
     ):
-        if not (find_spec("nvidia") and find_spec("nvidia.dali")):
+        if not is_installed():
             raise DataError("--backend dali needs NVIDIA DALI: pip install nvidia-dali-cuda130")
         self._source, self._device, self._dtype = source, device, dtype
         self._threads, self._batch_size = max(1, workers), batch_size
@@ -55,28 +61,17 @@ class DaliExecutor:
         self._image_size = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._in_dali: deque[tuple[StepPlan, Any]] = deque()  # the steps whose batches are to come, and their inputs
-        self._running: Generator | None = None
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Iterator[Batch]:
-        self._stop()
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
         if image_size != self._image_size:
-            self._destroy()
+            self.close()
         if self._pipeline is None:
             self._pipeline, self._image_size = self._build(image_size), image_size
         inputs = in_background(self._read(steps), BATCHES_AHEAD)
-        self._running = in_background(self._outputs(inputs), ahead=1)
-        yield from to_device(self._running, self._device, self._dtype)
+        with closing(in_background(self._outputs(inputs), ahead=1)) as batches:
+            yield from to_device(batches, self._device, self._dtype)
 
     def close(self) -> None:
-        self._stop()
-        self._destroy()
-
-    def _stop(self) -> None:
-        if self._running is not None:
-            self._running.close()
-        self._running = None
-
-    def _destroy(self) -> None:
         # Private, but the only way to do it now: a pipeline in a cycle of references, as an error makes one, would be
         # destroyed by a later garbage collection, perhaps in a forked process, where it waits for threads for ever.
         if self._pipeline is not None:
@@ -164,7 +159,7 @@ class DaliExecutor:
             inputs.close()
             self._in_dali.clear()
             if not finished:  # there are steps in DALI that would come out first in the next epoch
-                self._destroy()
+                self.close()
 
     def _take(self) -> HostBatch:
         """The images of the oldest step in DALI."""
@@ -173,17 +168,16 @@ class DaliExecutor:
             (output,) = self._pipeline.share_outputs()
         except RuntimeError as error:
             raise self._named(error, step) from error
-        images = self._copied(output.as_tensor())
+        images = self._as_tensor(output.as_tensor())
         self._pipeline.release_outputs()
         self._in_dali.popleft()
         self._pipeline.schedule_run()
-        labels = torch.from_numpy(self._source.labels[step.indices])
-        return HostBatch(images, labels, torch.from_numpy(step.indices))
+        return host_batch(images, step, self._source.labels)
 
-    def _copied(self, output: Any) -> Tensor:
-        """DALI's images (N, S, S, 3) in memory of PyTorch's."""
+    def _as_tensor(self, output: Any) -> Tensor:
+        """DALI's images (N, S, S, 3): on a CPU in DALI's own memory, on a GPU copied into PyTorch's."""
         if self._stream is None:
-            return torch.from_dlpack(output)  # DALI's own memory, which lives as long as the tensor
+            return torch.from_dlpack(output)  # the memory lives as long as the tensor
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         with torch.cuda.stream(self._stream):

@@ -8,7 +8,7 @@ It reads what FFCV's own loader reads, and nothing of FFCV's is needed for it. F
 of the decoder, draws its crops by worker, and compiles its pipeline at every start; see docs/data.md for the figures.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 
 import numpy as np
@@ -19,7 +19,7 @@ from pipelines import native
 from pipelines.loader import MEAN, STD, Batch
 from pipelines.plan import StepPlan
 from pipelines.sources.beton import BetonSource
-from pipelines.stages import Buffers, HostBatch, in_background, to_device
+from pipelines.stages import Buffers, HostBatch, host_batch, in_background, to_device
 
 BATCHES_AHEAD = 2
 
@@ -37,18 +37,14 @@ class FfcvExecutor:
         self._source, self._device, self._dtype = source, device, dtype
         self._threads, self._exact = max(1, workers), exact
         self._buffers = Buffers(pinned=device.type == "cuda")
-        self._running: Generator | None = None
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Iterator[Batch]:
-        self.close()
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
         work = in_background(self._prepare(steps), BATCHES_AHEAD)
-        self._running = in_background(self._render(work, image_size), BATCHES_AHEAD)
-        yield from to_device(self._running, self._device, self._dtype)
+        with closing(in_background(self._render(work, image_size), BATCHES_AHEAD)) as batches:
+            yield from to_device(batches, self._device, self._dtype)
 
     def close(self) -> None:
-        if self._running is not None:
-            self._running.close()
-        self._running = None
+        """Nothing: no thread outlives a run, and memory goes with the executor."""
 
     def _prepare(self, steps: Iterable[StepPlan]) -> Generator[tuple[StepPlan, NDArray], None, None]:
         """Each step with its jobs (N,) of `native.JOB`."""
@@ -79,6 +75,5 @@ class FfcvExecutor:
                 except native.DecodeError as error:
                     index = step.indices[error.position]
                     raise self._source.damaged_image(index, str(error)) from error
-                labels = torch.from_numpy(self._source.labels[step.indices])
-                yield HostBatch(images, labels, torch.from_numpy(step.indices))
+                yield host_batch(images, step, self._source.labels)
                 del images  # so that its memory can be used again

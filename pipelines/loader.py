@@ -6,9 +6,8 @@
 backend is one class with `run` and `close`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -51,11 +50,14 @@ class Source(Protocol):
 class Executor(Protocol):
     """Carries out steps of the plan."""
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Iterator[Batch]:
-        """One batch for each step, in order, of images `image_size` pixels high and wide."""
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
+        """One batch for each step, in order, of images `image_size` pixels high and wide.
+
+        Closing the generator ends whatever works ahead for it. The last one is closed before the next `run`.
+        """
 
     def close(self) -> None:
-        """Stop every worker and free what they hold."""
+        """Free what is kept from one run to the next; the last run is closed."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Loader:
     ):
         self._source, self._executor, self._config = source, executor, config
         self.training, self.rank, self.world_size = training, rank, world_size
+        self._running: Generator[Batch, None, None] | None = None
         self.classes = source.classes
         self.num_samples = len(source)
         if training and self.num_samples < config.batch_size:
@@ -161,13 +164,21 @@ class Loader:
         return len(self._steps_left())
 
     def __iter__(self) -> Iterator[Batch]:
+        self._stop()  # an epoch that was left early
         steps = (self._plan.step(step, self.rank, self.world_size) for step in self._steps_left())
-        for batch in self._executor.run(steps, self.image_size):
+        self._running = self._executor.run(steps, self.image_size)
+        for batch in self._running:
             self._step += 1
             yield batch
 
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.close()
+        self._running = None
+
     def close(self) -> None:
         """Stop the backend's workers. The loader is of no use afterwards."""
+        self._stop()
         self._executor.close()
 
 
@@ -246,8 +257,9 @@ def _open_source(config: DataConfig, split: str) -> Source:
 
 def _choose_backend(source: Source, device: torch.device) -> str:
     """DALI decodes on a GPU; on a CPU our own threads are the fastest, and they read .beton files."""
+    from pipelines.dali_loader import is_installed
     from pipelines.sources.beton import BetonSource
 
-    if device.type == "cuda" and find_spec("nvidia") and find_spec("nvidia.dali"):
+    if device.type == "cuda" and is_installed():
         return "dali"
     return "ffcv" if isinstance(source, BetonSource) else "torchvision"

@@ -1,6 +1,6 @@
 """JPEG and raw images, decoded and resized by `native.cpp` on threads of this process.
 
-The C++ file is compiled at its first use on a machine (about 3 s), with the machine's own instructions, and kept under
+The C++ file is compiled at its first use on a machine, with the machine's own instructions, and kept under
 `$XDG_CACHE_HOME/dcd` (`~/.cache/dcd`) for every later start. It needs a C++ compiler and libjpeg-turbo's header.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.cache import cache_folder
 from pipelines.sources.errors import DataError
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -97,6 +98,11 @@ def checksum(data: NDArray[np.uint8]) -> int:
     return _library().dcd_xxh64(data.ctypes.data, data.nbytes)
 
 
+def hex_checksum(data: NDArray) -> str:
+    """`checksum` of the bytes of a contiguous array, as 16 hexadecimal digits."""
+    return f"{checksum(data.view(np.uint8)):016x}"
+
+
 def jpeg_size(data: NDArray[np.uint8]) -> tuple[int, int]:
     """Height and width of a JPEG, from its header.
 
@@ -114,7 +120,7 @@ def decode_jpeg(data: NDArray[np.uint8], memory: NDArray[np.uint8] | None = None
 
     Args:
         data: (N,), the bytes.
-        memory: (M,), used for the pixels where it is large enough: fresh memory costs a tenth of a decode.
+        memory: (M,), used for the pixels where it is large enough: the system would clear fresh memory first.
 
     Raises:
         DecodeError: it is damaged, truncated, or not to be had as RGB (CMYK).
@@ -165,11 +171,10 @@ def _compiled() -> Path:
     key = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes())
     for part in (compiler, *FLAGS, platform.machine(), _processor()):
         key.update(f"\0{part}".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcd"
-    library = cache / f"native-{key.hexdigest()[:16]}.so"
+    library = cache_folder() / f"native-{key.hexdigest()[:16]}.so"
     if library.exists():
         return library
-    cache.mkdir(parents=True, exist_ok=True)
+    library.parent.mkdir(parents=True, exist_ok=True)
     temporary = library.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: another rank may look for it
     try:
         done = subprocess.run(

@@ -1,8 +1,4 @@
-"""What every executor's pipeline is made of: a stage in a thread of its own, and the way to the device.
-
-with closing(in_background(to_host_memory(...), ahead=2)) as batches:
-    yield from to_device(batches, device, dtype)
-"""
+"""What every executor's pipeline is made of: stages in threads of their own, memory, and the way to the device."""
 
 import weakref
 from collections.abc import Generator, Iterable, Iterator
@@ -14,9 +10,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.loader import MEAN, STD, Batch
+from pipelines.plan import StepPlan
 
 T = TypeVar("T")
 
@@ -30,6 +28,11 @@ class HostBatch(NamedTuple):
     images: Tensor
     labels: Tensor
     indices: Tensor
+
+
+def host_batch(images: Tensor, step: StepPlan, labels: NDArray[np.int64]) -> HostBatch:
+    """The images (N, S, S, 3) of a step with its indices, and their labels of the dataset's `labels`."""
+    return HostBatch(images, torch.from_numpy(labels[step.indices]), torch.from_numpy(step.indices))
 
 
 def in_background(items: Generator[T, None, None], ahead: int) -> Generator[T, None, None]:
@@ -72,7 +75,7 @@ def in_background(items: Generator[T, None, None], ahead: int) -> Generator[T, N
 
 class Buffers:
     """Memory for batches on the host. On a CPU it is used again as soon as nobody holds the tensor that it was handed
-    out as: the system would clear fresh pages first, a tenth of a loader's time. Pinned memory PyTorch itself keeps.
+    out as, for the system clears fresh pages first, which shows in a loader's rate. Pinned memory PyTorch keeps itself.
     """
 
     KEPT = 6  # more than a loader has in hand at a time, unless its user keeps batches

@@ -1,6 +1,6 @@
 """The executor that reads nothing: one resident batch again and again, the upper bound of every loader."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class SyntheticExecutor:
         self._source, self._device, self._dtype = source, device, dtype
         self._images = torch.empty(0, 3, 0, 0)
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Iterator[Batch]:
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
         for step in steps:
             count = len(step.indices)
             if self._images.shape[0] < count or self._images.shape[2] != image_size:

@@ -23,7 +23,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from pipelines.loader import Batch
 from pipelines.plan import StepPlan
 from pipelines.sources.errors import DataError
-from pipelines.stages import HostBatch, in_background, normalise, to_device
+from pipelines.stages import HostBatch, host_batch, in_background, normalise, to_device
 
 
 class DecodingSource(Protocol):
@@ -57,7 +57,7 @@ class _Batches(Dataset):
     def __init__(self, source: DecodingSource):
         self.source = source
 
-    def __getitem__(self, work: tuple[StepPlan, int]) -> tuple[Tensor, Tensor, Tensor] | DataError:
+    def __getitem__(self, work: tuple[StepPlan, int]) -> HostBatch | DataError:
         step, size = work
         images = torch.empty(len(step.indices), size, size, 3, dtype=torch.uint8)
         try:
@@ -65,7 +65,7 @@ class _Batches(Dataset):
                 image.copy_(render(self.source.decode(index), box, flip, size))
         except DataError as error:
             return error  # raised in the training process; the DataLoader would wrap it into a page of text
-        return images, torch.from_numpy(self.source.labels[step.indices]), torch.from_numpy(step.indices)
+        return host_batch(images, step, self.source.labels)
 
 
 class _Work(Sampler):
@@ -108,7 +108,7 @@ class TorchvisionExecutor:
             worker_init_fn=_leave_signals_to_the_trainer if workers else None,
         )
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Iterator[Batch]:
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
         self._work.items = ((step, image_size) for step in steps)
         yield from to_device(self._host_batches(), self._device, self._dtype)
 
@@ -116,7 +116,7 @@ class TorchvisionExecutor:
         for batch in self._batches:
             if isinstance(batch, DataError):
                 raise batch
-            yield HostBatch(*batch)
+            yield batch
 
     def close(self) -> None:
         # Private, but the only way: the workers ignore SIGTERM, and a DataLoader that is merely dropped keeps them.
@@ -138,21 +138,18 @@ class TorchvisionGpuExecutor:
     def __init__(self, source: DecodingSource, device: torch.device, dtype: torch.dtype):
         self._source, self._device, self._dtype = source, device, dtype
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._running: Generator | None = None
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Iterator[Batch]:
-        self.close()
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
         encoded = in_background(self._read(steps), ahead=2)
-        self._running = in_background(self._decode(encoded, image_size), ahead=1)
-        for batch in self._running:
-            for tensor in batch[:2] if self._stream else ():
-                tensor.record_stream(torch.cuda.current_stream(self._device))  # it was allocated on the other stream
-            yield batch
+        with closing(in_background(self._decode(encoded, image_size), ahead=1)) as batches:
+            for batch in batches:
+                for tensor in batch[:2] if self._stream else ():
+                    # it was allocated on the other stream
+                    tensor.record_stream(torch.cuda.current_stream(self._device))
+                yield batch
 
     def close(self) -> None:
-        if self._running is not None:
-            self._running.close()
-        self._running = None
+        """Nothing: no thread outlives a run."""
 
     def _read(self, steps: Iterable[StepPlan]) -> Generator[tuple[StepPlan, list[Tensor]], None, None]:
         for step in steps:
@@ -167,10 +164,7 @@ class TorchvisionGpuExecutor:
                     whole = self._decode_batch(step, data)
                     boxes = zip(whole, step.boxes.tolist(), step.flips, strict=True)
                     images = torch.stack([render(image, box, flip, size) for image, box, flip in boxes])
-                    labels = torch.from_numpy(self._source.labels[step.indices])
-                    batch = normalise(
-                        HostBatch(images, labels, torch.from_numpy(step.indices)), self._device, self._dtype
-                    )
+                    batch = normalise(host_batch(images, step, self._source.labels), self._device, self._dtype)
                 if self._stream:
                     self._stream.synchronize()  # this thread waits, not the training's
                 yield batch

@@ -14,6 +14,7 @@ import torch
 
 import dcd
 from pipelines.loader import DataConfig, build_loader
+from tests.pipelines.conftest import make_dataset
 
 ROOT = Path(__file__).parents[1]
 MODEL = "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16"
@@ -231,10 +232,7 @@ def test_synthetic_data_and_progressive_sizes(tmp_path):
 @pytest.fixture(scope="module")
 def converted(digits, tmp_path_factory) -> Path:
     """The digits as .beton files."""
-    out = tmp_path_factory.mktemp("converted")
-    command = [sys.executable, "-m", "tools.make_dataset", digits, out, "--workers", "1"]
-    subprocess.run(command, check=True, timeout=120, capture_output=True, cwd=ROOT)
-    return out
+    return make_dataset(digits, tmp_path_factory.mktemp("converted"))
 
 
 def top1_by(backend: str, data: Path, model: torch.nn.Module) -> float:

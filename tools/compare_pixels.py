@@ -33,28 +33,30 @@ ROWS = (
 )
 
 
-def reference(folder: Path, config: DataConfig, steps: int) -> Iterator[Tensor]:
-    """The first `steps` training batches, (N, 3, S, S) float32 in [0, 255]."""
+def reference(path: Path, box: tuple[int, int, int, int], flip: bool, size: int) -> Tensor:
+    """The reference of one image, its `box` (top, left, height, width): (3, size, size) float32 in [0, 255]."""
+    top, left, height, width = box
+    with Image.open(path) as file:
+        whole = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).float()
+    cut = whole[None, :, top : top + height, left : left + width]
+    image = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
+    return image.flip(2) if flip else image
+
+
+def references(folder: Path, config: DataConfig, steps: int) -> Iterator[Tensor]:
+    """The references of the first `steps` training batches, (N, 3, S, S)."""
     source = FolderSource(folder / "train")
     plan = EpochPlan(config.seed, 0, source.sizes, config.batch_size, RandomCrop())
-    size = (config.input_size, config.input_size)
-    for number in range(steps):
-        step, images = plan.step(number), []
-        for index, box, flip in zip(step.indices, step.boxes.tolist(), step.flips, strict=True):
-            top, left, height, width = box
-            with Image.open(source.path(index)) as file:
-                whole = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)[None].float()
-            cut = whole[:, :, top : top + height, left : left + width]
-            image = F.interpolate(cut, size, mode="bilinear", antialias=True)[0]
-            images.append(image.flip(2) if flip else image)
-        yield torch.stack(images)
+    for step in map(plan.step, range(steps)):
+        images = zip(step.indices, step.boxes.tolist(), step.flips, strict=True)
+        yield torch.stack([reference(source.path(i), box, flip, config.input_size) for i, box, flip in images])
 
 
 def errors(folder: Path, config: DataConfig, steps: int) -> np.ndarray:
     """|pixel - reference| of the first `steps` batches, flat, in [0, 255]."""
     loader = build_loader(config, "train")
     std, mean = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1)
-    batches = zip(loader, reference(folder, config, steps), strict=False)
+    batches = zip(loader, references(folder, config, steps), strict=False)
     found = [(batch.images * std + mean - wanted).abs().flatten().numpy() for batch, wanted in batches]
     loader.close()
     return np.concatenate(found)

@@ -183,7 +183,7 @@ class BetonSource:
 
     def index_checksum(self) -> str:
         """XXH64 of everything but the pages, 32 hexadecimal digits."""
-        return "".join(f"{native.checksum(self.data[start:stop]):016x}" for start, stop in self._index_parts)
+        return "".join(native.hex_checksum(self.data[start:stop]) for start, stop in self._index_parts)
 
     def _use_record(self) -> None:
         """Compare the file with dataset.json and take the classes and checksums from there."""
@@ -206,7 +206,7 @@ class BetonSource:
             raise self._damaged(f"{len(self.data):,} bytes instead of {expected_bytes:,}")
         if self.index_checksum() != expected_index:
             raise self._damaged(f"its index is not the one that {path.name} records")
-        if f"{native.checksum(self.checksums.view(np.uint8)):016x}" != expected_checksums:
+        if native.hex_checksum(self.checksums) != expected_checksums:
             raise DataError(f"{path.with_name(split['checksums'])} is damaged: convert the dataset again")
         if self.labels.max() >= len(self.classes):
             raise self._damaged(f"label {self.labels.max()} of {len(self.classes)} classes")

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
+from pipelines.cache import cache_folder
 from pipelines.sources.errors import DataError
 
 EXTENSIONS = (".jpeg", ".jpg", ".png")
@@ -119,8 +120,7 @@ def list_images(root: Path) -> tuple[list[str], list[str], list[int], str]:
 
 
 def _index_path(root: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcd"
-    return cache / f"{root.name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.npz"
+    return cache_folder() / f"{root.name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.npz"
 
 
 def _cached_sizes(root: Path, names: list[str], fingerprint: str) -> np.ndarray:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 
-from pipelines.loader import DataConfig, build_loader
+from pipelines.loader import MEAN, STD, DataConfig, build_loader
 from pipelines.sources.folder import FolderSource
 
 # (left, top, right, bottom) of the cuts from two photographs of 640×427
@@ -38,6 +39,14 @@ def make_dataset(src: Path, out: Path, *options: str) -> Path:
     command = [sys.executable, "-m", "tools.make_dataset", str(src), str(out), "--workers", "1", *options]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=120, stderr=subprocess.DEVNULL)
     return out
+
+
+def indices_of(batches):
+    return [index for batch in batches for index in batch.indices.tolist()]
+
+
+def pixels_of(image):
+    return image.float() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 
 
 @dataclass

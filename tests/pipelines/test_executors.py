@@ -11,36 +11,17 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
-from pipelines.loader import MEAN, STD, DataConfig, build_loader
+from pipelines.loader import DataConfig, build_loader
 from pipelines.plan import CenterCrop, EpochPlan, RandomCrop
 from pipelines.sources.errors import DataError
-from tests.pipelines.conftest import EXECUTORS
+from tests.pipelines.conftest import EXECUTORS, indices_of, pixels_of
+from tools.compare_pixels import reference
 
 
 def plan_of(config, photos, split, epoch=0):
     crop = RandomCrop() if split == "train" else CenterCrop()
     return EpochPlan(config.seed, epoch, photos.source.sizes, config.batch_size, crop)
-
-
-def indices_of(batches):
-    return [index for batch in batches for index in batch.indices.tolist()]
-
-
-def pixels_of(image):
-    return image.float() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-
-
-def reference(photos, index, box, flip, size):
-    """The float reference: the whole image by Pillow (libjpeg-turbo, accurate), the box resized in float32."""
-    top, left, height, width = box
-    with Image.open(photos.source.path(index)) as file:
-        whole = torch.from_numpy(np.array(file)).permute(2, 0, 1).float()
-    cut = whole[None, :, top : top + height, left : left + width]
-    resized = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
-    return resized.flip(2) if flip else resized
 
 
 def errors(photos, config, split, build):
@@ -49,7 +30,7 @@ def errors(photos, config, split, build):
     size = config.input_size if split == "train" else config.eval_size
     batch = next(iter(build(config, split)))
     wanted = [
-        reference(photos, index, box, flip, size)
+        reference(photos.source.path(index), box, flip, size)
         for index, box, flip in zip(plan.indices, plan.boxes.tolist(), plan.flips, strict=True)
     ]
     return (pixels_of(batch.images) - torch.stack(wanted)).abs()
@@ -179,7 +160,7 @@ def test_raw_images_come_out_like_the_jpegs_that_they_were(photos, build, backen
     (batch,) = build(config, "val")
     for image, index, box in zip(batch.images, plan.indices, plan.boxes.tolist(), strict=True):
         if max(photos.source.sizes[index]) <= 500:  # the largest were made smaller
-            difference = pixels_of(image) - reference(photos, index, box, False, 64)
+            difference = pixels_of(image) - reference(photos.source.path(index), box, False, 64)
             assert difference.abs().mean() <= 3, index
 
 

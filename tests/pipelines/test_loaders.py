@@ -8,19 +8,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from pipelines.loader import MEAN, STD, DataConfig, build_loader
+from pipelines.loader import DataConfig, build_loader
 from pipelines.plan import EpochPlan, RandomCrop
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
-from tests.pipelines.conftest import write_photos
-
-
-def indices_of(batches):
-    return [index for batch in batches for index in batch.indices.tolist()]
-
-
-def pixels_of(image):
-    return image.float() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+from tests.pipelines.conftest import indices_of, pixels_of, write_photos
 
 
 def test_normalised_images_have_the_mean_and_deviation_of_imagenet_taken_out(tmp_path, build):
