@@ -16,11 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import tyro
 from torchvision.datasets import ImageFolder
 
+from dcd.engine.run_log import device_name
 from pipelines.sources.errors import DataError
 from tools.conversion.images import Options
 from tools.conversion.inputs import open_source
@@ -83,10 +86,9 @@ def main(src: tyro.conf.Positional[Path], workers: int | None = None, rounds: in
                         rates[name].append(found)
     except DataError as error:
         sys.exit(f"error: {error}")
-    print(
-        f"{workers} workers, Python {platform.python_version()}, {platform.processor() or platform.machine()}, ", end=""
-    )
-    print(f"{time.strftime('%Y-%m-%d')}: python -m tools.bench_conversion {' '.join(sys.argv[1:])}\n")
+    where = f"{device_name(torch.device('cpu'))}, Python {platform.python_version()}, ffcv {version('ffcv')}"
+    command = f"python -m tools.bench_conversion {' '.join(sys.argv[1:])}"
+    print(f"{where}, {workers} workers, {time.strftime('%Y-%m-%d')}: {command}\n")
     print("| conversion | images/s | of the runs | ratio |\n|---|---|---|---|")
     medians = {name: statistics.median(found) for name, found in rates.items()}
     names = list(conversions)

@@ -163,7 +163,7 @@ def _record(source: Source, src: Path, partial: Path, options: dict[str, Any], f
             "bytes": beton.stat().st_size,
             "index_xxh64": BetonSource(beton).index_checksum(),
             "checksums": checksums.name,
-            "checksums_xxh64": f"{native.checksum(written.checksums.view(np.uint8)):016x}",
+            "checksums_xxh64": native.hex_checksum(written.checksums),
             "reencoded": [{"name": name, "reason": reason} for name, reason in written.odd],
             "skipped": [{"name": name, "reason": reason} for name, reason in written.bad],
         }
