@@ -241,6 +241,22 @@ def test_a_stop_leaves_nothing_and_says_so(monkeypatch, folder, tmp_path, number
     assert errors.read_text().startswith("error: stopped: ") and "\n" not in errors.read_text()
 
 
+def test_a_stop_in_the_middle_of_a_fork_is_not_lost(monkeypatch, folder, tmp_path):
+    """Python drops an exception that a signal raises in what it calls around a fork."""
+
+    def stopped_at_fork(*arguments):
+        os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signal.SIGINT))
+        run_main(*arguments)
+
+    monkeypatch.setattr(writer, "convert", slowly(1))
+    out, errors = tmp_path / "out", tmp_path / "errors"
+    process = FORK.Process(target=stopped_at_fork, args=(errors, folder, out))
+    process.start()
+    process.join(20)
+    assert process.exitcode == 1 and os.listdir(out) == []
+    assert errors.read_text().startswith("error: stopped: ")
+
+
 def test_a_rename_that_was_interrupted_is_finished(folder, verbatim, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(verbatim, out / ".partial")

@@ -37,6 +37,7 @@ MIN_PAGE_SIZE = 8 << 20  # FFCV's default
 SHARD_PAGE_SIZE = 32 << 20  # where the sizes of the images are not known beforehand; ImageNet's largest has 15 MB
 MAX_PAGE_SIZE = 1 << 31  # FFCV holds it in 32 bits
 AHEAD = 4  # tasks for each worker between the first that is not placed and the last that is begun
+STOPS = (signal.SIGINT, signal.SIGTERM)
 QUEUED = 2  # tasks given to a worker at a time, so that it need not wait for the next
 
 ROW = np.dtype(
@@ -238,21 +239,32 @@ class _Workers:
 
     def __init__(self, count: int, split: Split, path: Path, options: Options, page_size: int):
         native.checksum(np.zeros(1, np.uint8))  # compiled once, here
-        context = multiprocessing.get_context("fork")  # the index is shared, and FFCV imported once
         self.workers: list[_Worker] = []
-        self._path = path
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            # The ends of the others' pipes, which a fork copies: were they open, nobody would see a process die.
-            foreign = [worker.connection for worker in self.workers] + [ours]
-            arguments = (theirs, foreign, split, path, options, page_size)
-            process = context.Process(target=_work, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            self.workers.append(_Worker(process, ours))
+        self._count, self._arguments = count, (split, path, options, page_size)
 
     def __enter__(self) -> "_Workers":
+        try:
+            # A stop waits meanwhile: Python drops an exception that falls into what it does around a fork.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+            try:
+                for _ in range(self._count):
+                    self._start_worker()
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
+
+    def _start_worker(self) -> None:
+        context = multiprocessing.get_context("fork")  # the index is shared, and FFCV imported once
+        ours, theirs = context.Pipe()
+        # The ends of the others' pipes, which a fork copies: were they open, nobody would see a process die.
+        foreign = [worker.connection for worker in self.workers] + [ours]
+        process = context.Process(target=_work, args=(theirs, foreign, *self._arguments), daemon=True)
+        process.start()
+        theirs.close()
+        self.workers.append(_Worker(process, ours))
 
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
@@ -286,6 +298,7 @@ def _work(
     """A worker process: convert and write what the parent says, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     for other in foreign:
         other.close()
     gc.freeze()  # what the parent had is never to be collected, so it need not be looked at
