@@ -252,6 +252,7 @@ def test_a_stop_in_the_middle_of_a_fork_is_not_lost(monkeypatch, folder, tmp_pat
     out, errors = tmp_path / "out", tmp_path / "errors"
     process = FORK.Process(target=stopped_at_fork, args=(errors, folder, out))
     process.start()
+    wait_for((out / ".partial" / "train.beton").exists)  # FFCV's import takes seconds
     process.join(20)
     assert process.exitcode == 1 and os.listdir(out) == []
     assert errors.read_text().startswith("error: stopped: ")
