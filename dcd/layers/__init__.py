@@ -1,7 +1,7 @@
 """Dynamic layers: parameters and state over the functions of `dcd.ops`."""
 
 from dcd.layers.coefficients import CoefficientGenerator
-from dcd.layers.dcd_conv2d import DCDConv2d
+from dcd.layers.dcd_conv2d import PATHS, DCDConv2d, available_paths, set_path
 from dcd.layers.dcd_linear import DCDLinear
 
-__all__ = ["CoefficientGenerator", "DCDConv2d", "DCDLinear"]
+__all__ = ["PATHS", "CoefficientGenerator", "DCDConv2d", "DCDLinear", "available_paths", "set_path"]
