@@ -12,6 +12,7 @@ from torch import nn
 
 from dcd.checkpoint_file import CheckpointError, read_state_dict
 from dcd.layers import DCDLinear
+from dcd.layers.rivals import RIVALS
 from dcd.models.mobilenet_v2 import MobileNetV2
 
 # Each table is read from top to bottom: every pattern that matches an own name is replaced in it.
@@ -93,9 +94,14 @@ class LoadReport:
 
 
 def upstream_names(model: nn.Module) -> dict[str, str]:
-    """Every own state-dict name of a model of `create_model` -> its official name, one to one, in order."""
+    """Every own state-dict name of a model of `create_model` -> its official name, one to one, in order.
+
+    The networks with other papers' layers (`dcd.layers.rivals`) have no names but their own.
+    """
     if not hasattr(model, "classifier") or not hasattr(model, "dropout"):
         raise ValueError(f"{type(model).__name__} is not a model of dcd.create_model")
+    if any(isinstance(module, RIVALS) for module in model.modules()):
+        return {name: name for name in model.state_dict()}
     dynamic, mobilenet = isinstance(model.classifier, DCDLinear), isinstance(model, MobileNetV2)
     if dynamic:
         rules = _MOBILENET_V2_DCD if mobilenet else _RESNET_DCD

@@ -1,5 +1,8 @@
 """ResNet (He et al., arXiv 1512.03385) with static or dynamic convolutions; the stride stands on the 3×3.
 
+Besides the static and the DCD networks there are those that DCD is measured against: ResNet-18 and ResNet-50 with
+squeeze-and-excitation, CondConv, DY-Conv and ODConv.
+
 Names follow torchvision's ResNet, except for the last layer, `classifier`.
 """
 
@@ -11,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcd.layers import DCDConv2d, DCDLinear
+from dcd.layers.rivals import CondConv2d, CondConvLinear, DYConv2d, ODConv2d, SqueezeExcitation
 from dcd.registry import register_model
 
 # (in_channels, out_channels, kernel_size, stride) -> a convolution without bias, padded by kernel_size // 2
 ConvFactory = Callable[[int, int, int, int], nn.Module]
+# channels -> a module from (B, channels, H, W) to the same shape
+RecalibrationFactory = Callable[[int], nn.Module]
 
 
 def static_conv(in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1) -> nn.Conv2d:
@@ -44,17 +50,26 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, conv: ConvFactory):
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        conv: ConvFactory,
+        shortcut_conv: ConvFactory,
+        recalibrate: RecalibrationFactory,
+    ):
         super().__init__()
         self.conv1 = conv(in_channels, width, 3, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv(width, width, 3, 1)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = shortcut(in_channels, width, stride)
+        self.recalibrate = recalibrate(width)
+        self.downsample = shortcut(in_channels, width, stride, shortcut_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
+        out = self.recalibrate(self.bn2(self.conv2(out)))
         return F.relu(out + self.downsample(x), inplace=True)
 
 
@@ -63,7 +78,15 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, conv: ConvFactory):
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        conv: ConvFactory,
+        shortcut_conv: ConvFactory,
+        recalibrate: RecalibrationFactory,
+    ):
         super().__init__()
         self.conv1 = conv(in_channels, width, 1, 1)
         self.bn1 = nn.BatchNorm2d(width)
@@ -71,20 +94,21 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = conv(width, width * self.expansion, 1, 1)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
-        self.downsample = shortcut(in_channels, width * self.expansion, stride)
+        self.recalibrate = recalibrate(width * self.expansion)
+        self.downsample = shortcut(in_channels, width * self.expansion, stride, shortcut_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        out = self.bn3(self.conv3(out))
+        out = self.recalibrate(self.bn3(self.conv3(out)))
         return F.relu(out + self.downsample(x), inplace=True)
 
 
-def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """The identity where the shapes agree, else a static 1×1 convolution with batch norm."""
+def shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactory) -> nn.Module:
+    """The identity where the shapes agree, else a 1×1 convolution with batch norm."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(static_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
 class ResNet(nn.Module):
@@ -96,6 +120,9 @@ class ResNet(nn.Module):
         conv: makes the convolutions inside the blocks.
         classifier: makes the last layer from (in_features, num_classes).
         dropout: probability before the classifier, or None.
+        shortcut_conv: makes the 1×1 convolutions of the shortcuts.
+        recalibrate: makes what stands behind the last batch norm of each block, from its channels.
+        conv_blocks: only the last so many blocks take `conv`, those before them are static; None for all.
     """
 
     def __init__(
@@ -106,17 +133,22 @@ class ResNet(nn.Module):
         classifier: Callable[[int, int], nn.Module],
         num_classes: int,
         dropout: float | None,
+        shortcut_conv: ConvFactory = static_conv,
+        recalibrate: RecalibrationFactory = nn.Identity,
+        conv_blocks: int | None = None,
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         channels = 64
+        static_blocks = 0 if conv_blocks is None else sum(depths) - conv_blocks
         for stage, depth in enumerate(depths):
             blocks = []
             for i in range(depth):
                 width, stride = 64 * 2**stage, 2 if stage > 0 and i == 0 else 1
-                blocks.append(block(channels, width, stride, conv))
+                make = conv if sum(depths[:stage]) + i >= static_blocks else static_conv
+                blocks.append(block(channels, width, stride, make, shortcut_conv, recalibrate))
                 channels = width * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -144,3 +176,18 @@ _VARIANTS = {
 for _name, (_block, _depths, _sizes) in _VARIANTS.items():
     register_model(_name, partial(ResNet, _block, _depths, static_conv, nn.Linear))
     register_model(f"{_name}_dcd", partial(ResNet, _block, _depths, partial(dynamic_conv, **_sizes), DCDLinear))
+
+# The layers stand where the published numbers of parameters (table 1 of ODConv's paper) say that they do: DY-Conv in
+# place of every convolution but the first, CondConv in the last three blocks and the classifier, ODConv in the blocks
+# but not in their shortcuts. tests/dcd/test_rivals.py compares the numbers.
+_RIVALS = {
+    "se": {"conv": static_conv, "classifier": nn.Linear, "recalibrate": SqueezeExcitation},
+    "condconv": {"conv": CondConv2d, "classifier": CondConvLinear, "conv_blocks": 3},
+    "dyconv": {"conv": DYConv2d, "classifier": nn.Linear, "shortcut_conv": DYConv2d},
+    "odconv": {"conv": ODConv2d, "classifier": nn.Linear},
+}
+
+for _name in ("resnet18", "resnet50"):
+    _block, _depths, _ = _VARIANTS[_name]
+    for _rival, _layers in _RIVALS.items():
+        register_model(f"{_name}_{_rival}", partial(ResNet, _block, _depths, **_layers))

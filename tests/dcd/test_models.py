@@ -40,7 +40,8 @@ def images(count: int, height: int, width: int | None = None) -> torch.Tensor:
 
 def test_list_of_models():
     depths = (18, 34, 50, 101, 152)
-    assert set(dcd.list_models()) == {"mobilenetv2", "mobilenetv2_dcd"} | {
+    rivals = {f"resnet{depth}_{rival}" for depth in (18, 50) for rival in ("se", "condconv", "dyconv", "odconv")}
+    assert set(dcd.list_models()) == {"mobilenetv2", "mobilenetv2_dcd"} | rivals | {
         f"resnet{depth}{suffix}" for depth in depths for suffix in ("", "_dcd")
     }
 
