@@ -2,6 +2,9 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 ARGS ?=
 DATA ?= data/fake_imagenet
+LAYERS_ARGS ?=
+# Minutes on a CPU. On GPUs give it the run that is meant, as in THROUGHPUT_ARGS="--recipe resnet50_dcd -j 48"
+THROUGHPUT_ARGS ?= -a resnet18_dcd -b 32
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,10 +17,11 @@ DEMO_FLAGS ?= -a resnet18_dcd -d data/digits_beton -c runs/demo -b 64 --epochs 5
 	--warmup-epochs 2 --input-size 48 --label-smoothing 0.1 --flip 0 --crop-area 0.6 1.0 -p 11
 DEMO_TRAIN = $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) train_dist.py $(DEMO_FLAGS)
 
-.PHONY: help setup test lint format sample dataset demo bench-model bench-loader bench-conversion clean
+.PHONY: help setup test lint format sample dataset demo bench-model bench-loader bench-conversion \
+	profile profile-layers profile-throughput clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## Install everything into .venv (PYTHON=python3.12 picks the interpreter)
 
@@ -78,6 +82,14 @@ bench-loader: setup $(DATA)  ## Measure the loaders (DATA=/path/to/imagenet, els
 
 bench-conversion: setup $(DATA)  ## Measure the conversion beside FFCV's own (DATA=... as above)
 	$(BIN)/python -m tools.bench_conversion $(DATA) $(ARGS)
+
+profile: profile-layers profile-throughput  ## Measure the layers, then the throughput, as the two targets below
+
+profile-layers: setup  ## Measure the dynamic layers beside others (LAYERS_ARGS="..." passes options on)
+	$(BIN)/python -m tools.profile_layers $(LAYERS_ARGS)
+
+profile-throughput: setup $(DATA)  ## Find what bounds a training run (DATA=..., THROUGHPUT_ARGS="...")
+	$(BIN)/python -m tools.profile_throughput -d $(DATA) $(THROUGHPUT_ARGS)
 
 data/fake_imagenet: | $(STAMP)
 	$(BIN)/python -m tools.make_fake_imagenet $@

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STDLIB = set(sys.stdlib_module_names)
-OURS = {"dcd", "pipelines", "tools", "train_dist", "tests"}
+OURS = {"dcd", "pipelines", "tools", "build_run", "train_dist", "tests"}
 OPTIONAL = {"nvidia", "ffcv", "triton", "apex", "onnx", "onnxruntime"}  # imported where they are used
 NOT_THE_PROJECT = {"build", "data", "runs", "out"}  # nor hidden folders
 
@@ -146,9 +146,9 @@ def test_pipelines_never_import_dcd_and_dcd_never_imports_pipelines():
     assert broken("dcd", lambda name: not below(name, "pipelines")) == []
 
 
-def test_only_train_dist_tools_and_tests_join_the_two():
+def test_only_build_run_tools_and_tests_join_the_two():
     for path, found in FILES.items():
-        if path.relative_to(ROOT).parts[0] in ("train_dist.py", "tools", "tests"):
+        if path.relative_to(ROOT).parts[0] in ("build_run.py", "tools", "tests"):
             continue
         assert not {"dcd", "pipelines"} <= {name.split(".")[0] for name, _, _ in found}, path
 

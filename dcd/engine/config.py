@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 from tyro.conf import arg
@@ -134,6 +134,9 @@ class Config:
     """Most minutes between two checkpoints; one is written after every epoch in any case."""
     stop_after_steps: int | None = None
     """Write a checkpoint and stop after this many steps, as for a job with a time limit."""
+    profile: int | None = None
+    """Time the phases of this many steps, and trace three more: what bounds the run is logged and written to
+    profile.json, the trace to trace.json."""
 
     def __post_init__(self):
         """Raise ConfigError for a value that no run can carry out."""
@@ -155,6 +158,7 @@ class Config:
         require(self.ema is None or 0 <= self.ema < 1, f"--ema {self.ema}: must lie in [0, 1)")
         require(self.clip_grad is None or self.clip_grad > 0, f"--clip-grad {self.clip_grad}: must be above 0")
         require(self.workers is None or self.workers >= 0, f"--workers {self.workers}: must be at least 0")
+        require(self.profile is None or self.profile >= 1, f"--profile {self.profile}: must be at least 1")
         require(self.nesterov is False or self.momentum > 0, "--nesterov needs a --momentum above 0")
         require(
             self.warmup is False or self.warmup_epochs < self.epochs,
@@ -184,23 +188,30 @@ class Config:
         return {"arch": self.arch, "num_classes": self.num_classes, **self.model_kwargs}
 
 
-def parse_config(argv: list[str], recipes: dict[str, Config]) -> Config:
+C = TypeVar("C", bound=Config)
+
+
+def parse_config(argv: list[str], recipes: dict[str, Config], kind: type[C] = Config, prog: str = "train_dist.py") -> C:
     """The options in `argv`, over those of `--recipe` where one is named. `--help` prints them and exits.
+
+    Args:
+        argv: the command line without the program. recipes: a Config for each name.
+        kind: Config, or that of a program with options of its own. prog: its name, for the help.
 
     Raises:
         ConfigError: an unknown flag or recipe, or a value that no run can carry out.
     """
-    default = Config()
+    default = kind()
     for i, word in enumerate(argv):
         if word == "--recipe" or word.startswith("--recipe="):
             name = word.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
             if name not in recipes:
                 raise ConfigError(f"unknown recipe {name!r}: use one of {', '.join(sorted(recipes))}")
-            default = recipes[name]
+            default = kind(**vars(recipes[name]))
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Config, args=argv, default=default, prog="train_dist.py")
+            return tyro.cli(kind, args=argv, default=default, prog=prog)
     except SystemExit as error:
         if error.code == 0:
             raise

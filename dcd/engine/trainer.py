@@ -23,6 +23,7 @@ from dcd.engine.metrics import Metrics, Summary
 from dcd.engine.mixup import mix, mixed_cross_entropy, mixup_share
 from dcd.engine.optim import autocast_dtype, build_optimizer, learning_rate
 from dcd.engine.run_log import RunLog
+from dcd.engine.step_timer import NO_TIMER, StepListener
 
 DIVERGED = "use a lower --lr, --warmup, --clip-grad or --amp bf16; the last checkpoint is from before"
 
@@ -47,6 +48,7 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks, model: nn.Module, train_loader, eval_loader, log: RunLog):
         self.config, self.ranks, self.model, self.log = config, ranks, model, log
         self.train_loader, self.eval_loader = train_loader, eval_loader
+        self.timer: StepListener = NO_TIMER  # another one may take its place between two epochs
         self.epoch, self.step = 0, 0  # where training goes on: the step is the next one of this epoch
         self.best_top1, self.best_epoch = -1.0, -1  # in percent; before the first evaluation
         self.stopped = False  # True once all ranks have agreed to stop
@@ -93,7 +95,8 @@ class Trainer:
         self._parallel.train()
         self.log.start_epoch(f"epoch {self.epoch + 1}/{config.epochs}", self.steps_per_epoch, self.step)
         watch = _Stopwatch()
-        for images, labels, _ in watch.timed(self.train_loader):
+        self.timer.start()
+        for images, labels, _ in watch.timed(self.train_loader, self.timer):
             lr = learning_rate(config, self.epoch + self.step / self.steps_per_epoch)
             self._train_step(images, labels, lr)
             self.step += 1
@@ -104,32 +107,39 @@ class Trainer:
                 if self._agree_to_stop():
                     break
                 watch.restart()
+            self.timer.end_step()
         self.log.end_epoch()
 
     def _train_step(self, images: Tensor, labels: Tensor, lr: float) -> None:
         """One optimizer step on this rank's share of a global batch; returns before the device is done."""
-        config, parts = self.config, self.config.accumulate
+        config, parts, timer = self.config, self.config.accumulate, self.timer
         torch.manual_seed(((config.seed * 1_000_003 + self.global_step) * 65_537 + self.ranks.rank) % 2**63)
         share = mixup_share(config.mixup, self.epoch, config.mixup_epochs, config.seed, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        with timer.phase("copy"):
+            images = self._in_format(images)
+        with timer.phase("optimizer"):
+            self.optimizer.zero_grad(set_to_none=True)
         for part, (part_images, part_labels) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
             reduce_now = part == parts - 1 or self._parallel is self.model
             with nullcontext() if reduce_now else self._parallel.no_sync():
-                mixed, targets = mix(self._in_format(part_images), part_labels, share)
-                with self._autocast():
-                    logits = self._forward(mixed)
-                loss = mixed_cross_entropy(logits, targets, config.label_smoothing)
-                self.scaler.scale(loss / parts).backward()
+                with timer.phase("forward"):
+                    mixed, targets = mix(part_images, part_labels, share)
+                    with self._autocast():
+                        logits = self._forward(mixed)
+                    loss = mixed_cross_entropy(logits, targets, config.label_smoothing)
+                with timer.phase("backward"):
+                    self.scaler.scale(loss / parts).backward()
             self._metrics.update(loss.detach() * len(part_labels), logits.detach(), part_labels)
-        if config.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
+        with timer.phase("optimizer"):
+            if config.clip_grad is not None:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
 
     def _log_step(self, watch: "_Stopwatch", lr: float) -> None:
         """Read the sums of the last steps (the only place where training waits for the device) and log them."""
@@ -351,14 +361,14 @@ class _Stopwatch:
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
-    def timed(self, batches: Iterable) -> Iterator:
+    def timed(self, batches: Iterable, timer: StepListener) -> Iterator:
         """The same batches, with the time that each is waited for."""
         iterator = iter(batches)
         while True:
             before = time.monotonic()
-            try:
-                batch = next(iterator)
-            except StopIteration:
+            with timer.phase("data"):
+                batch = next(iterator, None)
+            if batch is None:
                 return
             self.waited += time.monotonic() - before
             yield batch
