@@ -1,0 +1,69 @@
+"""What is measured beside each other: a convolution, or a network, in its static form and in each dynamic one."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import dcd
+from dcd.layers import DCDConv2d, available_paths, set_path
+from dcd.layers.rivals import CondConv2d, DYConv2d, ODConv2d, SqueezeExcitation
+from dcd.models.resnet import static_conv
+from tools.profiling.shapes import Shape, create_network
+
+STATIC = "static"
+
+
+def squeeze_excitation_conv(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Module:
+    """A convolution, and squeeze-and-excitation of its output."""
+    conv = static_conv(in_channels, out_channels, kernel_size, stride)
+    return nn.Sequential(conv, SqueezeExcitation(out_channels))
+
+
+# variant -> (in_channels, out_channels, kernel_size, stride) -> layer; a network's form NETWORK_VARIANT has its name
+LAYERS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
+    STATIC: static_conv,
+    "se": squeeze_excitation_conv,
+    "condconv": CondConv2d,
+    "dyconv": DYConv2d,
+    "odconv": ODConv2d,
+}
+
+
+def all_variants(device: torch.device) -> tuple[str, ...]:
+    """The names of all variants that run on a device: static first, DCD once for each path."""
+    return (*LAYERS, *(f"dcd {path}" for path in available_paths(device)))
+
+
+def create_layer(shape: Shape, variant: str) -> nn.Module:
+    """A layer of that shape; in training mode."""
+    if variant in LAYERS:
+        return LAYERS[variant](shape.in_channels, shape.out_channels, shape.kernel_size, shape.stride)
+    layer = DCDConv2d(
+        shape.in_channels,
+        shape.out_channels,
+        shape.kernel_size,
+        shape.stride,
+        latent_dim=shape.latent_dim,
+        squeeze_dim=shape.squeeze_dim,
+        pool_size=shape.pool_size,
+    )
+    set_path(layer, variant.removeprefix("dcd "))
+    return layer
+
+
+def model_name(network: str, variant: str) -> str:
+    """The registered name of a network in that form."""
+    return network if variant == STATIC else f"{network}_{variant.split()[0]}"
+
+
+def has_model(network: str, variant: str) -> bool:
+    return model_name(network, variant) in dcd.list_models()
+
+
+def create_model(network: str, variant: str) -> nn.Module:
+    """A network in that form, for 1000 classes; in training mode."""
+    model = create_network(model_name(network, variant))
+    if variant not in LAYERS:
+        set_path(model, variant.removeprefix("dcd "))
+    return model
