@@ -2,13 +2,23 @@
 
     model = dcd.create_model("resnet50_dcd", num_classes=1000, dropout=0.1)
     dcd.load_checkpoint(model, "resnet50_dcd.pth.tar")
+    model = dcd.deploy.fold(model)  # for inference
 
 Importing this package needs torch and nothing else; `dcd.engine` (the training loop) is imported on its own.
 """
 
+from dcd import deploy
 from dcd import models as _models  # noqa: F401  (fills the registry)
 from dcd.checkpoint_file import CheckpointError
 from dcd.registry import create_model, list_models
 from dcd.upstream import LoadReport, load_checkpoint, upstream_names
 
-__all__ = ["CheckpointError", "LoadReport", "create_model", "list_models", "load_checkpoint", "upstream_names"]
+__all__ = [
+    "CheckpointError",
+    "LoadReport",
+    "create_model",
+    "deploy",
+    "list_models",
+    "load_checkpoint",
+    "upstream_names",
+]

@@ -14,7 +14,7 @@ import torch
 
 import dcd
 from pipelines.loader import DataConfig, build_loader
-from tests.pipelines.conftest import make_dataset
+from tests.pipelines.conftest import converted
 
 ROOT = Path(__file__).parents[1]
 MODEL = "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16"
@@ -229,12 +229,6 @@ def test_synthetic_data_and_progressive_sizes(tmp_path):
     assert read(tmp_path, "summary.json")["eval"]["images"] == 6
 
 
-@pytest.fixture(scope="module")
-def converted(digits, tmp_path_factory) -> Path:
-    """The digits as .beton files."""
-    return make_dataset(digits, tmp_path_factory.mktemp("converted"))
-
-
 def top1_by(backend: str, data: Path, model: torch.nn.Module) -> float:
     """Percent of the digits' evaluation images that the model gets right, read by `backend`."""
     loader = build_loader(DataConfig(data, backend, batch_size=90, workers=2, eval_size=32), "val")
@@ -244,20 +238,22 @@ def top1_by(backend: str, data: Path, model: torch.nn.Module) -> float:
     return 100 * torch.cat(right).mean().item()
 
 
-def test_every_backend_goes_on_with_the_run_of_another(digits, converted, tmp_path):
+def test_every_backend_goes_on_with_the_run_of_another(digits, tmp_path):
     """One run, by all of them in turn, from a folder and from .beton files; its model is as good by each of them."""
-    flags = "-a resnet18_dcd -b 64 --epochs 2 --lr 0.03 --lr-decay cos --input-size 32 --flip 0 --crop-area 0.6 1"
-    common = [*flags.split(), "-c", tmp_path, "-j", 2, "-p", 2]
-    run(*common, "-d", converted, "--backend", "dali", "--stop-after-steps", 6)
-    run(*common, "-d", converted, "--backend", "ffcv", "--stop-after-steps", 10, ranks=2)
+    beton, out = converted(digits, tmp_path / "beton"), tmp_path / "out"
+    # The static network: after so short a training the dynamic one is chaotic in evaluation.
+    flags = "-a resnet18 -b 64 --epochs 2 --lr 0.03 --lr-decay cos --input-size 32 --flip 0 --crop-area 0.6 1"
+    common = [*flags.split(), "-c", out, "-j", 2, "-p", 2]
+    run(*common, "-d", beton, "--backend", "dali", "--stop-after-steps", 6)
+    run(*common, "-d", beton, "--backend", "ffcv", "--stop-after-steps", 10, ranks=2)
     run(*common, "-d", digits, "--backend", "torchvision", "--stop-after-steps", 8)
-    run(*common, "-d", converted)
-    summary = read(tmp_path, "summary.json")
+    run(*common, "-d", beton)
+    summary = read(out, "summary.json")
     assert summary["epochs"] == 2 and summary["eval"]["top1"] > 60  # of ten classes
 
-    model = dcd.create_model("resnet18_dcd", num_classes=10).eval()
-    dcd.load_checkpoint(model, tmp_path / "checkpoints" / "last.pth")
-    found = [top1_by(backend, converted, model) for backend in ("ffcv", "dali", "torchvision")]
+    model = dcd.create_model("resnet18", num_classes=10).eval()
+    dcd.load_checkpoint(model, out / "checkpoints" / "last.pth")
+    found = [top1_by(backend, beton, model) for backend in ("ffcv", "dali", "torchvision")]
     found += [top1_by(backend, digits, model) for backend in ("dali", "torchvision")]
     assert max(found) - min(found) <= 0.1 and abs(found[0] - summary["eval"]["top1"]) <= 0.1
 

@@ -1,4 +1,4 @@
-"""Training and inference rate of every DCD model and its static twin, on a resident batch: no data is read.
+"""Rates of every DCD model and its static twin on a resident batch: training, inference, inference folded.
 
     python -m tools.bench_model                       every pair, on the GPU where there is one
     python -m tools.bench_model --models resnet50 --batch-size 32 --json-file out.json
@@ -28,7 +28,7 @@ from dcd.engine.optim import autocast_dtype, build_optimizer
 from dcd.engine.run_log import device_name
 
 # small networks first
-STATIC = sorted((name for name in dcd.list_models() if not name.endswith("_dcd")), key=lambda name: (len(name), name))
+STATIC = [name.removesuffix("_dcd") for name in sorted(dcd.list_models(), key=len) if name.endswith("_dcd")]
 WARM_UP = 2  # steps of each model before any is timed
 
 
@@ -86,7 +86,7 @@ def describe_machine(device: torch.device) -> dict:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": " ".join(["python -m tools.bench_model", *sys.argv[1:]]),
+        "command": " ".join([f"python -m tools.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -102,7 +102,8 @@ def main(
     compile: bool = False,
     json_file: Path | None = None,
 ) -> None:
-    """Print images/s of each DCD model and its static twin, and the ratio.
+    """Print images/s of each DCD model and its static twin, and the ratio: in training, in inference, and in inference
+    with the batch norms folded (`dcd.deploy.fold`).
 
     Args:
         models: names of the static twins.
@@ -139,8 +140,10 @@ def main(
         kwargs = {"fc_squeeze": 16} if name == "mobilenetv2" else {}  # as published
         pair = [dcd.create_model(name), dcd.create_model(f"{name}_dcd", **kwargs)]
         pair = [model.to(where, memory_format=memory_format) for model in pair]
-        called = [torch.compile(model) if compile else model for model in pair]
-        for mode in ("training", "inference"):
+        for mode in ("training", "inference", "folded"):
+            if mode == "folded":
+                pair = [dcd.deploy.fold(model) for model in pair]
+            called = [torch.compile(model) if compile else model for model in pair]
             if mode == "training":
                 steps = [train_step(model, images, labels, autocast) for model in called]
             else:

@@ -119,7 +119,7 @@ def available_paths(device: torch.device) -> tuple[str, ...]:
 
 
 def set_path(model: nn.Module, path: str) -> None:
-    """Have every dynamic convolution in `model` computed in this way: "auto" or one of `PATHS`. All give the same numbers.
+    """Have every dynamic convolution in `model` computed in this way, "auto" or one of `PATHS`: all agree.
 
     Raises:
         ValueError: an unknown path.

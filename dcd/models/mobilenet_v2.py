@@ -57,6 +57,8 @@ class InvertedResidual(nn.Module):
     The input is added where the shapes agree. With an expansion of 1 there is no expanding layer.
     """
 
+    norms = (("expand", "bn1"), ("depthwise", "bn2"), ("project", "bn3"))  # which batch norm is behind which layer
+
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, pointwise: PointwiseFactory):
         super().__init__()
         hidden = in_channels * expansion
@@ -86,6 +88,8 @@ class MobileNetV2(nn.Module):
         width_mult: multiplies every width; the head stays at 1280 channels up to 1.0.
         dropout: probability before the classifier, or None.
     """
+
+    norms = (("stem", "stem_bn"), ("head", "head_bn"))  # which batch norm is behind which layer
 
     def __init__(
         self,

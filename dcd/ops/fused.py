@@ -291,9 +291,8 @@ class _Project(Function):
         d_rows = as_rows(d_y)  # [B, N, O]
         d_x = as_features(d_rows @ kernels, x.shape[2:])
         d_kernels = (d_rows.transpose(1, 2) @ as_rows(x)).to(weight.dtype)  # [B, O, C]
-        d_proj_out = torch.empty_like(proj_out)
-        torch.matmul(d_kernels, proj_in.t(), out=d_proj_out[:, :, :-1])
-        torch.sum(d_rows, 1, dtype=proj_out.dtype, out=d_proj_out[:, :, -1])
+        d_bias = d_rows.sum(1, dtype=proj_out.dtype)
+        d_proj_out = torch.cat([d_kernels @ proj_in.t(), d_bias.unsqueeze(2)], 2)
         d_proj_in = (proj_out[:, :, :-1].transpose(1, 2) @ d_kernels).sum(0)
         d_channel_scale = (d_kernels * weight).sum(2)
         d_weight = d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0)

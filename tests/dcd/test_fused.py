@@ -154,6 +154,17 @@ def test_norms_that_work_otherwise_are_left_to_the_reference(momentum):
     assert all(error(found[name], value) < 1e-9 for name, value in wanted.items())
 
 
+@pytest.mark.parametrize("path", FASTER)
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_no_break_in_the_graph(path, kernel_size):
+    torch._dynamo.reset()
+    made = layer(6, 6, kernel_size, 1, 4, 2)
+    set_path(made, path)
+    x = torch.randn(2, 6, 4, 4)
+    traced = torch.compile(copy.deepcopy(made), fullgraph=True, backend="eager")
+    torch.testing.assert_close(traced(x), made(x))
+
+
 def test_one_value_has_no_statistics():
     with pytest.raises(ValueError, match="more than one value"):
         layer(6, 6, 1, 1, 4, 1)(torch.randn(1, 6, 1, 1))

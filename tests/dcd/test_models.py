@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 import dcd
-from dcd.layers import DCDConv2d, DCDLinear
+from dcd.layers import DCDConv2d, DCDLinear, set_path
 
 SMALL = {"mobilenetv2": {"width_mult": 0.25}, "mobilenetv2_dcd": {"width_mult": 0.25, "fc_squeeze": 16}}
 LIGHT = ["resnet18", "resnet18_dcd", "resnet50_dcd", "mobilenetv2", "mobilenetv2_dcd"]
@@ -152,6 +152,7 @@ def test_one_graph(name, training):
     """torch.compile finds no break in the graph, and the graph computes the same."""
     torch._dynamo.reset()
     model = build(name).to(memory_format=torch.channels_last).train(training)
+    set_path(model, "reference")  # which is what is compiled
     x = images(4, 64)  # of those that the batch norms have seen
     if not training:  # in double precision, since rounding grows from layer to layer
         model, x = model.double(), x.double()

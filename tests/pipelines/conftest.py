@@ -1,7 +1,5 @@
 """Photographs in a folder and in .beton files, and every backend that reads them."""
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +10,8 @@ from sklearn.datasets import load_sample_images
 
 from pipelines.loader import MEAN, STD, DataConfig, build_loader
 from pipelines.sources.folder import FolderSource
+from tools.conversion.images import Options
+from tools.make_dataset import make_dataset
 
 # (left, top, right, bottom) of the cuts from two photographs of 640×427
 CUTS = [
@@ -34,10 +34,9 @@ def write_photos(folder, blur=0):
                 whole.crop(cut).save(folder / split / name / f"{number}.JPEG", quality=95)
 
 
-def make_dataset(src: Path, out: Path, *options: str) -> Path:
-    """`out`, with the .beton files of `src`."""
-    command = [sys.executable, "-m", "tools.make_dataset", str(src), str(out), "--workers", "1", *options]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=120, stderr=subprocess.DEVNULL)
+def converted(src: Path, out: Path, options: Options | None = None) -> Path:
+    """`out`, with the .beton files of `src`. In this process, so that FFCV is imported once."""
+    make_dataset(src, out, options or Options(), "error", workers=1)
     return out
 
 
@@ -67,10 +66,8 @@ class Photos:
 def photos(tmp_path_factory) -> Photos:
     root = tmp_path_factory.mktemp("photos")
     write_photos(root / "folder")
-    verbatim = make_dataset(root / "folder", root / "verbatim")
-    half_raw = make_dataset(
-        root / "folder", root / "half_raw", "--mode", "reencode", "--jpeg-fraction", "0.5", "--quality", "95"
-    )
+    verbatim = converted(root / "folder", root / "verbatim")
+    half_raw = converted(root / "folder", root / "half_raw", Options("reencode", quality=95, jpeg_fraction=0.5))
     return Photos(root / "folder", verbatim, half_raw)
 
 

@@ -14,7 +14,7 @@ from dcd.engine.config import ConfigError
 from dcd.engine.step_timer import PHASES
 from pipelines.loader import DataConfig, build_loader
 from pipelines.sources.errors import DataError
-from tests.pipelines.conftest import indices_of, make_dataset
+from tests.pipelines.conftest import converted, indices_of
 from tools.profile_throughput import Feed, Window, main
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_several_ranks(tmp_path):
 
 
 def test_converted_images(tiny, tmp_path, capsys):
-    data = make_dataset(tiny, tmp_path / "converted")
+    data = converted(tiny, tmp_path / "converted")
     args = ["-d", str(data), "--backend", "ffcv", "--no-channels-last", "--windows", "1"]
     main([*SMALL, *args, "--json", str(tmp_path / "found.json")])
     found = check(tmp_path / "found.json", windows=1)

@@ -1,0 +1,180 @@
+"""The dynamic layers for inference, made from trained ones: the functions of `dcd.ops.folded` with their constants."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from dcd.layers.coefficients import CoefficientGenerator
+from dcd.layers.dcd_conv2d import DCDConv2d
+from dcd.layers.dcd_linear import DCDLinear
+from dcd.ops import folded
+from dcd.ops.fused import as_features, as_rows
+
+# The latent dimension is padded with zeros to a multiple of this, since vector units and tensor cores work in blocks.
+LATENT_MULTIPLE = 8
+
+
+class FoldedCoefficients(nn.Module):
+    """M, e and s of a folded layer from its pooled input.
+
+    Args:
+        generator: the trained coefficient branch.
+        mixing_norm: bn2.
+        shift: c, that of bn1, (L,).
+    """
+
+    def __init__(self, generator: CoefficientGenerator, mixing_norm: _BatchNorm, shift: Tensor):
+        super().__init__()
+        size = len(shift)
+        self.latent_dim = size + -size % LATENT_MULTIPLE
+        to_phi, mixing_shift = _absorb(generator.to_phi.weight.unflatten(0, (size, size)), mixing_norm)
+        to_offset = torch.einsum("ijs,j->is", to_phi, shift)  # e = diag(a) Φ c + (c + d)
+        to_scale = generator.to_channel_scale.weight.detach() / 3
+        latent_dim, squeeze_dim = self.latent_dim, to_scale.shape[1]
+        rows = (
+            _pad(to_phi, (latent_dim, latent_dim, squeeze_dim)).flatten(0, 1),
+            _pad(to_offset, (latent_dim, squeeze_dim)),
+            to_scale,
+        )
+        biases = (
+            torch.eye(latent_dim).to(to_phi).flatten(),
+            _pad(shift + mixing_shift, (latent_dim,)),
+            torch.ones_like(to_scale[:, 0]),
+        )
+        self.register_buffer("squeeze", generator.squeeze.weight.detach())
+        self.register_buffer("gate", generator.gate.weight.detach() / 3)
+        self.register_buffer("gate_bias", torch.ones_like(self.gate[0]))
+        self.register_buffer("heads", torch.cat(rows))
+        self.register_buffer("heads_bias", torch.cat(biases))
+
+    def forward(self, descriptor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From descriptor (B, D) to M (B, L, L), e (B, L) and s (B, O), in the weights' precision."""
+        return folded.coefficients(
+            descriptor.to(self.squeeze.dtype),
+            self.squeeze,
+            self.gate,
+            self.gate_bias,
+            self.heads,
+            self.heads_bias,
+            self.latent_dim,
+        )
+
+
+class FoldedDCDConv2d(nn.Module):
+    """`norm(layer(x))` in evaluation. For inference only: it has no gradients.
+
+    Each call takes the form that is cheapest for its input size (`folded.cheapest_form`).
+
+    Args:
+        layer: the trained layer; what no batch norm changes is shared with it.
+        norm: the batch norm behind it, if any.
+    """
+
+    def __init__(self, layer: DCDConv2d, norm: _BatchNorm | None = None):
+        super().__init__()
+        self.stride, self.padding = layer.static_conv.stride, layer.static_conv.padding
+        self.pool_size = layer.pool_size
+        weight, proj_out = layer.static_conv.weight.detach(), layer.proj_out.weight.detach().flatten(1)
+        bias = torch.zeros_like(proj_out[:, 0])
+        if norm is not None:
+            weight, _ = _absorb(weight, norm)
+            proj_out, bias = _absorb(proj_out, norm)
+        proj_in, shift = _absorb(layer.proj_in.weight, layer.bn1)
+        self.coefficients = FoldedCoefficients(layer.coefficients, layer.bn2, shift)
+        latent_dim = self.coefficients.latent_dim
+        self.register_buffer("weight", weight)  # [O, C, k, k]
+        self.register_buffer("bias", bias)
+        self.register_buffer("proj_in", _pad(proj_in, (latent_dim, *proj_in.shape[1:])))  # [L, C, 1, 1]
+        self.register_buffer("proj_out", _pad(proj_out.t(), (latent_dim, len(proj_out))))  # [L, O]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From x (B, C, H, W) to (B, O, H', W') with H' and W' of the static convolution, in channels_last.
+
+        Autocast decides on the dtype of the feature maps; what comes from the coefficients keeps the weights'.
+        """
+        return _leave_autocast(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        mixing, offset, scale = self.coefficients(F.adaptive_avg_pool2d(x, self.pool_size).flatten(1))
+        if self._form(x) == "kernels":
+            proj_in = self.proj_in.flatten(1)
+            kernels = folded.sample_kernels(
+                self.weight.flatten(1), scale, mixing, offset, proj_in, self.proj_out, self.bias
+            )
+            return as_features(folded.apply_kernels(as_rows(x), *kernels), x.shape[2:])
+        q = F.conv2d(x, self.proj_in.to(x.dtype), None, self.stride)
+        latent = folded.mix_latent(as_rows(q), mixing, offset)
+        static = F.conv2d(x, self.weight.to(x.dtype), None, self.stride, self.padding)
+        rows = folded.add_latent_(as_rows(static), scale, latent, self.proj_out, self.bias)
+        return as_features(rows, static.shape[2:])
+
+    def _form(self, x: Tensor) -> str:
+        out_channels, in_channels, *kernel_size = self.weight.shape
+        return folded.cheapest_form(
+            x.shape[2] * x.shape[3],
+            in_channels,
+            out_channels,
+            self.coefficients.latent_dim,
+            pointwise=(*kernel_size, *self.stride) == (1, 1, 1, 1),
+            element_size=x.element_size(),
+        )
+
+
+class FoldedDCDLinear(nn.Module):
+    """`layer(x)` in evaluation. For inference only: it has no gradients.
+
+    Args:
+        layer: the trained layer; what no batch norm changes is shared with it.
+    """
+
+    def __init__(self, layer: DCDLinear):
+        super().__init__()
+        proj_in, shift = _absorb(layer.proj_in.weight, layer.bn1)
+        proj_out = layer.proj_out.weight.detach()
+        self.coefficients = FoldedCoefficients(layer.coefficients, layer.bn2, shift)
+        latent_dim = self.coefficients.latent_dim
+        self.register_buffer("weight", layer.static_linear.weight.detach())  # [O, C]
+        self.register_buffer("bias", layer.static_linear.bias.detach())
+        self.register_buffer("proj_in", _pad(proj_in, (latent_dim, proj_in.shape[1])))  # [L, C]
+        self.register_buffer("proj_out", _pad(proj_out.t(), (latent_dim, len(proj_out))))  # [L, O]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From x (B, C) to (B, O); for autocast see `FoldedDCDConv2d`."""
+        return _leave_autocast(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        mixing, offset, scale = self.coefficients(x)
+        q = F.linear(x, self.proj_in.to(dtype))  # [B, L]
+        latent = folded.mix_latent(q.unsqueeze(1), mixing, offset).squeeze(1)
+        static = F.linear(x, self.weight.to(dtype), self.bias.to(dtype)) * scale.to(dtype)
+        return torch.addmm(static, latent.to(dtype), self.proj_out.to(dtype))
+
+
+def _leave_autocast(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`forward(x)` without autocast, with x in the dtype that autocast would compute in."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return forward(x)
+    with torch.autocast(kind, enabled=False):
+        return forward(x.to(torch.get_autocast_dtype(kind)))
+
+
+def _absorb(weight: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """A batch norm in evaluation behind a linear map (O, ...): the map with scaled rows, and a bias (O,)."""
+    scaled, shift = fuse_conv_bn_weights(
+        weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    return scaled.detach(), shift.detach()
+
+
+def _pad(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A contiguous copy with zeros behind the last index of each dimension, up to `shape`."""
+    padded = tensor.new_zeros(shape)
+    padded[tuple(slice(size) for size in tensor.shape)] = tensor
+    return padded
