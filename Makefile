@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@mv $(VENV)/.unfinished $@
 
 test: setup  ## Run the tests (PYTEST_ARGS="-k plan" passes options on)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: setup  ## Check style and format
 	$(BIN)/ruff check .

@@ -145,16 +145,18 @@ def test_outputs(trained):
     assert read(trained, "summary.json")["eval"]["images"] == 23
 
 
-@pytest.mark.parametrize(("ranks", "precision"), [(None, "off"), (2, "off"), (None, "fp16")])
-def test_resume_is_exact_to_the_bit(tiny, tmp_path, ranks, precision):
-    """Stopped in the middle of an epoch, twice, and gone on from: the weights of the run that was never stopped."""
+@pytest.mark.parametrize(
+    ("ranks", "precision", "stops"), [(None, "off", (5, 5)), (2, "off", (5,)), (None, "fp16", (9,))]
+)
+def test_resume_is_exact_to_the_bit(tiny, tmp_path, ranks, precision, stops):
+    """Stopped in the middle of an epoch, even twice, and gone on from: the weights of the run that was not stopped."""
     everything = ["--dropout", 0.2, "--mixup", 0.4, "--mixup-epochs", 1, "--ema", 0.9, "--clip-grad", 1.0]
     common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 3, "--amp", precision, *everything]
     run(*common, "-c", tmp_path / "whole", ranks=ranks)
-    for _ in range(2):
-        output = run(*common, "-c", tmp_path / "parts", "--stop-after-steps", 5, ranks=ranks)
+    for steps in stops:
+        output = run(*common, "-c", tmp_path / "parts", "--stop-after-steps", steps, ranks=ranks)
         assert "stopped; the same command goes on" in output
-    assert (last(tmp_path / "parts")["epoch"], last(tmp_path / "parts")["step"]) == (2, 2)
+    assert (last(tmp_path / "parts")["epoch"], last(tmp_path / "parts")["step"]) == divmod(sum(stops), 4)
     assert "going on from" in run(*common, "-c", tmp_path / "parts", "-j", 1, ranks=ranks)
 
     whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
@@ -199,7 +201,7 @@ def test_evaluation_is_exact_on_any_number_of_ranks(tiny, trained, tmp_path):
     """23 images in batches of 6, and of 20, which leave some ranks without images in the last step."""
     weight = trained / "checkpoints" / "last.pth"
     results = []
-    for ranks, batch in ((None, 6), (2, 6), (3, 6), (2, 20), (None, 23)):
+    for ranks, batch in ((None, 6), (3, 6), (2, 20)):
         out = tmp_path / f"{ranks}-{batch}"
         run(*SMALL, "-d", tiny, "-c", out, "-b", batch, "--weight", weight, "--evaluate", ranks=ranks)
         results.append(read(out, "evaluation.json")["result"])
@@ -275,31 +277,31 @@ def break_class_names(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "spoil", "message"),
+    ("ranks", "args", "spoil", "message"),
     [
-        (["--wrong", "1"], None, "Unrecognized options: --wrong"),
-        (["-a", "mobilenetv2_dc"], None, "unknown model 'mobilenetv2_dc'; did you mean mobilenetv2_dcd"),
-        (["-b", "13"], None, "--batch-size 13 is global: 2 ranks"),
-        (["-b", "4096"], None, "48 training images do not fill one batch of 4096"),
-        (["-d", "/nowhere"], None, "no folder /nowhere/val: it must hold CLASS/"),
-        (["--weight", "/nowhere.pth"], None, "no checkpoint at /nowhere.pth"),
-        (["--crop-area", "0.5", "0.2"], None, "the crop's area must lie in"),
-        (["--num-classes", "2"], None, "--num-classes 2: the data has 3 classes"),
-        (["--sync-bn"], None, "--sync-bn works on GPUs only"),
-        ([], break_class, "has no images in"),
-        ([], break_class_names, "hold different classes: 0_zero, renamed"),
+        (2, ["--wrong", "1"], None, "Unrecognized options: --wrong"),
+        (None, ["-a", "mobilenetv2_dc"], None, "unknown model 'mobilenetv2_dc'; did you mean mobilenetv2_dcd"),
+        (2, ["-b", "13"], None, "--batch-size 13 is global: 2 ranks"),
+        (None, ["-b", "4096"], None, "48 training images do not fill one batch of 4096"),
+        (2, ["-d", "/nowhere"], None, "no folder /nowhere/val: it must hold CLASS/"),
+        (None, ["--weight", "/nowhere.pth"], None, "no checkpoint at /nowhere.pth"),
+        (None, ["--crop-area", "0.5", "0.2"], None, "the crop's area must lie in"),
+        (None, ["--num-classes", "2"], None, "--num-classes 2: the data has 3 classes"),
+        (None, ["--sync-bn"], None, "--sync-bn works on GPUs only"),
+        (2, [], break_class, "has no images in"),
+        (None, [], break_class_names, "hold different classes: 0_zero, renamed"),
     ],
 )
-def test_errors_are_one_line_on_every_rank(tiny, tmp_path, args, spoil, message):
+def test_errors_are_one_line_on_every_rank(tiny, tmp_path, ranks, args, spoil, message):
     data = tiny
     if spoil:
         data = shutil.copytree(tiny, tmp_path / "data")
         spoil(data)
-    output = run(*SMALL, "-d", data, "-c", tmp_path / "out", "-b", 12, "--epochs", 1, *args, ranks=2, fails=True)
+    output = run(*SMALL, "-d", data, "-c", tmp_path / "out", "-b", 12, "--epochs", 1, *args, ranks=ranks, fails=True)
     found = error_lines(output)
     # torchrun may end the second rank before it has spoken; what is said is the same line
     assert found and all(message in line for line in found), output
-    assert "]: Traceback" not in output and output.count("Traceback") == 1, "torchrun's own, and no rank's"
+    assert "]: Traceback" not in output and output.count("Traceback") == (1 if ranks else 0), "only torchrun's own"
 
 
 def test_a_checkpoint_of_another_model_is_left_alone(tiny, trained, tmp_path):
