@@ -17,14 +17,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dcd.layers import DCDConv2d, DCDLinear
 from dcd.layers.folded import FoldedDCDConv2d, FoldedDCDLinear
-from dcd.models import resnet
-
-# The (convolution, batch norm behind it) of modules that do not name theirs in an attribute `norms`.
-_NORMS = {
-    resnet.ResNet: (("conv1", "bn1"),),
-    resnet.BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
-    resnet.Bottleneck: (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
-}
 
 
 @torch.no_grad()
@@ -63,7 +55,7 @@ def _pairs(module: nn.Module) -> tuple[tuple[str, str], ...]:
     """The names in a module of layers and of the batch norms right behind them."""
     if type(module) is nn.Sequential:
         return tuple(pairwise(name for name, _ in module.named_children()))
-    return getattr(module, "norms", _NORMS.get(type(module), ()))
+    return getattr(module, "norms", ())
 
 
 def _is_constant(norm: nn.Module | None) -> bool:

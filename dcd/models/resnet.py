@@ -49,6 +49,7 @@ class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
 
     expansion = 1
+    norms = (("conv1", "bn1"), ("conv2", "bn2"))  # which batch norm is behind which layer
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class Bottleneck(nn.Module):
     """1×1, 3×3 and 1×1 convolution and a shortcut: (B, C, H, W) -> (B, 4·width, H/stride, W/stride)."""
 
     expansion = 4
+    norms = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))  # which batch norm is behind which layer
 
     def __init__(
         self,
@@ -124,6 +126,8 @@ class ResNet(nn.Module):
         recalibrate: makes what stands behind the last batch norm of each block, from its channels.
         conv_blocks: only the last so many blocks take `conv`, those before them are static; None for all.
     """
+
+    norms = (("conv1", "bn1"),)  # which batch norm is behind which layer
 
     def __init__(
         self,
