@@ -11,6 +11,7 @@ import torch
 import dcd
 from dcd.engine import distributed
 from dcd.engine.config import Config, ConfigError
+from dcd.engine.cpu_memory import keep_freed_memory
 from dcd.engine.distributed import Ranks
 from dcd.engine.optim import autocast_dtype
 from dcd.engine.run_log import RunLog
@@ -31,6 +32,8 @@ def open_trainer(config: Config, write_log: bool = True) -> Iterator[Trainer]:
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     ranks = distributed.start(config.device)
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     with ExitStack() as stack:
         with distributed.first_on_machine(ranks):  # it reads the sizes of the images, the others find them
             train_loader, eval_loader = build_loaders(config, ranks)

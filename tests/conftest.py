@@ -1,9 +1,13 @@
-"""Fixtures of every test: an image index of their own, and the sample dataset."""
+"""Fixtures of every test: an image index of their own, and the sample dataset. Without a GPU, Triton interprets."""
 
 import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # is read when triton is imported
 
 ROOT = Path(__file__).parents[1]
 

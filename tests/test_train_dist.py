@@ -287,7 +287,7 @@ def break_class_names(data: Path) -> None:
         (None, ["--weight", "/nowhere.pth"], None, "no checkpoint at /nowhere.pth"),
         (None, ["--crop-area", "0.5", "0.2"], None, "the crop's area must lie in"),
         (None, ["--num-classes", "2"], None, "--num-classes 2: the data has 3 classes"),
-        (None, ["--sync-bn"], None, "--sync-bn works on GPUs only"),
+        (2, ["--sync-bn"], None, "--sync-bn works on GPUs only"),
         (2, [], break_class, "has no images in"),
         (None, [], break_class_names, "hold different classes: 0_zero, renamed"),
     ],

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import dcd
 from dcd.engine.config import Config
+from dcd.engine.cpu_memory import keep_freed_memory
 from dcd.engine.optim import autocast_dtype, build_optimizer
 from dcd.engine.run_log import device_name
 
@@ -120,6 +121,8 @@ def main(
     if unknown:
         sys.exit(f"error: --models {' '.join(unknown)}: use static names, of {', '.join(STATIC)}")
     where = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    if where.type == "cpu":
+        keep_freed_memory()  # as in training
     batch_size = batch_size or (256 if where.type == "cuda" else 8)
     dtype = autocast_dtype(amp, where)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format

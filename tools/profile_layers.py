@@ -23,6 +23,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from dcd.engine.cpu_memory import keep_freed_memory
 from tools.bench_model import STATIC as NETWORKS
 from tools.bench_model import describe_machine
 from tools.profiling.measure import Row, Setting, Subject, measure
@@ -93,6 +94,8 @@ def main(
 
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")  # as in training
+    if where.type == "cpu":
+        keep_freed_memory()
     chosen = tuple(name for name in known if name == STATIC or name in (variants or known))
     precisions = ("fp32", "bf16") if amp else ("fp32",)
     modes = ("eager", "compiled") if compile else ("eager",)

@@ -1,5 +1,7 @@
 """The dynamic convolution."""
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +9,10 @@ from torch import Tensor, nn
 from dcd.layers.coefficients import CoefficientGenerator
 from dcd.ops import fused, reference
 
-PATHS = ("reference", "fused")  # ways to compute the same equation; "auto" is fused, and compiled the reference
+HAS_TRITON = find_spec("triton") is not None
+# Ways to compute the same equation: plain PyTorch, few passes over the maps, and those with kernels for the GPU. "auto"
+# is the last that the device can, and the first where torch.compile looks.
+PATHS = ("reference", "fused", "triton")
 
 
 class DCDConv2d(nn.Module):
@@ -48,13 +53,16 @@ class DCDConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C, H, W) to (B, O, H', W') with H' and W' of the static convolution; keeps channels_last."""
-        by_reference = self.path == "reference" or (self.path == "auto" and torch.compiler.is_compiling())
-        if by_reference or not self._has_plain_norms():
+        path = self.path
+        if path == "auto":
+            path = "reference" if torch.compiler.is_compiling() else available_paths(x.device)[-1]
+        if path == "reference" or not self._has_plain_norms():
             return self._by_reference(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
-            return self._by_fused(x.to(dtype, memory_format=torch.channels_last))
+            x = x.to(dtype, memory_format=torch.channels_last)
+            return self._by_fused(x, by_triton=path == "triton" and dtype != torch.float64)
 
     def _by_reference(self, x: Tensor) -> Tensor:
         descriptor = F.adaptive_avg_pool2d(x, self.pool_size).flatten(1)  # [B, C*pool_size**2]
@@ -63,7 +71,7 @@ class DCDConv2d(nn.Module):
         latent = self.bn2(reference.fuse_latent(phi, q)) + q
         return reference.combine(self.static_conv(x), channel_scale, self.proj_out(latent))
 
-    def _by_fused(self, x: Tensor) -> Tensor:
+    def _by_fused(self, x: Tensor, by_triton: bool) -> Tensor:
         weight, proj_in = self.static_conv.weight, self.proj_in.weight.flatten(1)
         by_sample = self.kernel_size == 1 and self.stride == 1 and has_light_kernels(x)
         if self.bn1.training:
@@ -78,7 +86,7 @@ class DCDConv2d(nn.Module):
         if by_sample:
             return fused.project(x, weight.flatten(1), channel_scale, proj_in, proj_out)
         static = F.conv2d(x, weight.to(x.dtype), stride=self.stride, padding=self.kernel_size // 2)
-        return fused.combine(static, channel_scale.to(x.dtype), q, proj_out.to(x.dtype))
+        return fused.combine(static, channel_scale.to(x.dtype), q, proj_out.to(x.dtype), by_triton)
 
     def _has_plain_norms(self) -> bool:
         """Whether both batch norms work alike, by this rank's statistics and a fixed momentum."""
@@ -114,8 +122,8 @@ def has_light_kernels(x: Tensor) -> bool:
 
 
 def available_paths(device: torch.device) -> tuple[str, ...]:
-    """The ways to compute a dynamic layer that run on `device`."""
-    return PATHS
+    """The ways to compute a dynamic layer that run on `device`, the fastest last."""
+    return PATHS if device.type == "cuda" and HAS_TRITON else PATHS[:2]
 
 
 def set_path(model: nn.Module, path: str) -> None:

@@ -76,7 +76,9 @@ class InvertedResidual(nn.Module):
             out = F.relu6(self.bn1(self.expand(out)), inplace=True)
         out = F.relu6(self.bn2(self.depthwise(out)), inplace=True)
         out = self.bn3(self.project(out))
-        return x + out if self.has_shortcut else out
+        if self.has_shortcut:
+            out += x
+        return out
 
 
 class MobileNetV2(nn.Module):

@@ -71,7 +71,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.recalibrate(self.bn2(self.conv2(out)))
-        return F.relu(out + self.downsample(x), inplace=True)
+        out += self.downsample(x)
+        return F.relu(out, inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -103,7 +104,8 @@ class Bottleneck(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.recalibrate(self.bn3(self.conv3(out)))
-        return F.relu(out + self.downsample(x), inplace=True)
+        out += self.downsample(x)
+        return F.relu(out, inplace=True)
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactory) -> nn.Module:

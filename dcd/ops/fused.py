@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+CACHE_BYTES = 2**21  # of one temporary: a part of a CPU's last cache
+
 
 def as_rows(features: Tensor) -> Tensor:
     """(B, C, H, W) as (B, H·W, C); a view where the strides are those of channels_last."""
@@ -238,30 +240,54 @@ def normalise_by(
 
 class _Combine(Function):
     @staticmethod
-    def forward(ctx, static: Tensor, channel_scale: Tensor, q: Tensor, proj_out: Tensor) -> Tensor:
+    def forward(ctx, static: Tensor, channel_scale: Tensor, q: Tensor, proj_out: Tensor, by_triton: bool) -> Tensor:
         ctx.save_for_backward(static, channel_scale, q, proj_out)
-        rows = as_rows(static) * channel_scale.unsqueeze(1)  # [B, N, O]
-        rows.baddbmm_(q, _pad(proj_out, proj_out.shape[1], q.shape[2]).transpose(1, 2))
+        ctx.by_triton = by_triton
+        if by_triton:
+            rows = _triton().forward(as_rows(static), channel_scale, q, proj_out)
+        else:
+            rows = as_rows(static) * channel_scale.unsqueeze(1)  # [B, N, O]
+            rows.baddbmm_(q, _pad(proj_out, proj_out.shape[1], q.shape[2]).transpose(1, 2))
         return as_features(rows, static.shape[2:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y: Tensor):
         static, channel_scale, q, proj_out = ctx.saved_tensors
+        width = proj_out.shape[2]
         d_rows, rows = as_rows(d_y), as_rows(static)  # [B, N, O]
-        d_static = torch.empty_like(rows)
-        d_channel_scale = torch.empty_like(channel_scale)
-        product = torch.empty_like(rows[0])
-        for sample in range(len(rows)):  # so that the products stay in the cache
-            torch.mul(d_rows[sample], rows[sample], out=product)
-            torch.sum(product, 0, out=d_channel_scale[sample])
-            torch.mul(d_rows[sample], channel_scale[sample], out=d_static[sample])
+        if ctx.by_triton:
+            d_rows = d_rows.contiguous()
+            d_static, d_channel_scale, d_proj_out = _triton().backward(d_rows, rows, channel_scale, q, width)
+        else:
+            d_static, d_channel_scale = _unscale(d_rows, rows, channel_scale)
+            d_proj_out = (q.transpose(1, 2) @ d_rows)[:, :width].transpose(1, 2)
         d_q = d_rows @ _pad(proj_out, proj_out.shape[1], q.shape[2])
-        d_proj_out = (q.transpose(1, 2) @ d_rows)[:, : proj_out.shape[2]].transpose(1, 2)
-        return as_features(d_static, static.shape[2:]), d_channel_scale, d_q, d_proj_out
+        return as_features(d_static, static.shape[2:]), d_channel_scale, d_q, d_proj_out, None
 
 
-def combine(static: Tensor, channel_scale: Tensor, q: Tensor, proj_out: Tensor) -> Tensor:
+def _triton():
+    """The kernels, imported at their first use: Triton is not there on every machine."""
+    from dcd.ops import triton_combine
+
+    return triton_combine
+
+
+def _unscale(d_rows: Tensor, rows: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients (B, N, O) and (B, O) of `rows` and `channel_scale` from that of their product."""
+    d_static, d_channel_scale = torch.empty_like(rows), torch.empty_like(channel_scale)
+    # On a CPU a few samples at a time, so that the products stay in the cache.
+    samples = len(rows) if rows.is_cuda else max(1, CACHE_BYTES // (rows[0].numel() * rows.element_size()))
+    product = torch.empty_like(rows[:samples])
+    tensors = d_rows, rows, channel_scale.unsqueeze(1), d_static, d_channel_scale
+    for d_part, part, scale, d_static_part, d_scale_part in zip(*(t.split(samples) for t in tensors), strict=True):
+        torch.mul(d_part, part, out=product[: len(part)])
+        torch.sum(product[: len(part)], 1, out=d_scale_part)
+        torch.mul(d_part, scale, out=d_static_part)
+    return d_static, d_channel_scale
+
+
+def combine(static: Tensor, channel_scale: Tensor, q: Tensor, proj_out: Tensor, by_triton: bool = False) -> Tensor:
     """`Λ(x) ⊙ static + proj_out (Q ∗ x, 1)`, all in one dtype.
 
     Args:
@@ -269,11 +295,12 @@ def combine(static: Tensor, channel_scale: Tensor, q: Tensor, proj_out: Tensor) 
         channel_scale: Λ (B, O).
         q: (B, N, L⁺), from `latent_rows`.
         proj_out: P fuse (B, O, L+1).
+        by_triton: on a GPU, by the kernels of `triton_combine`; not in float64.
 
     Returns:
         (B, O, H, W), channels_last.
     """
-    return _Combine.apply(static, channel_scale, q, proj_out)
+    return _Combine.apply(static, channel_scale, q, proj_out, by_triton)
 
 
 class _Project(Function):

@@ -217,6 +217,7 @@ def test_after_a_kill_the_next_start_makes_the_same_files(monkeypatch, folder, v
 def run_main(errors, *arguments):
     """The command, in a process that has been forked; the file `errors` gets what it says at its end."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in the background
     try:
         main(*arguments)
     except SystemExit as end:

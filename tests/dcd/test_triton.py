@@ -1,0 +1,76 @@
+"""The Triton kernels against the reference: on a GPU where there is one, else by Triton's interpreter on the CPU."""
+
+import pytest
+import torch
+
+from dcd.layers import PATHS, available_paths
+from dcd.ops import fused, triton_combine
+from tests.dcd.test_fused import SHAPES, error, layer, poisoned, results, seeded  # noqa: F401
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WITH_MAPS = {name: shape for name, shape in SHAPES.items() if shape[2] == 3 or shape[3] == 2 or name == "many channels"}
+# more positions and channels than one program holds; in, out, kernel, stride, latent_dim, pool, batch, height, width
+WITH_MAPS["several programs"] = (8, 70, 3, 1, 18, 1, 2, 13, 11)
+
+
+def launches(monkeypatch) -> list[str]:
+    """The kernels' functions that are called from now on."""
+    called = []
+    for name in ("forward", "backward"):
+        original = getattr(triton_combine, name)
+        monkeypatch.setattr(
+            triton_combine, name, lambda *args, original=original, name=name: called.append(name) or original(*args)
+        )
+    return called
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", WITH_MAPS.values(), ids=WITH_MAPS)
+def test_it_is_at_most_twice_as_far_off_as_the_reference(shape, amp, poisoned, monkeypatch):  # noqa: F811
+    *sizes, batch, height, width = shape
+    made = layer(*sizes).to(DEVICE)
+    x = torch.randn(4 * batch, sizes[0], height, width).to(DEVICE, memory_format=torch.channels_last)
+    exact = results(made.double(), "reference", x.double())
+    made = made.float()
+    plain = results(made, "reference", x, amp)
+    called = launches(monkeypatch)
+    found = results(made, "triton", x, amp)
+    assert called == ["forward", "backward"]
+    slack = torch.finfo(amp).eps / 2 if amp else 1e-6
+    for name, value in exact.items():
+        assert error(found[name], value) <= 2 * error(plain[name], value) + slack, name
+
+
+@pytest.mark.parametrize("shares", [1, 3, 1024])
+def test_positions_are_shared_out_to_any_number_of_programs(shares, monkeypatch):
+    monkeypatch.setattr(triton_combine, "MIN_PROGRAMS", shares)
+    static, d_y = torch.randn(2, 2, 300, 20, device=DEVICE)
+    scale, q = torch.rand(2, 20, device=DEVICE), torch.randn(2, 300, 16, device=DEVICE)
+    d_static, d_scale, d_proj_out = triton_combine.backward(d_y, static, scale, q, 11)
+    torch.testing.assert_close(d_static, d_y * scale.unsqueeze(1))
+    torch.testing.assert_close(d_scale, (d_y * static).sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(d_proj_out, d_y.transpose(1, 2) @ q[:, :, :11], rtol=1e-4, atol=1e-4)
+
+
+def test_float64_has_no_kernels(monkeypatch):
+    made = layer(*SHAPES["3x3"][:6]).double()
+    called = launches(monkeypatch)
+    x = torch.randn(2, 8, 6, 7, dtype=torch.float64)
+    wanted, found = results(made, "reference", x), results(made, "triton", x)
+    assert not called and all(error(found[name], value) < 1e-9 for name, value in wanted.items())
+
+
+def test_only_a_gpu_takes_them_by_itself():
+    assert available_paths(torch.device("cuda")) == PATHS and PATHS[-1] == "triton"
+    assert available_paths(torch.device("cpu")) == ("reference", "fused")
+
+
+def test_a_sum_of_many_positions_is_as_exact_as_in_float32():
+    """Halves lose what is added to a large sum; the kernels add in float32."""
+    rows = torch.ones(1, 64 * 64, 8, device=DEVICE, dtype=torch.float16)
+    scale, q = torch.ones(1, 8, device=DEVICE, dtype=torch.float16), torch.ones_like(rows)
+    proj_out = torch.zeros(1, 8, 8, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    scale.requires_grad_()
+    y = fused.combine(fused.as_features(rows, (64, 64)), scale, q, proj_out, by_triton=True)
+    (y * 0.5).sum(dtype=torch.float32).backward()
+    assert (scale.grad == 2048).all() and (proj_out.grad == 2048).all()
