@@ -281,10 +281,12 @@ def test_it_stands_behind_the_last_batch_norm_and_before_the_addition(name, last
     block = dcd.create_model(name).layer2[0].eval()
     seen = {}
     for part in (f"bn{last}", "recalibrate", "downsample"):
-        block.get_submodule(part).register_forward_hook(lambda _, i, o, part=part: seen.update({part: (i[0], o)}))
+        block.get_submodule(part).register_forward_hook(
+            lambda _, i, o, part=part: seen.update({part: (i[0], o, o.clone())})  # the addition writes over the first
+        )
     y = block(features(2, 6, 6, block.conv1.in_channels, torch.float32))
     assert seen["recalibrate"][0] is seen[f"bn{last}"][1]
-    torch.testing.assert_close(y, F.relu(seen["recalibrate"][1] + seen["downsample"][1]))
+    torch.testing.assert_close(y, F.relu(seen["recalibrate"][2] + seen["downsample"][2]))
 
 
 # ---- networks ----
