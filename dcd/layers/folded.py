@@ -12,10 +12,7 @@ from dcd.layers.coefficients import CoefficientGenerator
 from dcd.layers.dcd_conv2d import DCDConv2d
 from dcd.layers.dcd_linear import DCDLinear
 from dcd.ops import folded
-from dcd.ops.fused import as_features, as_rows
-
-# The latent dimension is padded with zeros to a multiple of this, since vector units and tensor cores work in blocks.
-LATENT_MULTIPLE = 8
+from dcd.ops.fused import as_features, as_rows, round_up
 
 
 class FoldedCoefficients(nn.Module):
@@ -30,7 +27,7 @@ class FoldedCoefficients(nn.Module):
     def __init__(self, generator: CoefficientGenerator, mixing_norm: _BatchNorm, shift: Tensor):
         super().__init__()
         size = len(shift)
-        self.latent_dim = size + -size % LATENT_MULTIPLE
+        self.latent_dim = round_up(size)
         to_phi, mixing_shift = _absorb(generator.to_phi.weight.unflatten(0, (size, size)), mixing_norm)
         to_offset = torch.einsum("ijs,j->is", to_phi, shift)  # e = diag(a) Φ c + (c + d)
         to_scale = generator.to_channel_scale.weight.detach() / 3

@@ -48,7 +48,7 @@ def pool_cells(height: int, width: int, size: int, dtype: torch.dtype, device: t
     return torch.kron(rows, columns).to(device, dtype)
 
 
-def _round_up(count: int) -> int:
+def round_up(count: int) -> int:
     """The next multiple of 8: vector units and tensor cores take so many at a time, 22 columns cost more than 24."""
     return -(-count // 8) * 8
 
@@ -67,7 +67,7 @@ def latent_rows(x: Tensor, proj_in: Tensor, stride: int) -> Tensor:
         stride: of Q.
     """
     latent_dim, channels = proj_in.shape
-    padded = _pad(proj_in, _round_up(latent_dim), channels)
+    padded = _pad(proj_in, round_up(latent_dim), channels)
     q = as_rows(x[:, :, ::stride, ::stride]) @ padded.t()
     if latent_dim == len(padded):
         return F.pad(q, (0, 1), value=1.0)
@@ -104,7 +104,7 @@ class _LookAt(Function):
         d_proj_in = None
         if ctx.needs_input_grad[1]:
             seen = as_rows(x[:, :, step, step]).flatten(0, 1)  # [B*N, C]
-            d_proj_in = (left.flatten(0, 1)[:, : _round_up(latent_dim)].t() @ seen)[:latent_dim]
+            d_proj_in = (left.flatten(0, 1)[:, : round_up(latent_dim)].t() @ seen)[:latent_dim]
         if not ctx.needs_input_grad[0]:
             return None, d_proj_in, None, None
         # A position's gradient is the sum of two products, with Q and with the cells of the pool: one product with both

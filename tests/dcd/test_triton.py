@@ -5,7 +5,7 @@ import torch
 
 from dcd.layers import PATHS, available_paths
 from dcd.ops import fused, triton_combine
-from tests.dcd.test_fused import SHAPES, error, layer, poisoned, results, seeded  # noqa: F401
+from tests.dcd.test_fused import SHAPES, error, layer, poisoned, results, seeded  # noqa: F401 (two are fixtures)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WITH_MAPS = {name: shape for name, shape in SHAPES.items() if shape[2] == 3 or shape[3] == 2 or name == "many channels"}
@@ -26,7 +26,7 @@ def launches(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", WITH_MAPS.values(), ids=WITH_MAPS)
-def test_it_is_at_most_twice_as_far_off_as_the_reference(shape, amp, poisoned, monkeypatch):  # noqa: F811
+def test_it_is_at_most_twice_as_far_off_as_the_reference(shape, amp, poisoned, monkeypatch):  # noqa: F811 (a fixture)
     *sizes, batch, height, width = shape
     made = layer(*sizes).to(DEVICE)
     x = torch.randn(4 * batch, sizes[0], height, width).to(DEVICE, memory_format=torch.channels_last)
