@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dcd.ops import reference
+from dcd.ops.sample_matrices import Branch
 
 
 class CoefficientGenerator(nn.Module):
@@ -30,12 +31,10 @@ class CoefficientGenerator(nn.Module):
 
         The branch leaves autocast: it is tiny, and Φ's products can overflow fp16.
         """
-        weight = self.squeeze.weight
+        branch = self.branch()
         with torch.autocast(descriptor.device.type, enabled=False):
-            return reference.coefficients(
-                descriptor.to(weight.dtype),
-                weight,
-                self.gate.weight,
-                self.to_phi.weight,
-                self.to_channel_scale.weight,
-            )
+            return reference.coefficients(descriptor.to(branch.squeeze.dtype), *branch)
+
+    def branch(self) -> Branch:
+        """The weights."""
+        return Branch(self.squeeze.weight, self.gate.weight, self.to_phi.weight, self.to_channel_scale.weight)

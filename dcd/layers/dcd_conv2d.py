@@ -1,5 +1,7 @@
 """The dynamic convolution."""
 
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -56,13 +58,10 @@ class DCDConv2d(nn.Module):
         path = self.path
         if path == "auto":
             path = "reference" if torch.compiler.is_compiling() else available_paths(x.device)[-1]
-        if path == "reference" or not self._has_plain_norms():
+        has_no_gradients = not self.bn1.training  # the faster ones, by the norms' running statistics
+        if path == "reference" or not self._has_plain_norms() or (has_no_gradients and torch.is_grad_enabled()):
             return self._by_reference(x)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):
-            x = x.to(dtype, memory_format=torch.channels_last)
-            return self._by_fused(x, by_triton=path == "triton" and dtype != torch.float64)
+        return leave_autocast(partial(self._by_fused, by_triton=path == "triton"), x)
 
     def _by_reference(self, x: Tensor) -> Tensor:
         descriptor = F.adaptive_avg_pool2d(x, self.pool_size).flatten(1)  # [B, C*pool_size**2]
@@ -72,21 +71,41 @@ class DCDConv2d(nn.Module):
         return reference.combine(self.static_conv(x), channel_scale, self.proj_out(latent))
 
     def _by_fused(self, x: Tensor, by_triton: bool) -> Tensor:
-        weight, proj_in = self.static_conv.weight, self.proj_in.weight.flatten(1)
-        by_sample = self.kernel_size == 1 and self.stride == 1 and has_light_kernels(x)
-        if self.bn1.training:
-            x, descriptor, q, moments = fused.look_at(x, proj_in.to(x.dtype), self.stride, self.pool_size)
-            phi, channel_scale = self.coefficients(descriptor)
-            fuse = self._normalise(phi, moments, len(x) * q.shape[1])
-        else:
-            phi, channel_scale = self.coefficients(F.adaptive_avg_pool2d(x, self.pool_size).flatten(1))
-            q = None if by_sample else fused.latent_rows(x, proj_in.to(x.dtype), self.stride)
-            fuse = fused.normalise_by(phi, self._running_statistics(), *self._norms())
-        proj_out = self.proj_out.weight.flatten(1) @ fuse  # [B, O, L+1]
-        if by_sample:
-            return fused.project(x, weight.flatten(1), channel_scale, proj_in, proj_out)
-        static = F.conv2d(x, weight.to(x.dtype), stride=self.stride, padding=self.kernel_size // 2)
-        return fused.combine(static, channel_scale.to(x.dtype), q, proj_out.to(x.dtype), by_triton)
+        x = x.contiguous(memory_format=torch.channels_last)
+        bn1, bn2 = self.bn1, self.bn2
+        parameters = fused.Parameters(
+            self.static_conv.weight,
+            self.proj_in.weight.flatten(1),
+            self.proj_out.weight.flatten(1),
+            self.coefficients.branch(),
+            fused.Norms(bn1.weight, bn1.bias, bn2.weight, bn2.bias),
+        )
+        settings = fused.Settings(
+            stride=self.stride,
+            pool_size=self.pool_size,
+            eps=(bn1.eps, bn2.eps),
+            by_sample=self.kernel_size == 1 and self.stride == 1 and has_light_kernels(x),
+            by_triton=by_triton and x.dtype != torch.float64,
+        )
+        if not bn1.training:
+            running = fused.Statistics(bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var)
+            return fused.infer(x, parameters, running, settings)
+        y, statistics = fused.train(x, parameters, settings)
+        self._keep(statistics, len(y) * y.shape[2] * y.shape[3])
+        return y
+
+    @torch.no_grad()
+    def _keep(self, found: fused.Statistics, count: int) -> None:
+        """Let the norms remember the statistics of a batch with `count` positions."""
+        if count == 1:
+            raise ValueError("a batch norm in training needs more than one value: use larger images or batches")
+        bn1, bn2, unbiased = self.bn1, self.bn2, count / (count - 1)
+        torch._foreach_add_([bn1.num_batches_tracked, bn2.num_batches_tracked], 1)
+        torch._foreach_lerp_(
+            [bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var],
+            [found.mean1, found.var1 * unbiased, found.mean2, found.var2 * unbiased],
+            [bn1.momentum, bn1.momentum, bn2.momentum, bn2.momentum],
+        )
 
     def _has_plain_norms(self) -> bool:
         """Whether both batch norms work alike, by this rank's statistics and a fixed momentum."""
@@ -94,26 +113,14 @@ class DCDConv2d(nn.Module):
         plain = all(type(norm) is nn.BatchNorm2d and norm.momentum and norm.track_running_stats for norm in norms)
         return plain and self.bn1.training == self.bn2.training
 
-    def _norms(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[float, float]]:
-        """Weight and bias of bn1 and of bn2, and their eps."""
-        return (self.bn1.weight, self.bn1.bias, self.bn2.weight, self.bn2.bias), (self.bn1.eps, self.bn2.eps)
 
-    def _running_statistics(self) -> fused.Statistics:
-        return fused.Statistics(
-            self.bn1.running_mean, self.bn1.running_var, self.bn2.running_mean, self.bn2.running_var
-        )
-
-    def _normalise(self, phi: Tensor, moments: Tensor, count: int) -> Tensor:
-        """`fused.normalise` for a batch of `count` positions; the norms keep its statistics."""
-        if count == 1:
-            raise ValueError("a batch norm in training needs more than one value: use larger images or batches")
-        fuse, found = fused.normalise(phi, moments, *self._norms())
-        with torch.no_grad():
-            for norm, mean, var in zip((self.bn1, self.bn2), found[::2], found[1::2], strict=True):
-                norm.num_batches_tracked.add_(1)
-                norm.running_mean.lerp_(mean, norm.momentum)
-                norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
-        return fuse
+def leave_autocast(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`forward(x)` without autocast, with x in the dtype that autocast would compute in."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return forward(x)
+    with torch.autocast(kind, enabled=False):
+        return forward(x.to(torch.get_autocast_dtype(kind)))
 
 
 def has_light_kernels(x: Tensor) -> bool:

@@ -1,7 +1,5 @@
 """The dynamic layers for inference, made from trained ones: the functions of `dcd.ops.folded` with their constants."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dcd.layers.coefficients import CoefficientGenerator
-from dcd.layers.dcd_conv2d import DCDConv2d
+from dcd.layers.dcd_conv2d import DCDConv2d, leave_autocast
 from dcd.layers.dcd_linear import DCDLinear
 from dcd.ops import folded
 from dcd.ops.fused import as_features, as_rows, round_up
@@ -93,7 +91,7 @@ class FoldedDCDConv2d(nn.Module):
 
         Autocast decides on the dtype of the feature maps; what comes from the coefficients keeps the weights'.
         """
-        return _leave_autocast(self._forward, x)
+        return leave_autocast(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -142,7 +140,7 @@ class FoldedDCDLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C) to (B, O); for autocast see `FoldedDCDConv2d`."""
-        return _leave_autocast(self._forward, x)
+        return leave_autocast(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype
@@ -151,15 +149,6 @@ class FoldedDCDLinear(nn.Module):
         latent = folded.mix_latent(q.unsqueeze(1), mixing, offset).squeeze(1)
         static = F.linear(x, self.weight.to(dtype), self.bias.to(dtype)) * scale.to(dtype)
         return torch.addmm(static, latent.to(dtype), self.proj_out.to(dtype))
-
-
-def _leave_autocast(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`forward(x)` without autocast, with x in the dtype that autocast would compute in."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return forward(x)
-    with torch.autocast(kind, enabled=False):
-        return forward(x.to(torch.get_autocast_dtype(kind)))
 
 
 def _absorb(weight: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:

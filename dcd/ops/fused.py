@@ -1,21 +1,17 @@
 """The equation of `reference.py` with few passes over the feature maps, for training and inference on any device.
 
-What a dynamic layer costs beyond its static convolution is mostly memory traffic. But everything between Q and P is
-linear in q = (Q ∗ x, 1) at a position, and the statistics of both batch norms follow from the second moments of q. So
-no map is made but q, which is narrow: with a matrix for each sample, fuse = [matrix | shift],
+What a dynamic layer costs beyond its static convolution is mostly memory traffic. But everything between Q and the
+output is linear in q = (Q ∗ x, 1) at a position, and the statistics of both batch norms follow from the second moments
+of q (`sample_matrices.py`). So no map is made but q, which is narrow: with a matrix for each sample,
 
-    y = Λ ⊙ (W₀ ∗ x) + P fuse q
+    y = Λ ⊙ (W₀ ∗ x) + q read_out
 
-and where W₀ is 1×1 not even the sum is made of maps: `Λ W₀ + P matrix Q` is one kernel for each sample.
-
-- `look_at` is all that reads x beside the convolution. Its backward adds the gradients that come through the pool and
-  through q to the convolution's in one pass, in place;
-- `normalise` turns Φ, the moments and the batch norms into `fuse`;
-- `combine` ends a k×k convolution: scale and projection, without a map for the latter;
-- `project` is the convolution by a kernel for each sample.
+and where W₀ is 1×1 and the maps are large, not even the sum is made of maps: W₀, Q and read_out make one kernel for
+each sample. The whole layer is one autograd function, so that x's gradient is added up in place.
 
 All work on rows: a feature map (B, C, H, W) in channels_last seen as (B, H·W, C), which copies nothing. Legend of the
-shape comments: B batch, C input and O output channels, L latent dimension, N positions of the output.
+shape comments: B batch, C input and O output channels, L latent dimension, L⁺ the width of q, N positions of the
+output, D cells of the pool.
 """
 
 from functools import lru_cache
@@ -27,7 +23,36 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-CACHE_BYTES = 2**21  # of one temporary: a part of a CPU's last cache
+from dcd.ops.sample_matrices import (
+    Branch,
+    Norms,
+    Statistics,
+    coefficients,
+    coefficients_backward,
+    fuse,
+    fuse_backward,
+    fuse_by,
+)
+
+
+class Parameters(NamedTuple):
+    """What a layer learns, of one dtype."""
+
+    static: Tensor  # W₀ (O, C, k, k)
+    proj_in: Tensor  # Q (L, C)
+    proj_out: Tensor  # P (O, L)
+    branch: Branch
+    norms: Norms
+
+
+class Settings(NamedTuple):
+    """What else a layer is."""
+
+    stride: int  # of W₀ and Q
+    pool_size: int  # the pool has pool_size × pool_size cells
+    eps: tuple[float, float]  # of bn1 and bn2
+    by_sample: bool  # by one kernel for each sample: for W₀ 1×1 with stride 1
+    by_triton: bool  # the rest on a GPU by the kernels of `triton_combine`; not in float64
 
 
 def as_rows(features: Tensor) -> Tensor:
@@ -40,230 +65,216 @@ def as_features(rows: Tensor, size: tuple[int, int]) -> Tensor:
     return rows.unflatten(1, size).permute(0, 3, 1, 2)
 
 
-@lru_cache(maxsize=64)
-def pool_cells(height: int, width: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Adaptive average pooling to size × size as a matrix (H·W, size²): the share of each position in each cell."""
-    rows = F.adaptive_avg_pool1d(torch.eye(height, dtype=torch.float64), size)  # [H, size]
-    columns = F.adaptive_avg_pool1d(torch.eye(width, dtype=torch.float64), size)  # [W, size]
-    return torch.kron(rows, columns).to(device, dtype)
-
-
 def round_up(count: int) -> int:
-    """The next multiple of 8: vector units and tensor cores take so many at a time, 22 columns cost more than 24."""
+    """The next multiple of 8: vector units and tensor cores take so many at a time, 18 columns cost more than 24."""
     return -(-count // 8) * 8
 
 
-def _pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """A matrix, or many, with zeros below and to the right."""
-    return F.pad(matrix, (0, columns - matrix.shape[-1], 0, rows - matrix.shape[-2]))
+@lru_cache(maxsize=64)
+def pool_cells(height: int, width: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Adaptive average pooling to size × size as a matrix (N, size²): the share of each position in each cell, times N.
+
+    So most of the shares are exact in half precision."""
+    rows = F.adaptive_avg_pool1d(torch.eye(height, dtype=torch.float64), size)  # [H, size]
+    columns = F.adaptive_avg_pool1d(torch.eye(width, dtype=torch.float64), size)  # [W, size]
+    return torch.kron(rows * height, columns * width).to(device, dtype)
 
 
-def latent_rows(x: Tensor, proj_in: Tensor, stride: int) -> Tensor:
-    """q (B, N, L⁺), of which the columns are Q ∗ x, then 1, then zeros.
+def _padded(proj_in: Tensor, settings: Settings) -> Tensor:
+    """Q (L⁺, C), with rows of zeros for the constants in q."""
+    latent_dim = len(proj_in)
+    return F.pad(proj_in, (0, 0, 0, round_up(latent_dim + 1 + settings.pool_size**2) - latent_dim))
 
-    Args:
-        x: (B, C, H, W), channels_last.
-        proj_in: Q (L, C).
-        stride: of Q.
-    """
-    latent_dim, channels = proj_in.shape
-    padded = _pad(proj_in, round_up(latent_dim), channels)
-    q = as_rows(x[:, :, ::stride, ::stride]) @ padded.t()
-    if latent_dim == len(padded):
-        return F.pad(q, (0, 1), value=1.0)
-    q[:, :, latent_dim] = 1
+
+def _latent_rows(x: Tensor, padded: Tensor, latent_dim: int, settings: Settings) -> Tensor:
+    """q (B, N, L⁺), of which the columns are Q ∗ x, 1, the cells of the pool if `by_sample`, and zeros."""
+    q = as_rows(F.conv2d(x, padded.to(x.dtype)[:, :, None, None], stride=settings.stride))
+    q.select(2, latent_dim).fill_(1)
+    if settings.by_sample:
+        q[:, :, _cells(latent_dim, settings)] = _cells_of(x, settings)
     return q
 
 
-class _LookAt(Function):
+def _cells(latent_dim: int, settings: Settings) -> slice:
+    """The columns of q for the cells of the pool."""
+    return slice(latent_dim + 1, latent_dim + 1 + settings.pool_size**2)
+
+
+def _cells_of(x: Tensor, settings: Settings) -> Tensor:
+    return pool_cells(*x.shape[2:], settings.pool_size, x.dtype, x.device)
+
+
+def _moments(q: Tensor) -> Tensor:
+    """The means of q qᵀ over the positions (B, L⁺, L⁺), in float32 or better."""
+    exact = q if q.dtype == torch.float64 else q.float()  # products of bf16 would lose the variance
+    return torch.bmm(exact.transpose(1, 2), exact).div_(q.shape[1])
+
+
+def _gather(q: Tensor, x: Tensor) -> Tensor:
+    """The means of q xᵀ over the positions (B, L⁺, C): one pass over x for its pool and for Q's gradient."""
+    ignored = x.new_empty(1, 1, 1)
+    # The factor is part of the product, which in float16 could overflow before it.
+    return torch.baddbmm(ignored, q.transpose(1, 2), as_rows(x), beta=0, alpha=1 / q.shape[1])
+
+
+class _DynamicConvolution(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, proj_in: Tensor, stride: int, pool_size: int):
-        q = latent_rows(x, proj_in, stride)
-        exact = q if q.dtype == torch.float64 else q.float()  # products of bf16 would lose the variance
-        moments = exact.transpose(1, 2) @ exact / q.shape[1]  # [B, L⁺, L⁺]
-        count = len(proj_in) + 1
-        ctx.save_for_backward(x, proj_in, q)
-        ctx.stride, ctx.pool_size = stride, pool_size
+    def forward(ctx, settings: Settings, x: Tensor, static: Tensor, proj_in: Tensor, proj_out: Tensor, *others: Tensor):
+        branch, norms = Branch(*others[:4]), Norms(*others[4:])
+        latent_dim, dtype, gathered = len(proj_in), static.dtype, None
+        padded = _padded(proj_in, settings)
+        q = _latent_rows(x, padded, latent_dim, settings)
+        if settings.by_sample:
+            gathered = _gather(q, x).to(dtype)
+            descriptor = gathered[:, _cells(latent_dim, settings)].transpose(1, 2).flatten(1)
+        else:
+            descriptor = _descriptor(x, settings, dtype)
+        phi, channel_scale, kept_by_branch = coefficients(descriptor, branch)
+        fused, statistics, kept_by_norms = fuse(phi, _moments(q), norms, settings.eps)
+        read_out = fused @ proj_out.t()  # [B, L⁺, O]
+        if settings.by_sample:
+            y, made = _project(x, static, channel_scale, padded, read_out, latent_dim)
+        else:
+            y, made = _combine(x, static, channel_scale, q, read_out, settings)
+        maps, matrices = (x, q, made), (static, padded, proj_out, gathered, channel_scale, fused, read_out)
+        ctx.save_for_backward(*maps, *matrices, *others, *kept_by_branch, *kept_by_norms)
+        ctx.settings, ctx.latent_dim = settings, latent_dim
+        ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
-        pooled = F.adaptive_avg_pool2d(x, pool_size).flatten(1)
-        return x.view_as(x), pooled, q, moments[:, :count, :count]
+        return y, *statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_x: Tensor, d_pooled: Tensor, d_q: Tensor | None, d_moments: Tensor):
-        x, proj_in, q = ctx.saved_tensors
-        (batch, channels, height, width), latent_dim = x.shape, len(proj_in)
-        step = slice(None, None, ctx.stride)
-        cells = pool_cells(height, width, ctx.pool_size, x.dtype, x.device)  # [H*W, D]
-        last = latent_dim + cells.shape[1]
-        columns = max(q.shape[2], last)
-        d_moments = ((d_moments + d_moments.transpose(1, 2)) / q.shape[1]).to(q.dtype)[:, :, :latent_dim]
-        left = q @ _pad(d_moments, q.shape[2], columns)  # [B, N, columns], the gradient of Q ∗ x, then zeros
-        if d_q is not None:
-            left[:, :, :latent_dim] += d_q[:, :, :latent_dim]
-        d_proj_in = None
-        if ctx.needs_input_grad[1]:
-            seen = as_rows(x[:, :, step, step]).flatten(0, 1)  # [B*N, C]
-            d_proj_in = (left.flatten(0, 1)[:, : round_up(latent_dim)].t() @ seen)[:latent_dim]
-        if not ctx.needs_input_grad[0]:
-            return None, d_proj_in, None, None
-        # A position's gradient is the sum of two products, with Q and with the cells of the pool: one product with both
-        # side by side adds them in one pass. d_x belongs to this function: its forward gave x to a single reader.
-        if ctx.stride > 1:
-            everywhere = x.new_zeros(batch, height, width, columns)
-            everywhere[:, step, step] = left.view(everywhere[:, step, step].shape)
-            left = everywhere.flatten(1, 2)
-        left[:, :, latent_dim:last] = cells
-        right = x.new_zeros(batch, columns, channels)
-        right[:, :latent_dim] = proj_in
-        right[:, latent_dim:last] = d_pooled.unflatten(1, (channels, -1)).transpose(1, 2)
+    def backward(ctx, d_y: Tensor, *_):
+        settings, latent_dim = ctx.settings, ctx.latent_dim
+        x, q, made, static, padded, proj_out, gathered, channel_scale, fused, read_out, *others = ctx.saved_tensors
+        branch, norms = Branch(*others[:4]), Norms(*others[4:8])
+        kept_by_branch, kept_by_norms = others[8:13], others[13:]
+        if settings.by_sample:
+            d_x, d_static, d_scale, d_read_out, d_padded = _project_backward(
+                d_y, x, static, channel_scale, padded, read_out, made, latent_dim
+            )
+        else:
+            d_x, d_static, d_scale, d_read_out, d_q = _combine_backward(
+                d_y, x, static, channel_scale, q, read_out, made, settings, ctx.needs_input_grad[1]
+            )
+        d_fused = d_read_out @ proj_out
+        d_proj_out = d_read_out.flatten(0, 1).t() @ fused.flatten(0, 1)
+        d_phi, q_to_d_q, d_norms = fuse_backward(kept_by_norms, norms, d_fused)
+        d_descriptor, d_branch = coefficients_backward(kept_by_branch, branch, d_phi, d_scale)
+        # x's gradient by Q and by the pool is one product, added in place: of q's gradient and the pool's cells with Q
+        # and the gradient of the pooled input. Where q has the cells, it is the left factor itself.
+        if settings.by_sample:
+            left, right = q, (q_to_d_q @ padded).div_(q.shape[1])
+            d_padded = d_padded.baddbmm_(q_to_d_q.transpose(1, 2), gathered)
+        else:
+            left = d_q.baddbmm_(q, q_to_d_q.div_(q.shape[1]).to(q.dtype))  # [B, N, L⁺]
+            right = padded.repeat(len(x), 1, 1)
+            d_padded = torch.bmm(left.transpose(1, 2), as_rows(_strided(x, settings.stride)))
+        d_proj_in = d_padded.sum(0)[:latent_dim]
+        if d_x is not None:
+            cells = _cells(latent_dim, settings)
+            positions = x.shape[2] * x.shape[3]
+            right[:, cells].add_(d_descriptor.unflatten(1, (x.shape[1], -1)).transpose(1, 2), alpha=1 / positions)
+            if not settings.by_sample:
+                left = _everywhere(left, x, settings.stride)
+                left[:, :, cells] = _cells_of(x, settings)
+            as_rows(d_x).baddbmm_(left, right.to(x.dtype))
+        return None, d_x, d_static, d_proj_in, d_proj_out, *d_branch, *d_norms
+
+
+def train(x: Tensor, parameters: Parameters, settings: Settings) -> tuple[Tensor, Statistics]:
+    """The layer with the statistics of this batch, differentiable.
+
+    Args:
+        x: (B, C, H, W), channels_last, of any dtype: that of the maps.
+        parameters: of one dtype.
+        settings: the rest.
+
+    Returns:
+        (B, O, H', W'), channels_last, in the dtype of x; and the statistics.
+    """
+    static, proj_in, proj_out, branch, norms = parameters
+    y, *statistics = _DynamicConvolution.apply(settings, x, static, proj_in, proj_out, *branch, *norms)
+    return y, Statistics(*statistics)
+
+
+def infer(x: Tensor, parameters: Parameters, statistics: Statistics, settings: Settings) -> Tensor:
+    """The layer with given statistics, without gradients; arguments and result are as for `train`."""
+    static, proj_in, proj_out, branch, norms = parameters
+    padded = _padded(proj_in, settings)
+    phi, channel_scale, _ = coefficients(_descriptor(x, settings, static.dtype), branch)
+    read_out = fuse_by(phi, statistics, norms, settings.eps, len(padded)) @ proj_out.t()
+    if settings.by_sample:
+        return _project(x, static, channel_scale, padded, read_out, len(proj_in))[0]
+    q = _latent_rows(x, padded, len(proj_in), settings)
+    return _combine(x, static, channel_scale, q, read_out, settings)[0]
+
+
+def _descriptor(x: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
+    """The pooled input (B, C·D), channel-major."""
+    return F.adaptive_avg_pool2d(x, settings.pool_size).flatten(1).to(dtype)
+
+
+def _strided(x: Tensor, stride: int) -> Tensor:
+    """The positions of x (B, C, H, W) that a 1×1 convolution sees."""
+    return x if stride == 1 else x[:, :, ::stride, ::stride]
+
+
+def _everywhere(rows: Tensor, x: Tensor, stride: int) -> Tensor:
+    """Rows (B, N, columns) for the positions that a 1×1 convolution sees, with zeros for the others of x."""
+    if stride == 1:
+        return rows
+    batch, _, height, width = x.shape
+    everywhere = rows.new_zeros(batch, height, width, rows.shape[2])
+    seen = everywhere[:, ::stride, ::stride]
+    seen.copy_(rows.view(seen.shape))
+    return everywhere.flatten(1, 2)
+
+
+def _combine(
+    x: Tensor, static: Tensor, channel_scale: Tensor, q: Tensor, read_out: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """`Λ ⊙ (W₀ ∗ x) + q read_out`, and W₀ ∗ x."""
+    made = F.conv2d(x, static.to(x.dtype), stride=settings.stride, padding=static.shape[2] // 2)
+    rows, scale, read_out = as_rows(made), channel_scale.to(x.dtype), read_out.to(x.dtype)
+    if settings.by_triton:
+        rows = _triton().forward(rows, scale, q, read_out)
+    else:
+        rows = (rows * scale.unsqueeze(1)).baddbmm_(q, read_out)  # [B, N, O]
+    return as_features(rows, made.shape[2:]), made
+
+
+def _combine_backward(
+    d_y: Tensor,
+    x: Tensor,
+    static: Tensor,
+    channel_scale: Tensor,
+    q: Tensor,
+    read_out: Tensor,
+    made: Tensor,
+    settings: Settings,
+    d_x_is_wanted: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x by W₀, of static, channel_scale, read_out and q."""
+    dtype = static.dtype
+    d_rows, rows = as_rows(d_y), as_rows(made)  # [B, N, O]
+    scale, read_out = channel_scale.to(x.dtype), read_out.to(x.dtype)
+    if settings.by_triton:
+        d_rows = d_rows.contiguous()
+        d_made, d_scale, d_read_out = _triton().backward(d_rows, rows, scale, q)
+    else:
+        d_made, d_scale = d_rows * scale.unsqueeze(1), (d_rows * rows).sum(1)
+        d_read_out = torch.bmm(q.transpose(1, 2), d_rows)
+    d_q = torch.bmm(d_rows, read_out.transpose(1, 2))
+    stride, padding = [settings.stride] * 2, [static.shape[2] // 2] * 2
+    d_x, d_static, _ = torch.ops.aten.convolution_backward(
+        as_features(d_made, made.shape[2:]), x, static.to(x.dtype), None, stride, padding, [1, 1], False, [0, 0], 1,
+        [d_x_is_wanted, True, False],
+    )  # fmt: skip
+    if d_x is not None:
         d_x = d_x.contiguous(memory_format=torch.channels_last)
-        as_rows(d_x).baddbmm_(left, right)
-        return d_x, d_proj_in, None, None
-
-
-def look_at(x: Tensor, proj_in: Tensor, stride: int, pool_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the dynamic part sees of x.
-
-    Args:
-        x: (B, C, H, W), channels_last.
-        proj_in: Q (L, C), in the dtype of x.
-        stride: of Q.
-        pool_size: the pool has pool_size × pool_size cells.
-
-    Returns:
-        x itself, which only one operation may read, one that makes a gradient of its own for it (a convolution, a
-        product); the descriptor (B, C·pool_size²), channel-major; q (B, N, L⁺) as from `latent_rows`; and the second
-        moments of (Q ∗ x, 1) over a sample's positions (B, L+1, L+1), in float32 or better.
-    """
-    return _LookAt.apply(x, proj_in, stride, pool_size)
-
-
-class Statistics(NamedTuple):
-    """Mean and biased variance (L,) of the inputs of the two batch norms."""
-
-    mean1: Tensor
-    var1: Tensor
-    mean2: Tensor
-    var2: Tensor
-
-
-class _Normalise(Function):
-    @staticmethod
-    def forward(ctx, phi, moments, weight1, bias1, weight2, bias2, eps1, eps2):
-        latent_dim = phi.shape[1]
-        mean_moments = moments.mean(0)  # [L+1, L+1]
-        mean1 = mean_moments[:latent_dim, latent_dim]
-        var1 = mean_moments.diagonal()[:latent_dim] - mean1 * mean1
-        inv1 = torch.rsqrt(var1 + eps1)
-        first = _affine(weight1 * inv1, bias1, mean1)  # [L, L+1]
-        fused = phi @ first  # [B, L, L+1]
-        crossed = fused @ moments  # [B, L, L+1]
-        mean2 = crossed[:, :, latent_dim].mean(0)
-        var2 = (crossed * fused).sum((0, 2)) / len(phi) - mean2 * mean2
-        inv2 = torch.rsqrt(var2 + eps2)
-        scale2 = weight2 * inv2
-        first_and_shift = first.clone()
-        first_and_shift[:, latent_dim] += bias2 - mean2 * scale2
-        ctx.save_for_backward(phi, moments, weight1, weight2, mean1, inv1, mean2, inv2, first, fused, crossed)
-        result = torch.addcmul(first_and_shift, scale2.unsqueeze(1), fused)
-        ctx.mark_non_differentiable(mean1, var1, mean2, var2)
-        return result, mean1, var1, mean2, var2
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_fuse: Tensor, *_):
-        phi, moments, weight1, weight2, mean1, inv1, mean2, inv2, first, fused, crossed = ctx.saved_tensors
-        batch, latent_dim = phi.shape[:2]
-        scale2 = weight2 * inv2
-        # fuse = first + scale2 fused + [0 | bias2 - mean2 scale2]
-        d_sum = d_fuse.sum(0)  # [L, L+1]
-        d_bias2 = d_sum[:, latent_dim]
-        d_scale2 = (d_fuse * fused).sum((0, 2)) - d_bias2 * mean2
-        d_weight2 = d_scale2 * inv2
-        d_var2 = -0.5 * d_scale2 * scale2 * inv2 * inv2
-        d_mean2 = -d_bias2 * scale2 - 2 * d_var2 * mean2
-        # var2 + mean2² is the mean of (crossed fused) over B, mean2 that of crossed's last column
-        along = d_var2.unsqueeze(1) / batch
-        d_crossed = fused * along  # [B, L, L+1]
-        d_crossed[:, :, latent_dim] += d_mean2 / batch
-        d_fused = torch.addcmul(crossed * along, scale2.unsqueeze(1), d_fuse)
-        d_fused.baddbmm_(d_crossed, moments)  # moments are symmetric
-        d_moments = fused.transpose(1, 2) @ d_crossed
-        d_phi = d_fused @ first.t()
-        d_first = d_sum + torch.einsum("bij,bik->jk", phi, d_fused)
-        # first = [diag(scale1) | bias1 - mean1 scale1]
-        d_bias1 = d_first[:, latent_dim]
-        d_scale1 = d_first.diagonal() - d_bias1 * mean1
-        d_weight1 = d_scale1 * inv1
-        scale1 = weight1 * inv1
-        d_var1 = -0.5 * d_scale1 * scale1 * inv1 * inv1
-        d_mean_moments = torch.diag(torch.cat([d_var1, d_var1.new_zeros(1)]))
-        d_mean_moments[:latent_dim, latent_dim] = -d_bias1 * scale1 - 2 * d_var1 * mean1
-        d_moments += d_mean_moments / batch
-        return d_phi, d_moments, d_weight1, d_bias1, d_weight2, d_bias2, None, None
-
-
-def _affine(scale: Tensor, bias: Tensor, mean: Tensor) -> Tensor:
-    """What a batch norm does to q, as a matrix [diag(scale) | shift] (L, L+1)."""
-    return torch.cat([torch.diag(scale), (bias - mean * scale).unsqueeze(1)], 1)
-
-
-def normalise(
-    phi: Tensor, moments: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor], eps: tuple[float, float]
-) -> tuple[Tensor, Statistics]:
-    """`fuse`, with which `fuse q = bn2(Φ bn1(Q ∗ x)) + bn1(Q ∗ x)` by the statistics of this batch.
-
-    Args:
-        phi: (B, L, L).
-        moments: (B, L+1, L+1), from `look_at`.
-        weights: weight and bias (L,) of bn1, then of bn2.
-        eps: of bn1 and of bn2.
-
-    Returns:
-        fuse (B, L, L+1), and the statistics.
-    """
-    fuse, *statistics = _Normalise.apply(phi, moments, *weights, *eps)
-    return fuse, Statistics(*statistics)
-
-
-def normalise_by(
-    phi: Tensor, statistics: Statistics, weights: tuple[Tensor, Tensor, Tensor, Tensor], eps: tuple[float, float]
-) -> Tensor:
-    """`fuse` as in `normalise`, by given statistics."""
-    weight1, bias1, weight2, bias2 = weights
-    first = _affine(weight1 * torch.rsqrt(statistics.var1 + eps[0]), bias1, statistics.mean1)
-    scale2 = weight2 * torch.rsqrt(statistics.var2 + eps[1])
-    last = F.pad((bias2 - statistics.mean2 * scale2).unsqueeze(1), (len(bias2), 0))  # [L, L+1]
-    return torch.addcmul(first + last, scale2.unsqueeze(1), phi @ first)
-
-
-class _Combine(Function):
-    @staticmethod
-    def forward(ctx, static: Tensor, channel_scale: Tensor, q: Tensor, proj_out: Tensor, by_triton: bool) -> Tensor:
-        ctx.save_for_backward(static, channel_scale, q, proj_out)
-        ctx.by_triton = by_triton
-        if by_triton:
-            rows = _triton().forward(as_rows(static), channel_scale, q, proj_out)
-        else:
-            rows = as_rows(static) * channel_scale.unsqueeze(1)  # [B, N, O]
-            rows.baddbmm_(q, _pad(proj_out, proj_out.shape[1], q.shape[2]).transpose(1, 2))
-        return as_features(rows, static.shape[2:])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y: Tensor):
-        static, channel_scale, q, proj_out = ctx.saved_tensors
-        width = proj_out.shape[2]
-        d_rows, rows = as_rows(d_y), as_rows(static)  # [B, N, O]
-        if ctx.by_triton:
-            d_rows = d_rows.contiguous()
-            d_static, d_channel_scale, d_proj_out = _triton().backward(d_rows, rows, channel_scale, q, width)
-        else:
-            d_static, d_channel_scale = _unscale(d_rows, rows, channel_scale)
-            d_proj_out = (q.transpose(1, 2) @ d_rows)[:, :width].transpose(1, 2)
-        d_q = d_rows @ _pad(proj_out, proj_out.shape[1], q.shape[2])
-        return as_features(d_static, static.shape[2:]), d_channel_scale, d_q, d_proj_out, None
+    return d_x, d_static.to(dtype), d_scale.to(dtype), d_read_out.to(dtype), d_q
 
 
 def _triton():
@@ -273,76 +284,33 @@ def _triton():
     return triton_combine
 
 
-def _unscale(d_rows: Tensor, rows: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients (B, N, O) and (B, O) of `rows` and `channel_scale` from that of their product."""
-    d_static, d_channel_scale = torch.empty_like(rows), torch.empty_like(channel_scale)
-    # On a CPU a few samples at a time, so that the products stay in the cache.
-    samples = len(rows) if rows.is_cuda else max(1, CACHE_BYTES // (rows[0].numel() * rows.element_size()))
-    product = torch.empty_like(rows[:samples])
-    tensors = d_rows, rows, channel_scale.unsqueeze(1), d_static, d_channel_scale
-    for d_part, part, scale, d_static_part, d_scale_part in zip(*(t.split(samples) for t in tensors), strict=True):
-        torch.mul(d_part, part, out=product[: len(part)])
-        torch.sum(product[: len(part)], 1, out=d_scale_part)
-        torch.mul(d_part, scale, out=d_static_part)
-    return d_static, d_channel_scale
+def _project(
+    x: Tensor, static: Tensor, channel_scale: Tensor, padded: Tensor, read_out: Tensor, latent_dim: int
+) -> tuple[Tensor, Tensor]:
+    """`Λ ⊙ (W₀ ∗ x) + q read_out` for a 1×1 kernel with stride 1, and the kernels (B, O, C) of the samples."""
+    kernels = channel_scale.unsqueeze(2) * static.flatten(1)
+    kernels = kernels.baddbmm_(read_out.transpose(1, 2), padded.expand(len(x), -1, -1)).to(x.dtype)
+    bias = read_out[:, latent_dim : latent_dim + 1].to(x.dtype)  # [B, 1, O]
+    return as_features(torch.baddbmm(bias, as_rows(x), kernels.transpose(1, 2)), x.shape[2:]), kernels
 
 
-def combine(static: Tensor, channel_scale: Tensor, q: Tensor, proj_out: Tensor, by_triton: bool = False) -> Tensor:
-    """`Λ(x) ⊙ static + proj_out (Q ∗ x, 1)`, all in one dtype.
-
-    Args:
-        static: (B, O, H, W), channels_last.
-        channel_scale: Λ (B, O).
-        q: (B, N, L⁺), from `latent_rows`.
-        proj_out: P fuse (B, O, L+1).
-        by_triton: on a GPU, by the kernels of `triton_combine`; not in float64.
-
-    Returns:
-        (B, O, H, W), channels_last.
-    """
-    return _Combine.apply(static, channel_scale, q, proj_out, by_triton)
-
-
-class _Project(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, channel_scale: Tensor, proj_in: Tensor, proj_out: Tensor) -> Tensor:
-        kernels = _kernels(weight, channel_scale, proj_in, proj_out).to(x.dtype)  # [B, O, C]
-        ctx.save_for_backward(x, weight, channel_scale, proj_in, proj_out, kernels)
-        bias = proj_out[:, None, :, -1].to(x.dtype)  # [B, 1, O]
-        return as_features(torch.baddbmm(bias, as_rows(x), kernels.transpose(1, 2)), x.shape[2:])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y: Tensor):
-        x, weight, channel_scale, proj_in, proj_out, kernels = ctx.saved_tensors
-        d_rows = as_rows(d_y)  # [B, N, O]
-        d_x = as_features(d_rows @ kernels, x.shape[2:])
-        d_kernels = (d_rows.transpose(1, 2) @ as_rows(x)).to(weight.dtype)  # [B, O, C]
-        d_bias = d_rows.sum(1, dtype=proj_out.dtype)
-        d_proj_out = torch.cat([d_kernels @ proj_in.t(), d_bias.unsqueeze(2)], 2)
-        d_proj_in = (proj_out[:, :, :-1].transpose(1, 2) @ d_kernels).sum(0)
-        d_channel_scale = (d_kernels * weight).sum(2)
-        d_weight = d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0)
-        return d_x, d_weight, d_channel_scale, d_proj_in, d_proj_out
-
-
-def _kernels(weight: Tensor, channel_scale: Tensor, proj_in: Tensor, proj_out: Tensor) -> Tensor:
-    """`Λ W₀ + P matrix Q`, (B, O, C)."""
-    scaled = channel_scale.unsqueeze(2) * weight
-    return scaled.baddbmm_(proj_out[:, :, :-1], proj_in.expand(len(scaled), -1, -1))
-
-
-def project(x: Tensor, weight: Tensor, channel_scale: Tensor, proj_in: Tensor, proj_out: Tensor) -> Tensor:
-    """`Λ(x) ⊙ (weight ∗ x) + proj_out (Q ∗ x, 1)` for a 1×1 weight, by one kernel for each sample.
-
-    Args:
-        x: (B, C, H, W), channels_last, of any dtype; the others are of one dtype.
-        weight: W₀ (O, C).
-        channel_scale: Λ (B, O).
-        proj_in: Q (L, C).
-        proj_out: P fuse (B, O, L+1).
-
-    Returns:
-        (B, O, H, W), channels_last, in the dtype of x.
-    """
-    return _Project.apply(x, weight, channel_scale, proj_in, proj_out)
+def _project_backward(
+    d_y: Tensor,
+    x: Tensor,
+    static: Tensor,
+    channel_scale: Tensor,
+    padded: Tensor,
+    read_out: Tensor,
+    kernels: Tensor,
+    latent_dim: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x by the kernels, of static, channel_scale and read_out, and those of padded by sample."""
+    dtype, d_rows = static.dtype, as_rows(d_y)  # [B, N, O]
+    d_x = as_features(torch.bmm(d_rows, kernels), x.shape[2:])
+    d_kernels = torch.bmm(d_rows.transpose(1, 2), as_rows(x)).to(dtype)  # [B, O, C]
+    d_read_out = torch.bmm(padded.expand(len(x), -1, -1), d_kernels.transpose(1, 2))  # [B, L⁺, O]
+    d_read_out.select(1, latent_dim).copy_(d_rows.sum(1, dtype=dtype))
+    d_padded = torch.bmm(read_out, d_kernels)  # [B, L⁺, C]
+    d_scale = (d_kernels * static.flatten(1)).sum(2)
+    d_static = d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0).view(static.shape)
+    return d_x, d_static, d_scale, d_read_out, d_padded

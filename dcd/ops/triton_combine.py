@@ -5,8 +5,7 @@ scaled to y), and eight times backward. Here it is two and three (static and y's
 the gradient of q stays a plain product, which reads y's gradient once more.
 
 All tensors are contiguous and of one dtype, float32, float16 or bfloat16; sums are in float32. Legend of the shape
-comments: B batch, N positions, O output channels, L⁺ the width of q, of which `proj_out` (B, O, K) uses the first K
-columns.
+comments: B batch, N positions, O output channels, L⁺ the width of q.
 """
 
 import torch
@@ -27,7 +26,7 @@ def _tile(rows, columns, n_rows, n_columns, row_stride):
 
 @triton.jit
 def _forward(
-    static, scale, q, proj_out, y, positions, channels, width, q_width,
+    static, scale, q, read_out, y, positions, channels, width,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -36,19 +35,19 @@ def _forward(
     sample = tl.program_id(2).to(tl.int64)
     first = sample * positions * channels
     at, exists = _tile(n, o, positions, channels, channels)
-    q_at, q_exists = _tile(n, k, positions, width, q_width)
-    p_at, p_exists = _tile(o, k, channels, width, width)
+    q_at, q_exists = _tile(n, k, positions, width, width)
+    r_at, r_exists = _tile(k, o, width, channels, channels)
     static_tile = tl.load(static + first + at, exists, 0.0).to(tl.float32)  # [BLOCK_N, BLOCK_O]
     scale_tile = tl.load(scale + sample * channels + o, o < channels, 0.0).to(tl.float32)
-    q_tile = tl.load(q + sample * positions * q_width + q_at, q_exists, 0.0).to(tl.float32)  # [BLOCK_N, BLOCK_K]
-    p_tile = tl.load(proj_out + sample * channels * width + p_at, p_exists, 0.0).to(tl.float32)  # [BLOCK_O, BLOCK_K]
-    result = static_tile * scale_tile[None, :] + tl.dot(q_tile, tl.trans(p_tile), input_precision=PRECISION)
+    q_tile = tl.load(q + sample * positions * width + q_at, q_exists, 0.0).to(tl.float32)  # [BLOCK_N, BLOCK_K]
+    r_tile = tl.load(read_out + sample * width * channels + r_at, r_exists, 0.0).to(tl.float32)  # [BLOCK_K, BLOCK_O]
+    result = static_tile * scale_tile[None, :] + tl.dot(q_tile, r_tile, input_precision=PRECISION)
     tl.store(y + first + at, result.to(y.dtype.element_ty), exists)
 
 
 @triton.jit
 def _backward(
-    d_y, static, scale, q, d_static, d_scale, d_proj_out, positions, channels, width, q_width,
+    d_y, static, scale, q, d_static, d_scale, d_read_out, positions, channels, width,
     BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     share, shares = tl.program_id(0), tl.num_programs(0)
@@ -58,22 +57,22 @@ def _backward(
     first = sample * positions * channels
     scale_tile = tl.load(scale + sample * channels + o, o < channels, 0.0).to(tl.float32)
     d_scale_sum = tl.zeros((BLOCK_O,), tl.float32)
-    d_proj_sum = tl.zeros((BLOCK_O, BLOCK_K), tl.float32)
+    d_read_sum = tl.zeros((BLOCK_K, BLOCK_O), tl.float32)
     for block in range(BLOCKS):
         n = (share * BLOCKS + block) * BLOCK_N + tl.arange(0, BLOCK_N)
         at, exists = _tile(n, o, positions, channels, channels)
-        q_at, q_exists = _tile(n, k, positions, width, q_width)
+        q_at, q_exists = _tile(n, k, positions, width, width)
         d_y_tile = tl.load(d_y + first + at, exists, 0.0).to(tl.float32)  # [BLOCK_N, BLOCK_O]
         static_tile = tl.load(static + first + at, exists, 0.0).to(tl.float32)
-        q_tile = tl.load(q + sample * positions * q_width + q_at, q_exists, 0.0).to(tl.float32)  # [BLOCK_N, BLOCK_K]
+        q_tile = tl.load(q + sample * positions * width + q_at, q_exists, 0.0).to(tl.float32)  # [BLOCK_N, BLOCK_K]
         d_scale_sum += tl.sum(d_y_tile * static_tile, 0)
-        d_proj_sum += tl.dot(tl.trans(d_y_tile), q_tile, input_precision=PRECISION)
+        d_read_sum += tl.dot(tl.trans(q_tile), d_y_tile, input_precision=PRECISION)
         scaled = d_y_tile * scale_tile[None, :]
         tl.store(d_static + first + at, scaled.to(d_static.dtype.element_ty), exists)
     part = sample * shares + share
-    p_at, p_exists = _tile(o, k, channels, width, width)
+    r_at, r_exists = _tile(k, o, width, channels, channels)
     tl.store(d_scale + part * channels + o, d_scale_sum, o < channels)
-    tl.store(d_proj_out + part * channels * width + p_at, d_proj_sum, p_exists)
+    tl.store(d_read_out + part * width * channels + r_at, d_read_sum, r_exists)
 
 
 def _constants(width: int, dtype: torch.dtype) -> dict:
@@ -84,41 +83,37 @@ def _constants(width: int, dtype: torch.dtype) -> dict:
     return {"BLOCK_N": BLOCK_N, "BLOCK_O": BLOCK_O, "BLOCK_K": block_k, "PRECISION": precision}
 
 
-def forward(static: Tensor, channel_scale: Tensor, q: Tensor, proj_out: Tensor) -> Tensor:
-    """`channel_scale ⊙ static + q proj_outᵀ`.
+def forward(static: Tensor, channel_scale: Tensor, q: Tensor, read_out: Tensor) -> Tensor:
+    """`channel_scale ⊙ static + q read_out`.
 
     Args:
         static: (B, N, O).
         channel_scale: (B, O).
         q: (B, N, L⁺).
-        proj_out: (B, O, K), with K <= L⁺.
+        read_out: (B, L⁺, O).
 
     Returns:
         (B, N, O).
     """
-    (batch, positions, channels), width = static.shape, proj_out.shape[2]
+    (batch, positions, channels), width = static.shape, q.shape[2]
     y = torch.empty_like(static)
     grid = triton.cdiv(positions, BLOCK_N), triton.cdiv(channels, BLOCK_O), batch
-    _forward[grid](
-        static, channel_scale, q, proj_out, y, positions, channels, width, q.shape[2], **_constants(width, static.dtype)
-    )
+    _forward[grid](static, channel_scale, q, read_out, y, positions, channels, width, **_constants(width, static.dtype))
     return y
 
 
-def backward(
-    d_y: Tensor, static: Tensor, channel_scale: Tensor, q: Tensor, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of static, channel_scale and proj_out (B, O, width) from that of `forward`'s result, (B, N, O)."""
-    batch, positions, channels = static.shape
+def backward(d_y: Tensor, static: Tensor, channel_scale: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of static, channel_scale and read_out from that of `forward`'s result, (B, N, O)."""
+    (batch, positions, channels), width = static.shape, q.shape[2]
     blocks, channel_blocks = triton.cdiv(positions, BLOCK_N), triton.cdiv(channels, BLOCK_O)
     shares = min(blocks, triton.cdiv(MIN_PROGRAMS, batch * channel_blocks))
     blocks_each = triton.cdiv(blocks, shares)
     shares = triton.cdiv(blocks, blocks_each)
     d_static = torch.empty_like(static)
     d_scale = static.new_empty(batch, shares, channels, dtype=torch.float32)
-    d_proj_out = static.new_empty(batch, shares, channels, width, dtype=torch.float32)
+    d_read_out = static.new_empty(batch, shares, width, channels, dtype=torch.float32)
     _backward[shares, channel_blocks, batch](
-        d_y, static, channel_scale, q, d_static, d_scale, d_proj_out, positions, channels, width, q.shape[2],
+        d_y, static, channel_scale, q, d_static, d_scale, d_read_out, positions, channels, width,
         BLOCKS=blocks_each, **_constants(width, static.dtype),
     )  # fmt: skip
-    return d_static, d_scale.sum(1).to(static.dtype), d_proj_out.sum(1).to(static.dtype)
+    return d_static, d_scale.sum(1).to(static.dtype), d_read_out.sum(1).to(static.dtype)

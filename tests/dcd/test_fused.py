@@ -43,15 +43,19 @@ def layer(channels, out_channels, kernel_size, stride, latent_dim, pool_size) ->
 
 
 def results(made: DCDConv2d, path: str, x: torch.Tensor, amp: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Output, gradients and state after a forward and backward pass of a copy of the layer, in float64."""
-    made = copy.deepcopy(made)
+    """Output, gradients and state after a forward and backward pass of a copy of the layer, in float64, and the output
+    where no gradients are wanted."""
+    made, other = copy.deepcopy(made), copy.deepcopy(made)
     set_path(made, path)
+    set_path(other, path)
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     with torch.autocast(x.device.type, dtype=amp, enabled=amp is not None):
         y = made(x)
+        with torch.no_grad():
+            without_gradients = other(x)
     wanted = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     (y.double() * wanted.to(y.device)).sum().backward()
-    found = {"y": y.detach(), "x": x.grad, **made.state_dict()}
+    found = {"y": y.detach(), "y without gradients": without_gradients, "x": x.grad, **made.state_dict()}
     found |= {f"gradient of {name}": value.grad for name, value in made.named_parameters()}
     return {name: value.double() for name, value in found.items()}
 
@@ -113,6 +117,16 @@ def test_in_lower_precision_it_is_at_most_twice_as_far_off_as_the_reference(path
     plain, found = results(made, "reference", x, amp), results(made, path, x, amp)
     for name, value in exact.items():
         assert error(found[name], value) <= 2 * error(plain[name], value) + torch.finfo(amp).eps / 2, name
+
+
+@pytest.mark.parametrize("path", FASTER)
+def test_half_precision_holds_large_maps_of_large_values(path):
+    """Their sum would not: 4096 positions of 30 are above 65504."""
+    made = layer(8, 8, 1, 1, 4, 2)
+    x = 30 + torch.randn(2, 8, 64, 64)
+    exact = results(made.double(), "reference", x.double())["y"]
+    found = results(made.float(), path, x, torch.float16)
+    assert error(found["y"], exact) < 0.02 and all(value.isfinite().all() for value in found.values())
 
 
 def test_a_layer_that_only_reads_gives_no_gradient_to_its_input():
