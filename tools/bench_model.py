@@ -30,7 +30,7 @@ from dcd.engine.run_log import device_name
 
 # small networks first
 STATIC = [name.removesuffix("_dcd") for name in sorted(dcd.list_models(), key=len) if name.endswith("_dcd")]
-WARM_UP = 2  # steps of each model before any is timed
+WARM_UP = 4  # steps of each model before any is timed: on a CPU the first two or three meet page faults
 
 
 def train_step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, amp) -> Callable[[], None]:
