@@ -75,8 +75,8 @@ class DCDConv2d(nn.Module):
         bn1, bn2 = self.bn1, self.bn2
         parameters = fused.Parameters(
             self.static_conv.weight,
-            self.proj_in.weight.flatten(1),
-            self.proj_out.weight.flatten(1),
+            self.proj_in.weight,
+            self.proj_out.weight,
             self.coefficients.branch(),
             fused.Norms(bn1.weight, bn1.bias, bn2.weight, bn2.bias),
         )

@@ -39,8 +39,8 @@ class Parameters(NamedTuple):
     """What a layer learns, of one dtype."""
 
     static: Tensor  # W₀ (O, C, k, k)
-    proj_in: Tensor  # Q (L, C)
-    proj_out: Tensor  # P (O, L)
+    proj_in: Tensor  # Q (L, C, 1, 1)
+    proj_out: Tensor  # P (O, L, 1, 1)
     branch: Branch
     norms: Norms
 
@@ -83,7 +83,7 @@ def pool_cells(height: int, width: int, size: int, dtype: torch.dtype, device: t
 def _padded(proj_in: Tensor, settings: Settings) -> Tensor:
     """Q (L⁺, C), with rows of zeros for the constants in q."""
     latent_dim = len(proj_in)
-    return F.pad(proj_in, (0, 0, 0, round_up(latent_dim + 1 + settings.pool_size**2) - latent_dim))
+    return F.pad(proj_in.flatten(1), (0, 0, 0, round_up(latent_dim + 1 + settings.pool_size**2) - latent_dim))
 
 
 def _latent_rows(x: Tensor, padded: Tensor, latent_dim: int, settings: Settings) -> Tensor:
@@ -131,14 +131,16 @@ class _DynamicConvolution(Function):
             descriptor = _descriptor(x, settings, dtype)
         phi, channel_scale, kept_by_branch = coefficients(descriptor, branch)
         fused, statistics, kept_by_norms = fuse(phi, _moments(q), norms, settings.eps)
-        read_out = fused @ proj_out.t()  # [B, L⁺, O]
+        read_out = fused @ proj_out.flatten(1).t()  # [B, L⁺, O]
         if settings.by_sample:
             y, made = _project(x, static, channel_scale, padded, read_out, latent_dim)
         else:
             y, made = _combine(x, static, channel_scale, q, read_out, settings)
-        maps, matrices = (x, q, made), (static, padded, proj_out, gathered, channel_scale, fused, read_out)
-        ctx.save_for_backward(*maps, *matrices, *others, *kept_by_branch, *kept_by_norms)
-        ctx.settings, ctx.latent_dim = settings, latent_dim
+        matrices = padded, gathered, channel_scale, fused, read_out
+        ctx.save_for_backward(
+            x, q, made, static, proj_in, proj_out, *matrices, *others, *kept_by_branch, *kept_by_norms
+        )
+        ctx.settings = settings
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         return y, *statistics
@@ -146,8 +148,10 @@ class _DynamicConvolution(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y: Tensor, *_):
-        settings, latent_dim = ctx.settings, ctx.latent_dim
-        x, q, made, static, padded, proj_out, gathered, channel_scale, fused, read_out, *others = ctx.saved_tensors
+        x, q, made, static, proj_in, proj_out, padded, gathered, channel_scale, fused, read_out, *others = (
+            ctx.saved_tensors
+        )
+        settings, latent_dim = ctx.settings, len(proj_in)
         branch, norms = Branch(*others[:4]), Norms(*others[4:8])
         kept_by_branch, kept_by_norms = others[8:13], others[13:]
         if settings.by_sample:
@@ -158,7 +162,7 @@ class _DynamicConvolution(Function):
             d_x, d_static, d_scale, d_read_out, d_q = _combine_backward(
                 d_y, x, static, channel_scale, q, read_out, made, settings, ctx.needs_input_grad[1]
             )
-        d_fused = d_read_out @ proj_out
+        d_fused = d_read_out @ proj_out.flatten(1)
         d_proj_out = d_read_out.flatten(0, 1).t() @ fused.flatten(0, 1)
         d_phi, q_to_d_q, d_norms = fuse_backward(kept_by_norms, norms, d_fused)
         d_descriptor, d_branch = coefficients_backward(kept_by_branch, branch, d_phi, d_scale)
@@ -180,7 +184,15 @@ class _DynamicConvolution(Function):
                 left = _everywhere(left, x, settings.stride)
                 left[:, :, cells] = _cells_of(x, settings)
             as_rows(d_x).baddbmm_(left, right.to(x.dtype))
+        d_proj_in, d_proj_out = _as_gradient(d_proj_in, proj_in), _as_gradient(d_proj_out, proj_out)
         return None, d_x, d_static, d_proj_in, d_proj_out, *d_branch, *d_norms
+
+
+def _as_gradient(matrix: Tensor, weight: Tensor) -> Tensor:
+    """A matrix (O, C) as the gradient of a weight (O, C, 1, 1), with its strides: DDP warns where they differ."""
+    if weight.stride()[:2] != matrix.stride():
+        return matrix.view(weight.shape)
+    return matrix.as_strided(weight.shape, weight.stride())
 
 
 def train(x: Tensor, parameters: Parameters, settings: Settings) -> tuple[Tensor, Statistics]:
@@ -204,7 +216,7 @@ def infer(x: Tensor, parameters: Parameters, statistics: Statistics, settings: S
     static, proj_in, proj_out, branch, norms = parameters
     padded = _padded(proj_in, settings)
     phi, channel_scale, _ = coefficients(_descriptor(x, settings, static.dtype), branch)
-    read_out = fuse_by(phi, statistics, norms, settings.eps, len(padded)) @ proj_out.t()
+    read_out = fuse_by(phi, statistics, norms, settings.eps, len(padded)) @ proj_out.flatten(1).t()
     if settings.by_sample:
         return _project(x, static, channel_scale, padded, read_out, len(proj_in))[0]
     q = _latent_rows(x, padded, len(proj_in), settings)
@@ -312,5 +324,5 @@ def _project_backward(
     d_read_out.select(1, latent_dim).copy_(d_rows.sum(1, dtype=dtype))
     d_padded = torch.bmm(read_out, d_kernels)  # [B, L⁺, C]
     d_scale = (d_kernels * static.flatten(1)).sum(2)
-    d_static = d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0).view(static.shape)
-    return d_x, d_static, d_scale, d_read_out, d_padded
+    d_static = d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0)
+    return d_x, _as_gradient(d_static, static), d_scale, d_read_out, d_padded

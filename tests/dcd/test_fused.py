@@ -150,6 +150,17 @@ def test_an_input_that_others_read_gets_the_sum_of_their_gradients():
         assert error(gradient, gradients[0]) < 1e-9
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_have_the_strides_of_their_parameters(layout, kernel_size):
+    """DDP keeps them in buckets that have, and warns of a copy otherwise."""
+    made = layer(6, 8, kernel_size, 1, 4, 1).to(memory_format=layout)
+    made(torch.randn(2, 6, 5, 5).to(memory_format=torch.channels_last)).sum().backward()
+    assert {name: value.grad.stride() for name, value in made.named_parameters()} == {
+        name: value.stride() for name, value in made.named_parameters()
+    }
+
+
 def test_gradients_can_be_asked_for_twice():
     made = layer(6, 6, 3, 1, 4, 1)
     x = torch.randn(2, 6, 4, 4, requires_grad=True)
