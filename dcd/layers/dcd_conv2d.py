@@ -58,8 +58,9 @@ class DCDConv2d(nn.Module):
         path = self.path
         if path == "auto":
             path = "reference" if torch.compiler.is_compiling() else available_paths(x.device)[-1]
-        has_no_gradients = not self.bn1.training  # the faster ones, by the norms' running statistics
-        if path == "reference" or not self._has_plain_norms() or (has_no_gradients and torch.is_grad_enabled()):
+        # By running statistics only the reference has gradients.
+        frozen = torch.is_grad_enabled() and not self.bn1.training
+        if path == "reference" or frozen or not self._has_plain_norms():
             return self._by_reference(x)
         return leave_autocast(partial(self._by_fused, by_triton=path == "triton"), x)
 
