@@ -13,70 +13,21 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
 import dcd
-from dcd.engine.config import Config
 from dcd.engine.cpu_memory import keep_freed_memory
-from dcd.engine.optim import autocast_dtype, build_optimizer
+from dcd.engine.optim import autocast_dtype
 from dcd.engine.run_log import device_name
+from tools.profiling.steps import inference_step, seconds_in_turns, train_step
 
 # small networks first
 STATIC = [name.removesuffix("_dcd") for name in sorted(dcd.list_models(), key=len) if name.endswith("_dcd")]
-WARM_UP = 4  # steps of each model before any is timed: on a CPU the first two or three meet page faults
-
-
-def train_step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, amp) -> Callable[[], None]:
-    """A step of training: forward, loss, backward, SGD."""
-    model.train()
-    optimizer = build_optimizer(model, Config(lr=1e-3))  # small: the labels are noise
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with amp():
-            logits = model(images)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-
-    return step
-
-
-def inference_step(model: torch.nn.Module, images: torch.Tensor, amp) -> Callable[[], None]:
-    """A forward pass in eval mode."""
-    model.eval()
-
-    @torch.inference_mode()
-    def step() -> None:
-        with amp():
-            model(images)
-
-    return step
-
-
-def seconds_in_turns(steps: list[Callable[[], None]], rounds: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each of `steps` in each of `rounds`, taken in turns."""
-    seconds = [[] for _ in steps]
-    for round_ in range(WARM_UP + rounds):
-        for step, found in zip(steps, seconds, strict=True):
-            _wait(device)
-            start = time.perf_counter()
-            step()
-            _wait(device)
-            if round_ >= WARM_UP:
-                found.append(time.perf_counter() - start)
-    return seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def describe_machine(device: torch.device) -> dict:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dcd.engine.config import Config
 from dcd.engine.optim import build_optimizer
 from dcd.layers import set_path
-from tools.bench_model import inference_step, seconds_in_turns
+from tools.profiling.steps import inference_step, seconds_in_turns
 
 MIB = 2**20
 

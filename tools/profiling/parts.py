@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dcd.layers import DCDConv2d
 from dcd.ops import reference
-from tools.bench_model import seconds_in_turns
 from tools.profiling.measure import Setting
 from tools.profiling.shapes import Shape
+from tools.profiling.steps import seconds_in_turns
 from tools.profiling.variants import create_layer
 
 REST = "rest"
