@@ -1,4 +1,5 @@
-"""Fixtures of every test: an image index of their own, and the sample dataset. Without a GPU, Triton interprets."""
+"""Fixtures of every test: an image index of their own, and the sample dataset. Without a GPU, Triton interprets, and
+tests marked `gpu` are skipped."""
 
 import os
 from pathlib import Path
@@ -10,6 +11,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # is read when triton is imported
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,6 +34,17 @@ def digits(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "digits"
     make_sample(out)
     return out
+
+
+@pytest.fixture
+def exact_float32():
+    """Convolutions and matrix products of a GPU take float32 as it is, not as TF32."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.backends.cudnn.allow_tf32 = convolutions
+    torch.set_float32_matmul_precision(products)
 
 
 @pytest.fixture

@@ -23,16 +23,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from dcd.ops.sample_matrices import (
-    Branch,
-    Norms,
-    Statistics,
-    coefficients,
-    coefficients_backward,
-    fuse,
-    fuse_backward,
-    fuse_by,
-)
+from dcd.ops import sample_matrices
+from dcd.ops.sample_matrices import Branch, Norms, Statistics, coefficients, coefficients_backward, fuse_by
 
 
 class Parameters(NamedTuple):
@@ -130,10 +122,11 @@ class _DynamicConvolution(Function):
         else:
             descriptor = _descriptor(x, settings, dtype)
         phi, channel_scale, kept_by_branch = coefficients(descriptor, branch)
-        fused, statistics, kept_by_norms = fuse(phi, _moments(q), norms, settings.eps)
+        moments = _moments(q)
+        fused, statistics, kept_by_norms = _matrices(settings, moments).fuse(phi, moments, norms, settings.eps)
         read_out = fused @ proj_out.flatten(1).t()  # [B, L⁺, O]
         if settings.by_sample:
-            y, made = _project(x, static, channel_scale, padded, read_out, latent_dim)
+            y, made = _project(x, static, channel_scale, padded, read_out, latent_dim, settings)
         else:
             y, made = _combine(x, static, channel_scale, q, read_out, settings)
         matrices = padded, gathered, channel_scale, fused, read_out
@@ -164,15 +157,15 @@ class _DynamicConvolution(Function):
             )
         d_fused = d_read_out @ proj_out.flatten(1)
         d_proj_out = d_read_out.flatten(0, 1).t() @ fused.flatten(0, 1)
-        d_phi, q_to_d_q, d_norms = fuse_backward(kept_by_norms, norms, d_fused)
+        d_phi, q_to_d_q, d_norms = _matrices(settings, d_fused).fuse_backward(kept_by_norms, norms, d_fused, q.shape[1])
         d_descriptor, d_branch = coefficients_backward(kept_by_branch, branch, d_phi, d_scale)
         # x's gradient by Q and by the pool is one product, added in place: of q's gradient and the pool's cells with Q
         # and the gradient of the pooled input. Where q has the cells, it is the left factor itself.
         if settings.by_sample:
-            left, right = q, (q_to_d_q @ padded).div_(q.shape[1])
-            d_padded = d_padded.baddbmm_(q_to_d_q.transpose(1, 2), gathered)
+            left, right = q, q_to_d_q @ padded
+            d_padded = d_padded.baddbmm_(q_to_d_q.transpose(1, 2), gathered, alpha=q.shape[1])
         else:
-            left = d_q.baddbmm_(q, q_to_d_q.div_(q.shape[1]).to(q.dtype))  # [B, N, L⁺]
+            left = d_q.baddbmm_(q, q_to_d_q.to(q.dtype))  # [B, N, L⁺]
             right = padded.repeat(len(x), 1, 1)
             d_padded = torch.bmm(left.transpose(1, 2), as_rows(_strided(x, settings.stride)))
         d_proj_in = d_padded.sum(0)[:latent_dim]
@@ -218,7 +211,7 @@ def infer(x: Tensor, parameters: Parameters, statistics: Statistics, settings: S
     phi, channel_scale, _ = coefficients(_descriptor(x, settings, static.dtype), branch)
     read_out = fuse_by(phi, statistics, norms, settings.eps, len(padded)) @ proj_out.flatten(1).t()
     if settings.by_sample:
-        return _project(x, static, channel_scale, padded, read_out, len(proj_in))[0]
+        return _project(x, static, channel_scale, padded, read_out, len(proj_in), settings)[0]
     q = _latent_rows(x, padded, len(proj_in), settings)
     return _combine(x, static, channel_scale, q, read_out, settings)[0]
 
@@ -249,11 +242,12 @@ def _combine(
 ) -> tuple[Tensor, Tensor]:
     """`Λ ⊙ (W₀ ∗ x) + q read_out`, and W₀ ∗ x."""
     made = F.conv2d(x, static.to(x.dtype), stride=settings.stride, padding=static.shape[2] // 2)
-    rows, scale, read_out = as_rows(made), channel_scale.to(x.dtype), read_out.to(x.dtype)
+    rows = as_rows(made)  # [B, N, O]
     if settings.by_triton:
-        rows = _triton().forward(rows, scale, q, read_out)
+        triton_combine, _, _ = _triton()
+        rows = triton_combine.forward(rows, channel_scale, q, read_out)
     else:
-        rows = (rows * scale.unsqueeze(1)).baddbmm_(q, read_out)  # [B, N, O]
+        rows = (rows * channel_scale.to(x.dtype).unsqueeze(1)).baddbmm_(q, read_out.to(x.dtype))
     return as_features(rows, made.shape[2:]), made
 
 
@@ -271,14 +265,14 @@ def _combine_backward(
     """The gradients of x by W₀, of static, channel_scale, read_out and q."""
     dtype = static.dtype
     d_rows, rows = as_rows(d_y), as_rows(made)  # [B, N, O]
-    scale, read_out = channel_scale.to(x.dtype), read_out.to(x.dtype)
     if settings.by_triton:
+        triton_combine, _, _ = _triton()
         d_rows = d_rows.contiguous()
-        d_made, d_scale, d_read_out = _triton().backward(d_rows, rows, scale, q)
+        d_made, d_scale, d_read_out = triton_combine.backward(d_rows, rows, channel_scale, q)
     else:
-        d_made, d_scale = d_rows * scale.unsqueeze(1), (d_rows * rows).sum(1)
+        d_made, d_scale = d_rows * channel_scale.to(x.dtype).unsqueeze(1), (d_rows * rows).sum(1)
         d_read_out = torch.bmm(q.transpose(1, 2), d_rows)
-    d_q = torch.bmm(d_rows, read_out.transpose(1, 2))
+    d_q = torch.bmm(d_rows, read_out.to(x.dtype).transpose(1, 2))
     stride, padding = [settings.stride] * 2, [static.shape[2] // 2] * 2
     d_x, d_static, _ = torch.ops.aten.convolution_backward(
         as_features(d_made, made.shape[2:]), x, static.to(x.dtype), None, stride, padding, [1, 1], False, [0, 0], 1,
@@ -290,20 +284,44 @@ def _combine_backward(
 
 
 def _triton():
-    """The kernels, imported at their first use: Triton is not there on every machine."""
-    from dcd.ops import triton_combine
+    """The modules of kernels, imported at their first use: Triton is not there on every machine."""
+    from dcd.ops import triton_combine, triton_matrices, triton_project
 
-    return triton_combine
+    return triton_combine, triton_matrices, triton_project
+
+
+def _matrices(settings: Settings, of_samples: Tensor):
+    """The module whose `fuse` and `fuse_backward` take these moments, or this d_fused: (B, L⁺, …)."""
+    if settings.by_triton:
+        _, triton_matrices, _ = _triton()
+        if triton_matrices.fits(of_samples):
+            return triton_matrices
+    return sample_matrices
 
 
 def _project(
-    x: Tensor, static: Tensor, channel_scale: Tensor, padded: Tensor, read_out: Tensor, latent_dim: int
+    x: Tensor,
+    static: Tensor,
+    channel_scale: Tensor,
+    padded: Tensor,
+    read_out: Tensor,
+    latent_dim: int,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """`Λ ⊙ (W₀ ∗ x) + q read_out` for a 1×1 kernel with stride 1, and the kernels (B, O, C) of the samples."""
     kernels = channel_scale.unsqueeze(2) * static.flatten(1)
     kernels = kernels.baddbmm_(read_out.transpose(1, 2), padded.expand(len(x), -1, -1)).to(x.dtype)
-    bias = read_out[:, latent_dim : latent_dim + 1].to(x.dtype)  # [B, 1, O]
-    return as_features(torch.baddbmm(bias, as_rows(x), kernels.transpose(1, 2)), x.shape[2:]), kernels
+    rows = _product(as_rows(x), kernels, read_out[:, latent_dim], settings)
+    return as_features(rows, x.shape[2:]), kernels
+
+
+def _product(rows: Tensor, kernels: Tensor, bias: Tensor, settings: Settings) -> Tensor:
+    """`rows kernelsᵀ + bias`, (B, N, O), of (B, N, C), (B, O, C) and (B, O)."""
+    if settings.by_triton:
+        _, _, triton_project = _triton()
+        if triton_project.fits(rows, kernels):
+            return triton_project.project(rows, kernels, bias)
+    return torch.baddbmm(bias.unsqueeze(1).to(rows.dtype), rows, kernels.transpose(1, 2))
 
 
 def _project_backward(

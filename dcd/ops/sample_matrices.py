@@ -63,9 +63,9 @@ def coefficients_backward(
     """The gradients of the descriptor and of the weights."""
     descriptor, squeezed, gates, y, channel_scale = kept
     d_phi, d_scale = d_phi.flatten(1), _through_clamp(d_scale, channel_scale)
-    d_y = torch.addmm(d_phi @ branch.to_phi, d_scale, branch.to_scale)
+    d_y = (d_phi @ branch.to_phi).addmm_(d_scale, branch.to_scale)
     d_gates = _through_clamp(d_y * squeezed, gates)
-    d_squeezed = torch.addmm(d_y * gates, d_gates, branch.gate)
+    d_squeezed = (d_y * gates).addmm_(d_gates, branch.gate)
     d_branch = Branch(d_squeezed.t() @ descriptor, d_gates.t() @ squeezed, d_phi.t() @ y, d_scale.t() @ y)
     return d_squeezed @ branch.squeeze, d_branch
 
@@ -107,10 +107,18 @@ def fuse(
     return fused, Statistics(mean1, var1, mean2, var2), (phi, moments, mean1, inv1, inv2, scale2, first, mixed)
 
 
-def fuse_backward(kept: tuple[Tensor, ...], norms: Norms, d_fused: Tensor) -> tuple[Tensor, Tensor, Norms]:
+def fuse_backward(
+    kept: tuple[Tensor, ...], norms: Norms, d_fused: Tensor, positions: int
+) -> tuple[Tensor, Tensor, Norms]:
     """The gradients of phi and of the norms' weights, and by which matrices (B, L⁺, L⁺) q becomes its own gradient.
 
-    Only the first L columns of the latter are meant; it is to be divided by the number of positions.
+    Only the first L columns of the latter are meant.
+
+    Args:
+        kept: by `fuse`.
+        norms: as there.
+        d_fused: (B, L⁺, L).
+        positions: over which the moments are means.
     """
     phi, moments, mean1, inv1, inv2, scale2, first, mixed = kept
     batch, latent_dim = phi.shape[:2]
@@ -118,17 +126,17 @@ def fuse_backward(kept: tuple[Tensor, ...], norms: Norms, d_fused: Tensor) -> tu
     # output's gradient, and of that times the output: as matrices, M away.
     d_bias2 = d_fused.select(1, latent_dim).sum(0)
     d_weight2 = (d_fused * mixed).sum((0, 1)).mul_(inv2)
-    share = scale2 * (-1 / batch)
+    share = scale2 * (-1 / (batch * positions))
     away = mixed * (share * inv2 * d_weight2)
     away.select(1, latent_dim).addcmul_(share, d_bias2)
-    d_mixed = (d_fused * scale2).baddbmm_(moments, away)
+    d_mixed = (d_fused * scale2).baddbmm_(moments, away, alpha=positions)
     d_phi = torch.bmm(d_mixed.transpose(1, 2), first.expand_as(d_mixed))
-    d_q = torch.bmm(away, mixed.transpose(1, 2))  # the gradient of M, plus its transpose
+    d_q = torch.bmm(away, mixed.transpose(1, 2))  # the gradient of M, plus its transpose, by the number of positions
     # The same for first = [diag(weight1 inv1); bias1 - mean1 weight1 inv1], whose `mixed` is [identity; -mean1].
     d_first = torch.baddbmm(d_fused, d_mixed, phi).sum(0)  # [L⁺, L]
     d_bias1 = d_first[latent_dim]
     d_weight1 = torch.addcmul(d_first.diagonal(), mean1, d_bias1, value=-1).mul_(inv1)
-    share = norms.weight1 * inv1 * (-1 / batch)
+    share = norms.weight1 * inv1 * (-1 / (batch * positions))
     along = share * inv1 * d_weight1
     d_q.diagonal(dim1=1, dim2=2)[:, :latent_dim].add_(along)
     d_q.select(1, latent_dim)[:, :latent_dim].add_(torch.addcmul(share * d_bias1, along, mean1, value=-1))

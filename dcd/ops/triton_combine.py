@@ -4,8 +4,10 @@ As PyTorch operations, y = Λ ⊙ static + P q reads or writes a map as large as
 scaled to y), and eight times backward. Here it is two and three (static and y's gradient in, static's gradient out);
 the gradient of q stays a plain product, which reads y's gradient once more.
 
-All tensors are contiguous and of one dtype, float32, float16 or bfloat16; sums are in float32. Legend of the shape
-comments: B batch, N positions, O output channels, L⁺ the width of q.
+All tensors are contiguous. The maps and q are of one dtype, float32, float16 or bfloat16, the small matrices of any of
+these; sums are in float32. Legend of the shape comments: B batch, N positions, O output channels, L⁺ the width of q, a
+multiple of 8. The pointers of the kernels have the shapes given at `forward` and `backward`; only the sums d_scale and
+d_read_out have a dimension more, behind B: the programs that share a sample's positions.
 """
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 BLOCK_N, BLOCK_O = 64, 64  # positions and channels that one program holds at a time
 MIN_PROGRAMS = 1024  # several for each multiprocessor: with fewer, the positions of a sample are shared out
+EXACT_TERMS, EXACT_WARPS = 16, 8  # of a product that is exact to float32: its terms at a time are all in registers
 
 
 @triton.jit
@@ -26,30 +29,35 @@ def _tile(rows, columns, n_rows, n_columns, row_stride):
 
 @triton.jit
 def _forward(
-    static, scale, q, read_out, y, positions, channels, width,
-    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    static, scale, q, read_out, y, positions, channels, eights,
+    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    width = eights * 8  # so that Triton knows that it is a multiple, and loads q in vectors
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    k = tl.arange(0, BLOCK_K)
     sample = tl.program_id(2).to(tl.int64)
     first = sample * positions * channels
     at, exists = _tile(n, o, positions, channels, channels)
-    q_at, q_exists = _tile(n, k, positions, width, width)
-    r_at, r_exists = _tile(k, o, width, channels, channels)
     static_tile = tl.load(static + first + at, exists, 0.0).to(tl.float32)  # [BLOCK_N, BLOCK_O]
     scale_tile = tl.load(scale + sample * channels + o, o < channels, 0.0).to(tl.float32)
-    q_tile = tl.load(q + sample * positions * width + q_at, q_exists, 0.0).to(tl.float32)  # [BLOCK_N, BLOCK_K]
-    r_tile = tl.load(read_out + sample * width * channels + r_at, r_exists, 0.0).to(tl.float32)  # [BLOCK_K, BLOCK_O]
-    result = static_tile * scale_tile[None, :] + tl.dot(q_tile, r_tile, input_precision=PRECISION)
+    result = static_tile * scale_tile[None, :]
+    for start in range(0, BLOCK_K, STEP):
+        k = start + tl.arange(0, STEP)
+        q_at, q_exists = _tile(n, k, positions, width, width)
+        r_at, r_exists = _tile(k, o, width, channels, channels)
+        q_tile = tl.load(q + sample * positions * width + q_at, q_exists, 0.0).to(tl.float32)  # [BLOCK_N, STEP]
+        r_tile = tl.load(read_out + sample * width * channels + r_at, r_exists, 0.0)  # [STEP, BLOCK_O]
+        r_tile = r_tile.to(q.dtype.element_ty).to(tl.float32)  # rounded like q, and then TF32 cuts nothing off
+        result = tl.dot(q_tile, r_tile, result, input_precision=PRECISION)
     tl.store(y + first + at, result.to(y.dtype.element_ty), exists)
 
 
 @triton.jit
 def _backward(
-    d_y, static, scale, q, d_static, d_scale, d_read_out, positions, channels, width,
+    d_y, static, scale, q, d_static, d_scale, d_read_out, positions, channels, eights,
     BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    width = eights * 8
     share, shares = tl.program_id(0), tl.num_programs(0)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     k = tl.arange(0, BLOCK_K)
@@ -75,12 +83,20 @@ def _backward(
     tl.store(d_read_out + part * width * channels + r_at, d_read_sum, r_exists)
 
 
-def _constants(width: int, dtype: torch.dtype) -> dict:
+def _is_exact(dtype: torch.dtype) -> bool:
+    """Whether products are exact to float32. TF32 holds every number of both halves."""
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def _constants(width: int, exact: bool) -> dict:
     block_k = max(16, triton.next_power_of_2(width))  # a matrix product takes at least 16
-    # TF32 holds every number of both halves.
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    precision = "ieee" if exact else "tf32"
-    return {"BLOCK_N": BLOCK_N, "BLOCK_O": BLOCK_O, "BLOCK_K": block_k, "PRECISION": precision}
+    precision, warps = ("ieee", EXACT_WARPS) if exact else ("tf32", 4)
+    return {"BLOCK_O": BLOCK_O, "BLOCK_K": block_k, "PRECISION": precision, "num_warps": warps}
+
+
+def _added(parts: Tensor) -> Tensor:
+    """The sum over the programs that share a sample's positions, (B, programs, …)."""
+    return parts.squeeze(1) if parts.shape[1] == 1 else parts.sum(1)
 
 
 def forward(static: Tensor, channel_scale: Tensor, q: Tensor, read_out: Tensor) -> Tensor:
@@ -96,16 +112,25 @@ def forward(static: Tensor, channel_scale: Tensor, q: Tensor, read_out: Tensor) 
         (B, N, O).
     """
     (batch, positions, channels), width = static.shape, q.shape[2]
-    y = torch.empty_like(static)
+    y, exact = torch.empty_like(static), _is_exact(static.dtype)
+    constants = _constants(width, exact)
     grid = triton.cdiv(positions, BLOCK_N), triton.cdiv(channels, BLOCK_O), batch
-    _forward[grid](static, channel_scale, q, read_out, y, positions, channels, width, **_constants(width, static.dtype))
+    _forward[grid](
+        static, channel_scale, q, read_out, y, positions, channels, width // 8,
+        BLOCK_N=BLOCK_N, STEP=EXACT_TERMS if exact else constants["BLOCK_K"], **constants,
+    )  # fmt: skip
     return y
 
 
 def backward(d_y: Tensor, static: Tensor, channel_scale: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of static, channel_scale and read_out from that of `forward`'s result, (B, N, O)."""
+    """The gradients of static, channel_scale and read_out from that of `forward`'s result, (B, N, O).
+
+    Those of the small matrices are float32.
+    """
     (batch, positions, channels), width = static.shape, q.shape[2]
-    blocks, channel_blocks = triton.cdiv(positions, BLOCK_N), triton.cdiv(channels, BLOCK_O)
+    exact = _is_exact(static.dtype)
+    block_n = EXACT_TERMS if exact else BLOCK_N
+    blocks, channel_blocks = triton.cdiv(positions, block_n), triton.cdiv(channels, BLOCK_O)
     shares = min(blocks, triton.cdiv(MIN_PROGRAMS, batch * channel_blocks))
     blocks_each = triton.cdiv(blocks, shares)
     shares = triton.cdiv(blocks, blocks_each)
@@ -113,7 +138,7 @@ def backward(d_y: Tensor, static: Tensor, channel_scale: Tensor, q: Tensor) -> t
     d_scale = static.new_empty(batch, shares, channels, dtype=torch.float32)
     d_read_out = static.new_empty(batch, shares, width, channels, dtype=torch.float32)
     _backward[shares, channel_blocks, batch](
-        d_y, static, channel_scale, q, d_static, d_scale, d_read_out, positions, channels, width,
-        BLOCKS=blocks_each, **_constants(width, static.dtype),
+        d_y, static, channel_scale, q, d_static, d_scale, d_read_out, positions, channels, width // 8,
+        BLOCKS=blocks_each, BLOCK_N=block_n, **_constants(width, exact),
     )  # fmt: skip
-    return d_static, d_scale.sum(1).to(static.dtype), d_read_out.sum(1).to(static.dtype)
+    return d_static, _added(d_scale), _added(d_read_out)

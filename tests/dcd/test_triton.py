@@ -1,4 +1,7 @@
-"""The Triton kernels against the reference: on a GPU where there is one, else by Triton's interpreter on the CPU."""
+"""The Triton kernels against the reference: on a GPU where there is one, else by Triton's interpreter on the CPU.
+
+On a GPU the other fast path, too, which `test_fused.py` compares on the CPU.
+"""
 
 import pytest
 import torch
@@ -11,6 +14,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WITH_MAPS = {name: shape for name, shape in SHAPES.items() if shape[2] == 3 or shape[3] == 2 or name == "many channels"}
 # more positions and channels than one program holds; in, out, kernel, stride, latent_dim, pool, batch, height, width
 WITH_MAPS["several programs"] = (8, 70, 3, 1, 18, 1, 2, 13, 11)
+COMPARED = [("triton", name) for name in WITH_MAPS]
+if DEVICE.type == "cuda":
+    pytestmark = pytest.mark.gpu
+    COMPARED += [("fused", name) for name in SHAPES | WITH_MAPS]
 
 
 def launches(monkeypatch) -> list[str]:
@@ -24,25 +31,26 @@ def launches(monkeypatch) -> list[str]:
     return called
 
 
+@pytest.mark.usefixtures("poisoned", "exact_float32")
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", WITH_MAPS.values(), ids=WITH_MAPS)
-def test_it_is_at_most_twice_as_far_off_as_the_reference(shape, amp, poisoned, monkeypatch):  # noqa: F811 (a fixture)
-    *sizes, batch, height, width = shape
+@pytest.mark.parametrize("path, shape", COMPARED, ids=lambda value: value)
+def test_it_is_at_most_twice_as_far_off_as_the_reference(path, shape, amp, monkeypatch):
+    *sizes, batch, height, width = (SHAPES | WITH_MAPS)[shape]
     made = layer(*sizes).to(DEVICE)
     x = torch.randn(4 * batch, sizes[0], height, width).to(DEVICE, memory_format=torch.channels_last)
     exact = results(made.double(), "reference", x.double())
     made = made.float()
     plain = results(made, "reference", x, amp)
     called = launches(monkeypatch)
-    found = results(made, "triton", x, amp)
-    assert called == ["forward", "forward", "backward"]  # with and without gradients
+    found = results(made, path, x, amp)
+    assert called == (["forward", "forward", "backward"] if path == "triton" else [])  # with and without gradients
     slack = torch.finfo(amp).eps / 2 if amp else 1e-6
     for name, value in exact.items():
         assert error(found[name], value) <= 2 * error(plain[name], value) + slack, name
 
 
 @pytest.mark.parametrize("shares", [1, 3, 1024])
-def test_positions_are_shared_out_to_any_number_of_programs(shares, monkeypatch):
+def test_positions_are_shared_out_to_any_number_of_programs(shares, exact_float32, monkeypatch):
     monkeypatch.setattr(triton_combine, "MIN_PROGRAMS", shares)
     static, d_y = torch.randn(2, 2, 300, 20, device=DEVICE)
     scale, q = torch.rand(2, 20, device=DEVICE), torch.randn(2, 300, 16, device=DEVICE)

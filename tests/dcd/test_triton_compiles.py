@@ -1,0 +1,127 @@
+"""The Triton kernels compile for an H100, where there is none too, and all that they compute with fits in registers.
+
+In the tests' own process Triton interprets where there is no GPU. So another one runs this file: it calls the functions
+that launch the kernels, with tensors that have no memory, and has kernels compiled in place of being launched.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}
+# dtype of the maps, and how float32 is multiplied: exactly, or as TF32
+DTYPES = [(torch.bfloat16, "high"), (torch.float16, "high"), (torch.float32, "high"), (torch.float32, "highest")]
+# batch, positions, output channels, width of q: a product with it takes 16, 32 or 64 terms
+COMBINE = [(256, 3136, 64, 16), (2, 143, 70, 24), (256, 49, 512, 40)]
+MATRICES = [(1, 1, 8), (70, 11, 16), (256, 22, 24), (4096, 59, 64)]  # batch, latent dimension, width of q
+PROJECT = [(256, 3136, 64, 256), (3, 143, 40, 24)]  # batch, positions, channels, output channels
+
+
+def combine(dtype: torch.dtype, batch: int, positions: int, channels: int, width: int) -> None:
+    from dcd.ops import triton_combine
+
+    rows, q = torch.empty(batch, positions, channels, dtype=dtype), torch.empty(batch, positions, width, dtype=dtype)
+    scale, read_out = torch.empty(batch, channels), torch.empty(batch, width, channels)
+    triton_combine.forward(rows, scale, q, read_out)
+    triton_combine.backward(rows, rows, scale, q)
+
+
+def matrices(batch: int, latent_dim: int, width: int) -> None:
+    from dcd.ops import triton_matrices
+    from dcd.ops.sample_matrices import Norms
+
+    norms = Norms(*torch.empty(4, latent_dim).unbind())
+    moments, phi = torch.empty(batch, width, width), torch.empty(batch, latent_dim, latent_dim)
+    fused, _, kept = triton_matrices.fuse(phi, moments, norms, (1e-5, 1e-5))
+    triton_matrices.fuse_backward(kept, norms, fused, 49)
+
+
+def project(dtype: torch.dtype, batch: int, positions: int, channels: int, out_channels: int) -> None:
+    from dcd.ops import triton_project
+
+    x, kernels = torch.empty(batch, positions, channels), torch.empty(batch, out_channels, channels)
+    triton_project.project(x.to(dtype), kernels.to(dtype), torch.empty(batch, out_channels))
+
+
+def compiled(case: tuple) -> list[tuple]:
+    """The kernels that a case launches: name, case, registers of a thread, bytes that did not fit in."""
+    from triton import JITFunction
+
+    function, precision, *args = case
+    used = []
+
+    def compile_instead(kernel, *args, grid, warmup, **options):
+        used.append((kernel.__name__, str(case[1:]), *registers(kernel, args, options)))
+
+    JITFunction.run = compile_instead
+    torch.set_float32_matmul_precision(precision)
+    with torch.device("meta"):
+        globals()[function](*args)
+    return used
+
+
+def registers(kernel, args: tuple, options: dict) -> tuple[int, int]:
+    """How many a thread takes, and the bytes that did not fit in, of a kernel compiled as if launched on an H100."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, aligned = {}, {}, {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if isinstance(value, int) and value == 1:
+            constants[name] = value
+            continue
+        signature[name] = TYPES[value.dtype if torch.is_tensor(value) else type(value)]
+        if torch.is_tensor(value) or value % 16 == 0:
+            aligned[i,] = [["tt.divisibility", 16]]
+    constants |= {name: value for name, value in options.items() if name in kernel.arg_names}
+    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    others = {name: value for name, value in options.items() if name not in constants}
+    code = triton.compile(source, GPUTarget("cuda", 90, 32), others).asm["cubin"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    count = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return count["REG"], count["STACK"] + count["LOCAL"]
+
+
+def test_every_kernel_fits_in_the_registers_of_an_h100(tmp_path):
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.dcd.test_triton_compiles"],
+        cwd=ROOT,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {name for name, *_ in found} == {
+        *("_forward", "_backward", "_project"),
+        *("_norm1", "_latent", "_fused", "_d_latent", "_d_phi", "_d_norm1", "_q_to_d_q"),
+    }
+    assert [kernel for kernel in found if kernel[-1]] == []
+
+
+if __name__ == "__main__":
+    cases = [("combine", precision, dtype, *case) for case in COMBINE for dtype, precision in DTYPES]
+    cases += [("matrices", "highest", *case) for case in MATRICES]
+    cases += [("project", precision, dtype, *case) for case in PROJECT for dtype, precision in DTYPES[:3]]
+    with ProcessPoolExecutor(2) as pool:
+        for kernels in pool.map(compiled, cases):
+            for kernel in kernels:
+                print(json.dumps(kernel))

@@ -1,0 +1,187 @@
+"""The Triton kernels of the small matrices and of the product with a bias, against PyTorch; and how many are started.
+
+On a GPU where there is one, else by Triton's interpreter on the CPU.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dcd.layers import set_path
+from dcd.layers.dcd_conv2d import has_light_kernels
+from dcd.ops import sample_matrices, triton_matrices, triton_project
+from dcd.ops.fused import round_up
+from dcd.ops.sample_matrices import Norms
+from tests.dcd.test_fused import SHAPES, error, layer, poisoned, results, seeded  # noqa: F401 (two are fixtures)
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# latent dimension, batch, cells of the pool
+SIZES = [(8, 1, 0), (3, 34, 4), (18, 3, 4), (33, 3, 1), (60, 1, 1)]
+BY_SAMPLE = {
+    name: shape
+    for name, shape in SHAPES.items()
+    if shape[2] == shape[3] == 1 and has_light_kernels(torch.empty(1, shape[0], *shape[-2:]))
+}
+# more positions and channels than one program holds; in, out, kernel, stride, latent_dim, pool, batch, height, width
+BY_SAMPLE["several programs"] = (72, 136, 1, 1, 18, 1, 1, 13, 11)
+
+
+def problem(latent_dim: int, batch: int, cells: int) -> tuple[torch.Tensor, torch.Tensor, Norms, torch.Tensor]:
+    """phi, q, the norms and d_fused, in float64."""
+    positions, width = 12, round_up(latent_dim + 1 + cells)
+    phi = torch.randn(batch, latent_dim, latent_dim, dtype=torch.float64)
+    q = torch.rand(batch, positions, width, dtype=torch.float64)  # with the cells of the pool behind column L
+    q[:, :, :latent_dim] = torch.randn(batch, positions, latent_dim) * 3 + torch.randn(batch, 1, latent_dim)
+    q[:, :, latent_dim] = 1
+    q[:, :, latent_dim + 1 + cells :] = 0
+    norms = Norms(*torch.randn(4, latent_dim, dtype=torch.float64))
+    return phi, q, norms, torch.randn(batch, width, latent_dim, dtype=torch.float64)
+
+
+def worked_out(module, phi, q, norms, d_fused, dtype=torch.float32, garbage=False) -> dict[str, torch.Tensor]:
+    """All that `fuse` and `fuse_backward` of a module find in this dtype; as float64."""
+    phi, q, d_fused, *norms = (value.to(DEVICE, dtype) for value in (phi, q, d_fused, *norms))
+    moments, norms = torch.bmm(q.transpose(1, 2), q) / q.shape[1], Norms(*norms)
+    behind = phi.shape[1] + 1
+    if garbage:
+        moments[:, behind:] = moments[:, :, behind:] = d_fused[:, behind:] = torch.nan
+    matrices, statistics, kept = module.fuse(phi, moments, norms, (1e-5, 1e-3))
+    d_phi, q_to_d_q, d_norms = module.fuse_backward(kept, norms, d_fused, q.shape[1])
+    found = {"fused": matrices, "d_phi": d_phi, "q_to_d_q": q_to_d_q[:, :, : phi.shape[1]], **statistics._asdict()}
+    found |= {f"d_{name}": value for name, value in d_norms._asdict().items()}
+    return {name: value.double() for name, value in found.items()}
+
+
+def assert_at_most_twice_as_far_off(found, plain, exact, slack):
+    for name, value in exact.items():
+        assert error(found[name], value) <= 2 * error(plain[name], value) + slack, name
+
+
+def compare(problem, slack: float = 1e-6) -> None:
+    """The kernels with PyTorch's operations, both in float32."""
+    exact = worked_out(sample_matrices, *problem, torch.float64)
+    plain, found = worked_out(sample_matrices, *problem), worked_out(triton_matrices, *problem)
+    assert_at_most_twice_as_far_off(found, plain, exact, slack)
+
+
+@pytest.mark.usefixtures("poisoned", "exact_float32")
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_matrices_are_at_most_twice_as_far_off_as_by_pytorch(sizes):
+    compare(problem(*sizes))
+
+
+@pytest.mark.usefixtures("poisoned", "exact_float32")
+def test_zeros():
+    phi, q, norms, d_fused = problem(11, 5, 1)
+    norms.weight1[::2] = norms.weight2[1::3] = norms.bias1[1] = phi[:, 4] = phi[1] = d_fused[2] = 0
+    q[:, :, 3] = 0  # a channel without variance
+    compare((phi, q, norms, d_fused))
+
+
+@pytest.mark.usefixtures("exact_float32")
+@pytest.mark.parametrize("of_q, of_bias", [(100, 0), (0, 1000), (-30, 30)])
+def test_means_far_above_the_deviation(of_q, of_bias):
+    phi, q, norms, d_fused = problem(8, 5, 1)
+    q[:, :, :8] += of_q
+    norms.bias1.add_(of_bias)
+    compare((phi, q, norms, d_fused), slack=1e-6 + 3e-8 * of_q**2)  # the moments hold squares, in float32
+
+
+def test_nothing_but_the_first_columns_and_the_constant_is_read():
+    """Columns of q behind its constant are the cells of the pool, which Φ does not see, and padding."""
+    problem_ = problem(5, 3, 1)
+    wanted, found = worked_out(triton_matrices, *problem_), worked_out(triton_matrices, *problem_, garbage=True)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.usefixtures("exact_float32")
+def test_what_one_program_cannot_hold_is_left_to_pytorch():
+    assert triton_matrices.fits(torch.empty(4096, 64, 1, device="meta"))
+    assert not triton_matrices.fits(torch.empty(4097, 64, 1, device="meta"))
+    assert not triton_matrices.fits(torch.empty(1, 72, 1, device="meta"))
+    assert not triton_matrices.fits(torch.empty(1, 8, 1, device="meta", dtype=torch.float64))
+    made = layer(*SHAPES["3x3"][:4], 60, 2).to(DEVICE)
+    x = torch.randn(2, 8, 6, 7, device=DEVICE)
+    wanted, found = results(made.double(), "reference", x.double()), results(made.float(), "triton", x)
+    assert all(error(found[name], value) < 1e-3 for name, value in wanted.items())
+
+
+@pytest.mark.usefixtures("poisoned", "exact_float32")
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", BY_SAMPLE.values(), ids=BY_SAMPLE)
+def test_layers_with_kernels_for_each_sample_are_at_most_twice_as_far_off_as_the_reference(shape, amp):
+    *sizes, batch, height, width = shape
+    made = layer(*sizes).to(DEVICE)
+    x = torch.randn(4 * batch, sizes[0], height, width).to(DEVICE, memory_format=torch.channels_last)
+    exact = results(made.double(), "reference", x.double())
+    made = made.float()
+    plain, found = results(made, "reference", x, amp), results(made, "triton", x, amp)
+    assert_at_most_twice_as_far_off(found, plain, exact, slack=torch.finfo(amp).eps / 2 if amp else 1e-6)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(3, 143, 40, 24), (2, 5, 8, 136), (1, 260, 136, 8)], ids=str)
+def test_the_product_with_a_bias(sizes, dtype):
+    batch, positions, channels, out_channels = sizes
+    x, kernels = torch.randn(batch, positions, channels), torch.randn(batch, out_channels, channels)
+    x, kernels = x.to(DEVICE, dtype), kernels.to(DEVICE, dtype)
+    bias = torch.randn(batch, 3, out_channels, device=DEVICE)[:, 1]
+    exact = torch.baddbmm(bias.double().unsqueeze(1), x.double(), kernels.double().transpose(1, 2))
+    found = triton_project.project(x, kernels, bias)
+    assert found.dtype == dtype
+    assert error(found.double(), exact) < max(torch.finfo(dtype).eps, 1e-3)  # float32 is multiplied as TF32
+
+
+def test_exact_products_and_odd_widths_are_left_to_pytorch(monkeypatch):
+    x, odd = torch.empty(1, 4, 16, dtype=torch.float16), torch.empty(1, 4, 12, dtype=torch.float16)
+    assert triton_project.fits(x, torch.empty(1, 8, 16)) and not triton_project.fits(x, torch.empty(1, 12, 16))
+    assert not triton_project.fits(odd, torch.empty(1, 8, 12))
+    for precision, fits in (("highest", False), ("high", True)):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        assert triton_project.fits(x.float(), torch.empty(1, 8, 16)) == fits
+
+
+class Started(TorchDispatchMode):
+    """Counts the kernels that are started: Triton's, and PyTorch's operations but for those that only name memory."""
+
+    FREE = ("empty", "new_empty", "_unsafe_view", "as_strided")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names, self.in_triton = [], False  # whose interpreter uses PyTorch
+        kernels = type(triton_matrices._norm1)
+        run = kernels.run
+        monkeypatch.setattr(kernels, "run", lambda kernel, *args, **options: self.run(run, kernel, args, options))
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.name().removeprefix("aten::")
+        if not (self.in_triton or operation.is_view or name.startswith(self.FREE)):
+            self.names.append(name)
+        return operation(*args, **(kwargs or {}))
+
+    def run(self, run, kernel, args, options):
+        self.names.append(kernel.__name__)
+        self.in_triton = True
+        run(kernel, *args, **options)
+        self.in_triton = False
+
+
+@pytest.mark.parametrize("kernel_size, most", [(1, 69), (3, 66)])
+def test_a_training_step_starts_few_kernels(kernel_size, most, monkeypatch):
+    """In a network of 50 layers, whose kernels take 2 µs at least, 10 more of them are a millisecond."""
+    made = layer(16, 24, kernel_size, 1, 8, 1).to(DEVICE)
+    set_path(made, "triton")
+    x = torch.randn(2, 16, 7, 7).to(DEVICE, memory_format=torch.channels_last).requires_grad_()
+    d_y = torch.ones(2, 24, 7, 7, device=DEVICE, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+
+    def step():
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            y = made(x)
+        torch.autograd.grad(y, [x, *made.parameters()], d_y)
+
+    step()  # keeps the cells of the pool
+    with Started(monkeypatch) as started:
+        step()
+    assert len(started.names) <= most, started.names
