@@ -99,14 +99,18 @@ def _cells_of(x: Tensor, settings: Settings) -> Tensor:
 def _moments(q: Tensor) -> Tensor:
     """The means of q qᵀ over the positions (B, L⁺, L⁺), in float32 or better."""
     exact = q if q.dtype == torch.float64 else q.float()  # products of bf16 would lose the variance
-    return torch.bmm(exact.transpose(1, 2), exact).div_(q.shape[1])
+    return _mean_product(exact, exact)
 
 
 def _gather(q: Tensor, x: Tensor) -> Tensor:
     """The means of q xᵀ over the positions (B, L⁺, C): one pass over x for its pool and for Q's gradient."""
-    ignored = x.new_empty(1, 1, 1)
-    # The factor is part of the product, which in float16 could overflow before it.
-    return torch.baddbmm(ignored, q.transpose(1, 2), as_rows(x), beta=0, alpha=1 / q.shape[1])
+    return _mean_product(q, as_rows(x))
+
+
+def _mean_product(left: Tensor, right: Tensor) -> Tensor:
+    """`leftᵀ right` by the number of rows, inside the product, for in float16 it could overflow before."""
+    ignored = left.new_empty(1, 1, 1)
+    return torch.baddbmm(ignored, left.transpose(1, 2), right, beta=0, alpha=1 / left.shape[1])
 
 
 class _DynamicConvolution(Function):
@@ -149,7 +153,7 @@ class _DynamicConvolution(Function):
         kept_by_branch, kept_by_norms = others[8:13], others[13:]
         if settings.by_sample:
             d_x, d_static, d_scale, d_read_out, d_padded = _project_backward(
-                d_y, x, static, channel_scale, padded, read_out, made, latent_dim
+                d_y, x, static, channel_scale, padded, read_out, made, latent_dim, settings
             )
         else:
             d_x, d_static, d_scale, d_read_out, d_q = _combine_backward(
@@ -309,19 +313,23 @@ def _project(
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """`Λ ⊙ (W₀ ∗ x) + q read_out` for a 1×1 kernel with stride 1, and the kernels (B, O, C) of the samples."""
-    kernels = channel_scale.unsqueeze(2) * static.flatten(1)
-    kernels = kernels.baddbmm_(read_out.transpose(1, 2), padded.expand(len(x), -1, -1)).to(x.dtype)
-    rows = _product(as_rows(x), kernels, read_out[:, latent_dim], settings)
+    rows, bias = as_rows(x), read_out[:, latent_dim]  # [B, N, C], [B, O]
+    if _is_projected_by_triton(x, static, read_out, settings):
+        _, _, triton_project = _triton()
+        kernels = triton_project.form_kernels(channel_scale, static.flatten(1), read_out, padded, x.dtype)
+        rows = triton_project.project(rows, kernels, bias)
+    else:
+        kernels = channel_scale.unsqueeze(2) * static.flatten(1)
+        kernels = kernels.baddbmm_(read_out.transpose(1, 2), padded.expand(len(x), -1, -1)).to(x.dtype)
+        rows = torch.baddbmm(bias.unsqueeze(1).to(x.dtype), rows, kernels.transpose(1, 2))
     return as_features(rows, x.shape[2:]), kernels
 
 
-def _product(rows: Tensor, kernels: Tensor, bias: Tensor, settings: Settings) -> Tensor:
-    """`rows kernelsᵀ + bias`, (B, N, O), of (B, N, C), (B, O, C) and (B, O)."""
-    if settings.by_triton:
-        _, _, triton_project = _triton()
-        if triton_project.fits(rows, kernels):
-            return triton_project.project(rows, kernels, bias)
-    return torch.baddbmm(bias.unsqueeze(1).to(rows.dtype), rows, kernels.transpose(1, 2))
+def _is_projected_by_triton(x: Tensor, static: Tensor, read_out: Tensor, settings: Settings) -> bool:
+    if not settings.by_triton:
+        return False
+    _, _, triton_project = _triton()
+    return triton_project.fits(x, static, read_out.shape[1])
 
 
 def _project_backward(
@@ -333,14 +341,22 @@ def _project_backward(
     read_out: Tensor,
     kernels: Tensor,
     latent_dim: int,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x by the kernels, of static, channel_scale and read_out, and those of padded by sample."""
     dtype, d_rows = static.dtype, as_rows(d_y)  # [B, N, O]
     d_x = as_features(torch.bmm(d_rows, kernels), x.shape[2:])
-    d_kernels = torch.bmm(d_rows.transpose(1, 2), as_rows(x)).to(dtype)  # [B, O, C]
-    d_read_out = torch.bmm(padded.expand(len(x), -1, -1), d_kernels.transpose(1, 2))  # [B, L⁺, O]
+    d_kernels = torch.bmm(d_rows.transpose(1, 2), as_rows(x))  # [B, O, C]
+    if _is_projected_by_triton(x, static, read_out, settings):
+        _, _, triton_project = _triton()
+        d_scale, d_static, d_read_out, d_padded = triton_project.form_kernels_backward(
+            d_kernels, channel_scale, static.flatten(1), read_out, padded
+        )
+    else:
+        d_kernels = d_kernels.to(dtype)
+        d_read_out = torch.bmm(padded.expand(len(x), -1, -1), d_kernels.transpose(1, 2))  # [B, L⁺, O]
+        d_padded = torch.bmm(read_out, d_kernels)  # [B, L⁺, C]
+        d_scale = (d_kernels * static.flatten(1)).sum(2)
+        d_static = d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0)
     d_read_out.select(1, latent_dim).copy_(d_rows.sum(1, dtype=dtype))
-    d_padded = torch.bmm(read_out, d_kernels)  # [B, L⁺, C]
-    d_scale = (d_kernels * static.flatten(1)).sum(2)
-    d_static = d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0)
     return d_x, _as_gradient(d_static, static), d_scale, d_read_out, d_padded

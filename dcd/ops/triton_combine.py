@@ -94,9 +94,9 @@ def _constants(width: int, exact: bool) -> dict:
     return {"BLOCK_O": BLOCK_O, "BLOCK_K": block_k, "PRECISION": precision, "num_warps": warps}
 
 
-def _added(parts: Tensor) -> Tensor:
-    """The sum over the programs that share a sample's positions, (B, programs, …)."""
-    return parts.squeeze(1) if parts.shape[1] == 1 else parts.sum(1)
+def added(parts: Tensor, dim: int) -> Tensor:
+    """The sum over the programs that share some work, which are this dimension."""
+    return parts.squeeze(dim) if parts.shape[dim] == 1 else parts.sum(dim)
 
 
 def forward(static: Tensor, channel_scale: Tensor, q: Tensor, read_out: Tensor) -> Tensor:
@@ -141,4 +141,4 @@ def backward(d_y: Tensor, static: Tensor, channel_scale: Tensor, q: Tensor) -> t
         d_y, static, channel_scale, q, d_static, d_scale, d_read_out, positions, channels, width // 8,
         BLOCKS=blocks_each, BLOCK_N=block_n, **_constants(width, exact),
     )  # fmt: skip
-    return d_static, _added(d_scale), _added(d_read_out)
+    return d_static, added(d_scale, 1), added(d_read_out, 1)

@@ -1,19 +1,30 @@
-"""`fused._project` on a GPU, by Triton: a product for each sample with a bias for each sample, which writes y once.
+"""Layers with one kernel for each image on a GPU, by Triton: the kernels, the product with them, and their gradients.
 
-`torch.baddbmm` copies the bias to all of y first, and then reads it again from there.
+As PyTorch operations the kernels of the images, `Λ W₀ + read_outᵀ Q`, pass through memory five times in float32 until
+they are rounded, and seven times on the way back from their gradients. Here they are written once, and their gradients
+are read once. Of the product, `torch.baddbmm` would copy the bias to all of y first, and read it again from there.
 
-All tensors are contiguous, of the bias each row; x, the kernels and y are of one dtype, float32, float16 or bfloat16.
-Sums are in float32. Legend of the shape comments: B batch, N positions, C input and O output channels. The pointers of
-the kernel have the shapes that are given at `project`.
+All tensors are contiguous, of the bias each row. x, the kernels, their gradients and y are of one dtype, float32,
+float16 or bfloat16, the other matrices of any of these; sums are in float32. Legend of the shape comments: B batch, N
+positions, C input and O output channels, L⁺ the width of q. The pointers of Triton's kernels have the shapes given at
+the functions that start them; what `_take_apart` writes has a dimension more: the programs that share a sum.
 """
+
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_N, BLOCK_O = 128, 128  # positions and output channels that one program holds
+from dcd.ops.triton_combine import added
+
+BLOCK_N, BLOCK_O = 128, 128  # positions and output channels of the product that one program holds
 WARPS = 8
+BLOCK = 64  # channels and output channels of a kernel that one program holds
+MIN_PROGRAMS = 528  # to share the samples of a tile out among: four for each multiprocessor of an H100
+FORMING_WARPS = 8
+MAX_WIDTH = 64
 
 
 @triton.jit
@@ -43,10 +54,123 @@ def _project(
     tl.store(y + at, result.to(y.dtype.element_ty), n_exists[:, None] & o_exists[None, :])
 
 
-def fits(x: Tensor, kernels: Tensor) -> bool:
-    """Whether the kernel takes these. Products exact to float32 are left to cuBLAS: matrix units do not make them."""
+@triton.jit
+def _tiles(static, padded, o, c, k, channels, out_channels, width):
+    """Tiles of W₀ and Q, in float32, and which elements of the first exist."""
+    exists = (o < out_channels)[:, None] & (c < channels)[None, :]
+    static_tile = tl.load(static + o[:, None] * channels + c[None, :], exists, 0.0).to(tl.float32)
+    q_exists = (k < width)[:, None] & (c < channels)[None, :]
+    return static_tile, tl.load(padded + k[:, None] * channels + c[None, :], q_exists, 0.0).to(tl.float32), exists
+
+
+@triton.jit
+def _form(
+    scale, static, read_out, padded, kernels, batch, eights, out_eights, width,
+    SAMPLES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of the kernels of some samples."""
+    channels, out_channels = eights * 8, out_eights * 8
+    c, o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.arange(0, BLOCK_K)
+    static_tile, q_tile, exists = _tiles(static, padded, o, c, k, channels, out_channels, width)
+    r_exists = (k < width)[:, None] & (o < out_channels)[None, :]
+    for step in range(SAMPLES):
+        sample = (tl.program_id(2) * SAMPLES + step).to(tl.int64)
+        if sample < batch:
+            r_at = (sample * width + k[:, None]) * out_channels + o[None, :]
+            r_tile = tl.load(read_out + r_at, r_exists, 0.0).to(tl.float32)  # [BLOCK_K, BLOCK]
+            scales = tl.load(scale + sample * out_channels + o, o < out_channels, 0.0).to(tl.float32)
+            tile = tl.dot(tl.trans(r_tile), q_tile, static_tile * scales[:, None], input_precision="tf32")
+            at = (sample * out_channels + o[:, None]) * channels + c[None, :]
+            tl.store(kernels + at, tile.to(kernels.dtype.element_ty), exists)
+
+
+@triton.jit
+def _take_apart(
+    d_kernels, scale, static, read_out, padded, d_scale, d_static, d_read_out, d_padded,
+    batch, eights, out_eights, width,
+    SAMPLES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What a tile of the kernels' gradients of some samples adds to each gradient."""
+    channels, out_channels = eights * 8, out_eights * 8
+    c, o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.arange(0, BLOCK_K)
+    static_tile, q_tile, exists = _tiles(static, padded, o, c, k, channels, out_channels, width)
+    r_exists = (k < width)[:, None] & (o < out_channels)[None, :]
+    q_exists = (k < width)[:, None] & (c < channels)[None, :]
+    c_blocks, o_blocks = tl.num_programs(0), tl.num_programs(1)
+    static_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for step in range(SAMPLES):
+        sample = (tl.program_id(2) * SAMPLES + step).to(tl.int64)
+        if sample < batch:
+            at = (sample * out_channels + o[:, None]) * channels + c[None, :]
+            tile = tl.load(d_kernels + at, exists, 0.0).to(tl.float32)
+            scales = tl.load(scale + sample * out_channels + o, o < out_channels, 0.0).to(tl.float32)
+            static_sum += tile * scales[:, None]
+            part = sample * c_blocks + tl.program_id(0)
+            tl.store(d_scale + part * out_channels + o, tl.sum(tile * static_tile, 1), o < out_channels)
+            r_tile = tl.load(read_out + (sample * width + k[:, None]) * out_channels + o[None, :], r_exists, 0.0)
+            d_r_tile = tl.dot(q_tile, tl.trans(tile), input_precision="tf32")  # [BLOCK_K, BLOCK]
+            tl.store(d_read_out + (part * width + k[:, None]) * out_channels + o[None, :], d_r_tile, r_exists)
+            d_q_tile = tl.dot(r_tile.to(tl.float32), tile, input_precision="tf32")  # [BLOCK_K, BLOCK]
+            part = sample * o_blocks + tl.program_id(1)
+            tl.store(d_padded + (part * width + k[:, None]) * channels + c[None, :], d_q_tile, q_exists)
+    part = tl.program_id(2).to(tl.int64)
+    tl.store(d_static + (part * out_channels + o[:, None]) * channels + c[None, :], static_sum, exists)
+
+
+def fits(x: Tensor, static: Tensor, width: int) -> bool:
+    """Whether the kernels here take a layer, with W₀ (O, C, 1, 1) and a q of this width.
+
+    Products exact to float32 are left to cuBLAS: matrix units do not make them.
+    """
     exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return not exact and kernels.shape[1] % 8 == 0 and kernels.shape[2] % 8 == 0
+    return not exact and width <= MAX_WIDTH and static.shape[0] % 8 == 0 and static.shape[1] % 8 == 0
+
+
+def _shares(batch: int, channels: int, out_channels: int, width: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The programs for channels, output channels and samples, and their constants."""
+    tiles = triton.cdiv(channels, BLOCK), triton.cdiv(out_channels, BLOCK)
+    samples = triton.cdiv(batch, max(1, MIN_PROGRAMS // (tiles[0] * tiles[1])))
+    constants = {"SAMPLES": samples, "BLOCK": BLOCK, "BLOCK_K": max(16, triton.next_power_of_2(width))}
+    return (*tiles, triton.cdiv(batch, samples)), constants
+
+
+def form_kernels(channel_scale: Tensor, static: Tensor, read_out: Tensor, padded: Tensor, dtype: torch.dtype) -> Tensor:
+    """`channel_scale ⊙ static + read_outᵀ padded`, rounded to dtype.
+
+    Args:
+        channel_scale: (B, O).
+        static: (O, C).
+        read_out: (B, L⁺, O).
+        padded: Q (L⁺, C).
+
+    Returns:
+        (B, O, C).
+    """
+    (batch, width, out_channels), channels = read_out.shape, padded.shape[1]
+    kernels = read_out.new_empty(batch, out_channels, channels, dtype=dtype)
+    grid, constants = _shares(batch, channels, out_channels, width)
+    sizes = batch, channels // 8, out_channels // 8, width
+    _form[grid](channel_scale, static, read_out, padded, kernels, *sizes, **constants, num_warps=FORMING_WARPS)
+    return kernels
+
+
+def form_kernels_backward(
+    d_kernels: Tensor, channel_scale: Tensor, static: Tensor, read_out: Tensor, padded: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of channel_scale, static and read_out, and those of padded by sample (B, L⁺, C), in float32."""
+    (batch, width, out_channels), channels = read_out.shape, padded.shape[1]
+    (c_blocks, o_blocks, shares), constants = _shares(batch, channels, out_channels, width)
+    new_empty = partial(read_out.new_empty, dtype=torch.float32)
+    d_scale, d_static = new_empty(batch, c_blocks, out_channels), new_empty(shares, out_channels, channels)
+    d_read_out = new_empty(batch, c_blocks, width, out_channels)
+    d_padded = new_empty(batch, o_blocks, width, channels)
+    _take_apart[c_blocks, o_blocks, shares](
+        d_kernels, channel_scale, static, read_out, padded, d_scale, d_static, d_read_out, d_padded,
+        batch, channels // 8, out_channels // 8, width, **constants, num_warps=FORMING_WARPS,
+    )  # fmt: skip
+    return added(d_scale, 1), added(d_static, 0), added(d_read_out, 1), added(d_padded, 1)
 
 
 def project(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
