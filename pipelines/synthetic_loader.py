@@ -36,7 +36,10 @@ class SyntheticExecutor:
                 images = torch.randn(count, 3, image_size, image_size, generator=generator)
                 self._images = images.to(self._device, self._dtype, memory_format=torch.channels_last)
             labels = torch.from_numpy(self._source.labels[step.indices])
-            yield Batch(self._images[:count], labels.to(self._device), torch.from_numpy(step.indices))
+            if self._device.type == "cuda":
+                labels = labels.pin_memory()  # from other memory a copy would make the host wait
+            labels = labels.to(self._device, non_blocking=True)
+            yield Batch(self._images[:count], labels, torch.from_numpy(step.indices))
 
     def close(self) -> None:
         self._images = torch.empty(0, 3, 0, 0)

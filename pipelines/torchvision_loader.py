@@ -47,7 +47,10 @@ def render(image: Tensor, box: tuple[int, int, int, int], flip: bool, size: int)
     top, left, height, width = box
     # Pixel by pixel in memory, as decoders leave it: the resize is faster so, and its result needs no shuffling.
     cut = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
-    resized = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
+    if cut.is_cuda:  # which resizes floats only
+        resized = F.interpolate(cut.float(), (size, size), mode="bilinear", antialias=True)[0].round_().byte()
+    else:
+        resized = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
     return (resized.flip(2) if flip else resized).permute(1, 2, 0)
 
 

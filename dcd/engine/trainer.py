@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dcd.engine import checkpoint
 from dcd.engine.config import Config, ConfigError
 from dcd.engine.distributed import Ranks, share_buffers, sum_over_ranks
 from dcd.engine.metrics import Metrics, Summary
 from dcd.engine.mixup import mix, mixed_cross_entropy, mixup_share
+from dcd.engine.moving_average import MovingAverage
 from dcd.engine.optim import autocast_dtype, build_optimizer, learning_rate
 from dcd.engine.run_log import RunLog
 from dcd.engine.step_timer import NO_TIMER, StepListener
@@ -68,7 +68,7 @@ class Trainer:
         self.scaler = GradScaler(device.type, enabled=self._amp_dtype == torch.float16)
         self.ema = None
         if config.ema is not None:
-            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            self.ema = MovingAverage(self.model, config.ema)
         self._parallel = self.model
         if self.ranks.world_size > 1:
             self._parallel = DistributedDataParallel(

@@ -6,10 +6,10 @@ import traceback
 
 import pytest
 import torch
-from torch.optim import swa_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcd
+from dcd.engine import moving_average
 from dcd.engine.config import Config, ConfigError
 from dcd.engine.distributed import Ranks
 from dcd.engine.run_log import RunLog
@@ -35,14 +35,14 @@ def build(tmp_path, images: int = 64, **options) -> Trainer:
 class Synchronisations(TorchDispatchMode):
     """Counts the reads of a tensor's value by the host, each of which would wait for a GPU.
 
-    AveragedModel's are left out: its counter lies on the CPU on every device.
+    The moving average's are left out: its counter lies on the CPU on every device.
     """
 
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.count += not any(frame.filename == swa_utils.__file__ for frame in traceback.extract_stack())
+            self.count += not any(frame.filename == moving_average.__file__ for frame in traceback.extract_stack())
         return func(*args, **(kwargs or {}))
 
 

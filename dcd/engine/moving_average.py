@@ -1,0 +1,33 @@
+"""A moving average of a model's weights."""
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+
+class MovingAverage(AveragedModel):
+    """The exponential moving average of the parameters and buffers of a model; numbers that count are copied.
+
+    PyTorch's own update reads and copies its counter in a way for which the host waits for the GPU in every step.
+
+    Args:
+        model: what the average begins with. decay: the share of the average that an update keeps, in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self._decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Bring in the model; the first time the average becomes what it is."""
+        averages = [*self.module.parameters(), *self.module.buffers()]
+        values = [*model.parameters(), *model.buffers()]
+        share = 1 - self._decay if self.n_averaged else 1.0
+        self.n_averaged += 1  # stays on the CPU
+        pairs = list(zip(averages, values, strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_(*zip(*floats, strict=True), share)
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(value)
