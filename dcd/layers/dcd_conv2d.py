@@ -1,5 +1,7 @@
 """The dynamic convolution."""
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 from dcd.layers.coefficients import CoefficientGenerator
 from dcd.ops import fused, reference
 
-HAS_TRITON = find_spec("triton") is not None
+# Triton compiles what launches its kernels.
+HAS_TRITON = find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
 # Ways to compute the same equation: plain PyTorch, few passes over the maps, and those with kernels for the GPU. "auto"
 # is the last that the device can, and the first where torch.compile looks.
 PATHS = ("reference", "fused", "triton")

@@ -80,7 +80,7 @@ def _padded(proj_in: Tensor, settings: Settings) -> Tensor:
 
 def _latent_rows(x: Tensor, padded: Tensor, latent_dim: int, settings: Settings) -> Tensor:
     """q (B, N, L⁺), of which the columns are Q ∗ x, 1, the cells of the pool if `by_sample`, and zeros."""
-    q = as_rows(F.conv2d(x, padded.to(x.dtype)[:, :, None, None], stride=settings.stride))
+    q = as_rows(F.conv2d(x, padded.to(x.dtype)[:, :, None, None], stride=settings.stride)).contiguous()
     q.select(2, latent_dim).fill_(1)
     if settings.by_sample:
         q[:, :, _cells(latent_dim, settings)] = _cells_of(x, settings)
@@ -249,7 +249,7 @@ def _combine(
     rows = as_rows(made)  # [B, N, O]
     if settings.by_triton:
         triton_combine, _, _ = _triton()
-        rows = triton_combine.forward(rows, channel_scale, q, read_out)
+        rows = triton_combine.forward(rows.contiguous(), channel_scale, q, read_out)
     else:
         rows = (rows * channel_scale.to(x.dtype).unsqueeze(1)).baddbmm_(q, read_out.to(x.dtype))
     return as_features(rows, made.shape[2:]), made
@@ -272,7 +272,7 @@ def _combine_backward(
     if settings.by_triton:
         triton_combine, _, _ = _triton()
         d_rows = d_rows.contiguous()
-        d_made, d_scale, d_read_out = triton_combine.backward(d_rows, rows, channel_scale, q)
+        d_made, d_scale, d_read_out = triton_combine.backward(d_rows, rows.contiguous(), channel_scale, q)
     else:
         d_made, d_scale = d_rows * channel_scale.to(x.dtype).unsqueeze(1), (d_rows * rows).sum(1)
         d_read_out = torch.bmm(q.transpose(1, 2), d_rows)
