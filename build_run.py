@@ -73,6 +73,7 @@ def build_loaders(config: Config, ranks: Ranks) -> tuple[Loader | None, Loader]:
         train_crop=train_crop,
         eval_crop=eval_crop,
         exact_decode=config.exact_decode,
+        dali_full_decode=config.dali_full_decode,
         synthetic_images=config.synthetic_images,
         synthetic_classes=config.num_classes or 1000,
     )

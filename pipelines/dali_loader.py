@@ -3,7 +3,8 @@
     thread:    steps of the plan -> bytes, boxes, flips -> DALI's own threads: decode the box, resize, flip, normalise
     caller:                                                                                            -> to the device
 
-On a GPU nvJPEG and the hardware decoder decode ("mixed"). The bytes of a .beton file go to DALI without a copy.
+On a GPU nvJPEG and the hardware decoder decode ("mixed"). With `full_decode` whole images are decoded and the boxes cut
+from them. The bytes of a .beton file go to DALI without a copy.
 """
 
 from collections import deque
@@ -43,6 +44,7 @@ class DaliExecutor:
         source: the images. device, dtype: of the batches.
         workers: DALI's threads, at least 1.
         batch_size: images in a step of this rank, at most.
+        full_decode: see `DataConfig.dali_full_decode`.
     """
 
     def __init__(
@@ -52,11 +54,14 @@ class DaliExecutor:
         dtype: torch.dtype,
         workers: int,
         batch_size: int,
+        full_decode: float | None = None,
     ):
         if not is_installed():
             raise DataError("--backend dali needs NVIDIA DALI: pip install nvidia-dali-cuda130")
+        if full_decode is not None and not 0 <= full_decode <= 1:
+            raise DataError(f"--dali-full-decode {full_decode}: must lie in [0, 1]")
         self._source, self._device, self._dtype = source, device, dtype
-        self._threads, self._batch_size = max(1, workers), batch_size
+        self._threads, self._batch_size, self._full_decode = max(1, workers), batch_size, full_decode
         self._pipeline: Any = None
         self._image_size = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -96,15 +101,17 @@ class DaliExecutor:
                 ndim=[1, 1, 1, 0],
                 no_copy=True,  # `_in_dali` keeps the bytes until they are decoded
             )
-            images = fn.decoders.image_slice(
-                encoded,
-                device="mixed" if on_gpu else "cpu",
-                start=start,
-                shape=shape,
-                axes=[0, 1],
-                output_type=types.RGB,
-                adjust_orientation=False,  # the plan's sizes are those of the stored image
-            )
+            decoder = {
+                "device": "mixed" if on_gpu else "cpu",
+                "output_type": types.RGB,
+                "adjust_orientation": False,  # the plan's sizes are those of the stored image
+            }
+            box = {"start": start, "shape": shape, "axes": [0, 1]}
+            if self._full_decode is None:
+                images = fn.decoders.image_slice(encoded, **decoder, **box)
+            else:
+                images = fn.decoders.image(encoded, **decoder, hw_decoder_load=self._full_decode)
+                images = fn.slice(images, **box)
             images = fn.resize(images, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
             images = fn.crop_mirror_normalize(
                 images,

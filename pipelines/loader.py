@@ -73,6 +73,8 @@ class DataConfig:
         nearest 32 pixels (progressive resizing); None trains with `input_size` throughout.
     exact_decode: decode every pixel of a training image's box; otherwise the FFCV backend decodes images that are
         reduced to half or less at half their size. Evaluation is always exact.
+    dali_full_decode: DALI decodes whole images and cuts the boxes from them; with None it decodes the boxes alone. The
+        number is the share of the images, in [0, 1], that a GPU's JPEG decoder takes; on a CPU it means nothing.
     synthetic_images, synthetic_classes: what the synthetic backend pretends to hold in training (evaluation: a tenth).
     """
 
@@ -88,6 +90,7 @@ class DataConfig:
     train_crop: RandomCrop = field(default_factory=RandomCrop)
     eval_crop: CenterCrop = field(default_factory=CenterCrop)
     exact_decode: bool = False
+    dali_full_decode: float | None = None
     synthetic_images: int = 1_281_167
     synthetic_classes: int = 1000
 
@@ -224,7 +227,8 @@ def build_loader(
         from pipelines.dali_loader import DaliExecutor
 
         batch_size_per_rank = config.batch_size // world_size
-        executor = DaliExecutor(source, device, dtype, config.workers, batch_size_per_rank)
+        full_decode = config.dali_full_decode
+        executor = DaliExecutor(source, device, dtype, config.workers, batch_size_per_rank, full_decode)
     else:
         raise DataError(f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
     return Loader(source, executor, config, training, rank, world_size)

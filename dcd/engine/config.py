@@ -8,8 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-import tyro
-from tyro.conf import arg
+try:
+    from tyro.conf import arg
+except ModuleNotFoundError:  # only a command line needs the aliases; a Config can be made without one
+
+    def arg(aliases: tuple[str, ...]) -> None:
+        """Stands in for tyro's."""
 
 
 class ConfigError(ValueError):
@@ -60,6 +64,9 @@ class Config:
     """Probability of a horizontal flip in training."""
     exact_decode: bool = False
     """Decode training images pixel by pixel even where FFCV's backend could decode them at half their size."""
+    dali_full_decode: float | None = None
+    """DALI on a GPU: decode whole images, this share of them in [0, 1] by the GPU's JPEG decoder, and cut afterwards;
+    by default only the box of each image is decoded."""
     synthetic_images: int = 1_281_167
     """Images in an epoch of the synthetic backend."""
 
@@ -155,6 +162,8 @@ class Config:
         for flag, size in sizes.items():
             require(size is None or 32 <= size <= 512, f"--{flag} {size}: must lie between 32 and 512 pixels")
         require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must lie in [0, 1)")
+        share = self.dali_full_decode
+        require(share is None or 0 <= share <= 1, f"--dali-full-decode {share}: must lie in [0, 1]")
         require(self.ema is None or 0 <= self.ema < 1, f"--ema {self.ema}: must lie in [0, 1)")
         require(self.clip_grad is None or self.clip_grad > 0, f"--clip-grad {self.clip_grad}: must be above 0")
         require(self.workers is None or self.workers >= 0, f"--workers {self.workers}: must be at least 0")
@@ -201,6 +210,8 @@ def parse_config(argv: list[str], recipes: dict[str, Config], kind: type[C] = Co
     Raises:
         ConfigError: an unknown flag or recipe, or a value that no run can carry out.
     """
+    import tyro
+
     default = kind()
     for i, word in enumerate(argv):
         if word == "--recipe" or word.startswith("--recipe="):

@@ -1,4 +1,7 @@
-"""Photographs in a folder and in .beton files, and every backend that reads them."""
+"""Photographs in a folder and in .beton files, and every backend that reads them.
+
+The converter and scikit-learn are imported where they are used: tests for a GPU may run without them.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,12 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageFilter
-from sklearn.datasets import load_sample_images
 
 from pipelines.loader import MEAN, STD, DataConfig, build_loader
 from pipelines.sources.folder import FolderSource
-from tools.conversion.images import Options
-from tools.make_dataset import make_dataset
 
 # (left, top, right, bottom) of the cuts from two photographs of 640×427
 CUTS = [
@@ -26,6 +26,8 @@ CUTS = [
 
 def write_photos(folder, blur=0):
     """Twelve photographs in two classes, in six sizes; train and val hold the same."""
+    from sklearn.datasets import load_sample_images
+
     for name, pixels in zip(("china", "flower"), load_sample_images().images, strict=True):
         whole = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(blur))
         for split in ("train", "val"):
@@ -34,9 +36,12 @@ def write_photos(folder, blur=0):
                 whole.crop(cut).save(folder / split / name / f"{number}.JPEG", quality=95)
 
 
-def converted(src: Path, out: Path, options: Options | None = None) -> Path:
-    """`out`, with the .beton files of `src`. In this process, so that FFCV is imported once."""
-    make_dataset(src, out, options or Options(), "error", workers=1)
+def converted(src: Path, out: Path, **options) -> Path:
+    """`out`, with the .beton files of `src` by these `Options`. In this process, so that FFCV is imported once."""
+    from tools.conversion.images import Options
+    from tools.make_dataset import make_dataset
+
+    make_dataset(src, out, Options(**options), "error", workers=1)
     return out
 
 
@@ -67,7 +72,7 @@ def photos(tmp_path_factory) -> Photos:
     root = tmp_path_factory.mktemp("photos")
     write_photos(root / "folder")
     verbatim = converted(root / "folder", root / "verbatim")
-    half_raw = converted(root / "folder", root / "half_raw", Options("reencode", quality=95, jpeg_fraction=0.5))
+    half_raw = converted(root / "folder", root / "half_raw", mode="reencode", quality=95, jpeg_fraction=0.5)
     return Photos(root / "folder", verbatim, half_raw)
 
 

@@ -152,6 +152,23 @@ def test_the_ffcv_executor_adds_no_error_of_its_own(photos, build):
         assert errors(photos, config, "train", build).max() < 0.01  # in [0, 255]: not even rounding
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("data", ["folder", "half_raw"])
+def test_dali_cuts_the_same_pixels_from_whole_images(photos, build, data, split):
+    config = DataConfig(root=getattr(photos, data), backend="dali", batch_size=6, input_size=96, eval_size=96)
+    whole = build(replace(config, dali_full_decode=0.5), split)
+    for batch, other in zip(build(config, split), whole, strict=True):
+        assert torch.equal(batch.indices, other.indices)
+        assert (pixels_of(batch.images) - pixels_of(other.images)).abs().max() < 0.01  # 0 with DALI 2.4
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_of_whole_images_outside_its_bounds_is_refused(photos, share):
+    config = DataConfig(root=photos.folder, backend="dali", batch_size=4, dali_full_decode=share)
+    with pytest.raises(DataError, match=r"--dali-full-decode .*: must lie in \[0, 1\]"):
+        build_loader(config, "train")
+
+
 @pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision"])
 def test_raw_images_come_out_like_the_jpegs_that_they_were(photos, build, backend):
     config = DataConfig(root=photos.half_raw, backend=backend, batch_size=12, workers=2, input_size=64, eval_size=64)
