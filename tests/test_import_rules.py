@@ -167,7 +167,7 @@ def test_optional_packages_are_imported_on_use_only():
     for path, found in FILES.items():
         for name, line, at_once in found:
             optional = name.split(".")[0] in OPTIONAL and module_name(path) not in KERNELS
-            optional |= name in KERNELS and path.relative_to(ROOT).parts[0] != "tests"
+            optional |= name in KERNELS and module_name(path) not in KERNELS and not below(module_name(path), "tests")
             assert not (at_once and optional), f"{path.relative_to(ROOT)}:{line} imports {name}"
 
 

@@ -19,12 +19,12 @@ import torch
 ROOT = Path(__file__).parents[2]
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}
 # dtype of the maps, and how float32 is multiplied: exactly, or as TF32
-DTYPES = [(torch.bfloat16, "high"), (torch.float16, "high"), (torch.float32, "high"), (torch.float32, "highest")]
+DTYPES = [(torch.bfloat16, "high"), (torch.float32, "high"), (torch.float32, "highest")]
 # batch, positions, output channels, width of q: a product with it takes 16, 32 or 64 terms
-COMBINE = [(256, 3136, 64, 16), (2, 143, 70, 24), (256, 49, 512, 40)]
-MATRICES = [(1, 1, 8), (70, 11, 16), (256, 22, 24), (4096, 59, 64)]  # batch, latent dimension, width of q
+COMBINE = [(2, 143, 70, 24), (256, 49, 512, 40)]
+MATRICES = [(1, 1, 8), (256, 22, 24), (4096, 59, 64)]  # batch, latent dimension, width of q
 # batch, positions, channels, output channels, width of q
-PROJECT = [(256, 3136, 64, 256, 16), (3, 143, 40, 24, 24), (64, 784, 512, 128, 56)]
+PROJECT = [(3, 143, 40, 24, 24), (64, 784, 512, 128, 56)]
 
 
 def combine(dtype: torch.dtype, batch: int, positions: int, channels: int, width: int) -> None:
@@ -124,7 +124,7 @@ def test_every_kernel_fits_in_the_registers_of_an_h100(tmp_path):
 if __name__ == "__main__":
     cases = [("combine", precision, dtype, *case) for case in COMBINE for dtype, precision in DTYPES]
     cases += [("matrices", "highest", *case) for case in MATRICES]
-    cases += [("project", precision, dtype, *case) for case in PROJECT for dtype, precision in DTYPES[:3]]
+    cases += [("project", precision, dtype, *case) for case in PROJECT for dtype, precision in DTYPES[:2]]
     with ProcessPoolExecutor(2) as pool:
         for kernels in pool.map(compiled, cases):
             for kernel in kernels:

@@ -138,7 +138,6 @@ def test_peak_memory_is_that_of_one_variant(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_peak_memory_on_a_gpu_does_not_depend_on_what_others_hold():
     device = torch.device("cuda")
     x = torch.randn(8, 64, 56, 56, device=device)
