@@ -67,9 +67,13 @@ def difference(found, expected, where: str = "") -> list[str]:
 @pytest.fixture(scope="module")
 def tiny(digits, tmp_path_factory) -> Path:
     """A corner of the digits: three classes, 48 images to train and 23 to evaluate, which no 2 or 3 ranks divide."""
-    out = tmp_path_factory.mktemp("tiny")
-    for split, counts in (("train", (16, 16, 16)), ("val", (8, 8, 7))):
-        for folder, count in zip(sorted((digits / split).iterdir()), counts, strict=False):
+    return part_of(digits, tmp_path_factory.mktemp("tiny"), {"train": [16, 16, 16], "val": [8, 8, 7]})
+
+
+def part_of(digits: Path, out: Path, counts: dict[str, list[int]]) -> Path:
+    """The first images of the first classes of each split, copied to `out`."""
+    for split, of_classes in counts.items():
+        for folder, count in zip(sorted((digits / split).iterdir()), of_classes, strict=False):
             (out / split / folder.name).mkdir(parents=True)
             for image in sorted(folder.iterdir())[:count]:
                 shutil.copy(image, out / split / folder.name)
@@ -102,20 +106,26 @@ OFFICIAL_EVALUATION = {
 }
 
 
+@pytest.fixture(scope="module")
+def few(digits, tmp_path_factory) -> Path:
+    """Enough of the digits for one batch of the official commands: 520 images to train and 60 to evaluate."""
+    return part_of(digits, tmp_path_factory.mktemp("few"), {"train": [52] * 10, "val": [6] * 10})
+
+
 @pytest.mark.parametrize("name", OFFICIAL_TRAINING)
-def test_official_commands(digits, tmp_path, name):
+def test_official_commands(few, tmp_path, name):
     """Train by the official command, shortened to one epoch of smaller images, then evaluate by the official one."""
     smaller = ["--epochs", 1, "--input-size", 32]
-    run(*OFFICIAL_TRAINING[name].split(), "-d", digits, "-c", tmp_path, *smaller, ranks=2)
+    run(*OFFICIAL_TRAINING[name].split(), "-d", few, "-c", tmp_path, *smaller, ranks=2)
     summary = read(tmp_path, "summary.json")
-    assert summary["arch"] == name and summary["eval"]["images"] == 360
+    assert summary["arch"] == name and summary["eval"]["images"] == 60
     assert summary["train_images_per_sec"] > 0
 
     weight = tmp_path / "checkpoints" / "last.pth"
     output = run(
         *OFFICIAL_EVALUATION[name].split(),
         "-d",
-        digits,
+        few,
         "-c",
         tmp_path / "e",
         "--weight",
@@ -124,7 +134,7 @@ def test_official_commands(digits, tmp_path, name):
         ranks=2,
     )
     result = read(tmp_path / "e", "evaluation.json")["result"]
-    assert result["top1"] == summary["eval"]["top1"] and result["images"] == 360
+    assert result["top1"] == summary["eval"]["top1"] and result["images"] == 60
     assert f"top1 {result['top1']:.3f}" in output
 
 
