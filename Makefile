@@ -18,7 +18,7 @@ DEMO_FLAGS ?= -a resnet18_dcd -d data/digits_beton -c runs/demo -b 64 --epochs 7
 DEMO_TRAIN = $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) train_dist.py $(DEMO_FLAGS)
 
 .PHONY: help setup test lint format sample dataset demo bench-model bench-loader bench-conversion \
-	profile profile-layers profile-throughput clean
+	profile profile-layers profile-throughput gpu-check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -90,6 +90,11 @@ profile-layers: setup  ## Measure the dynamic layers beside others (LAYERS_ARGS=
 
 profile-throughput: setup $(DATA)  ## Find what bounds a training run (DATA=..., THROUGHPUT_ARGS="...")
 	$(BIN)/python -m tools.profile_throughput -d $(DATA) $(THROUGHPUT_ARGS)
+
+# Without `setup`: a machine that is lent for an hour has PyTorch, and perhaps no network.
+gpu-check:  ## Test and measure everything on a GPU in under 9 minutes: make gpu-check OUT=/path/to/results
+	$(if $(OUT),,$(error name a folder: make gpu-check OUT=/path/to/results))
+	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m tools.gpu_check "$(OUT)" $(ARGS)
 
 data/fake_imagenet: | $(STAMP)
 	$(BIN)/python -m tools.make_fake_imagenet $@

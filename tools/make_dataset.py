@@ -7,6 +7,8 @@ OUT then holds train.beton, val.beton, the checksums of their images and dataset
 it lies in OUT/.partial; an interrupted conversion leaves nothing else, and the next one begins anew.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import importlib.metadata
@@ -22,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 from PIL import features
 
 from pipelines import native
@@ -268,4 +269,6 @@ def main(
 
 
 if __name__ == "__main__":
+    import tyro
+
     tyro.cli(main)

@@ -6,6 +6,8 @@ Sizes around 500×375 with a long tail on both sides, a third of them upright, a
 of scikit-learn's two sample photographs, enlarged or reduced, with a camera's noise. The contents mean nothing.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +15,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import tyro
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
@@ -73,4 +74,6 @@ def main(out: tyro.conf.Positional[Path], train_images: int = 4096, val_images: 
 
 
 if __name__ == "__main__":
+    import tyro
+
     tyro.cli(main)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from dcd.engine.cpu_memory import keep_freed_memory
@@ -144,4 +143,6 @@ def _refuse_unknown(flag: str, names: Iterable[str], known: Iterable[str]) -> No
 
 
 if __name__ == "__main__":
+    import tyro
+
     tyro.cli(main)

@@ -1,0 +1,241 @@
+"""`make gpu-check` on a machine without a GPU: what it reports, and that its sections run (tiny, on the CPU)."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tools import gpu_check
+from tools.gpu import layers, networks, right, timeline
+from tools.gpu.record import Findings, Record, Table, Target, show
+from tools.profiling.shapes import parse_shape
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def record(tmp_path) -> Record:
+    return Record("A section", tmp_path / "section.json", 1000)
+
+
+def saved(tmp_path) -> Findings:
+    return Findings.read(tmp_path / "section.json")
+
+
+def test_a_part_that_fails_or_lacks_a_package_stops_no_other(record, tmp_path):
+    with record.part("loader"):
+        import no_such_package  # noqa: F401
+    with record.part("model"):
+        raise RuntimeError("out of\npaper")
+    record.say("It went on.")
+    found = saved(tmp_path)
+    assert found.skipped == ["loader: no_such_package is not installed here"]
+    assert found.failed == ["model: RuntimeError: out of"]
+    assert found.sentences == ["It went on."]
+
+
+def test_every_row_is_saved_when_it_is_added(record, tmp_path):
+    table = record.table("Rates", "form", "images/s")
+    record.add(table, "static", 2500.0)
+    assert saved(tmp_path).tables == [Table("Rates", ["form", "images/s"], [["static", 2500.0]])]
+    record.add(table, "ours", None)
+    assert saved(tmp_path).tables[0].rows == [["static", 2500.0], ["ours", None]]
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path):
+    record = Record("A section", tmp_path / "section.json", 10)
+    assert record.has_time("this", 5)
+    assert not record.has_time("that", 50)
+    assert saved(tmp_path).skipped == ["that: out of time"]
+
+
+def test_numbers_are_readable():
+    assert [show(cell) for cell in (2512.4, 0.91234, 3, None, "text")] == ["2,512", "0.9123", "3", "", "text"]
+
+
+def test_the_report_says_what_was_reached_missed_and_not_measured():
+    section = Findings(
+        "Models",
+        tables=[Table("Rates", ["form", "images/s"], [["ours", 2512.4]]), Table("Empty", ["a"])],
+        targets=[
+            Target("rate", 2500.0, 2512.4),
+            Target("ratio", 0.9, 0.85),
+            Target("gaps", 3.0, 2.0, at_most=True),
+            Target("other", 1.0, None),
+        ],
+        skipped=["DALI: not installed"],
+        failed=["compiled: too large"],
+    )
+    text = gpu_check.report({"gpu": "one", "ffcv": ""}, [section], 100, rehearsal=False)
+    for line in (
+        "| rate | 2,500 | 2,512 | reached |",
+        "| ratio | 0.9 | 0.85 | missed |",
+        "| gaps | 3 | 2 | reached |",
+        "| other | 1 |  | not measured |",
+        "| ours | 2,512 |",
+        "- skipped: DALI: not installed",
+        "- compiled: too large",
+        "gpu one; 100 s.",
+    ):
+        assert line in text.splitlines(), text
+    assert "Empty" not in text and "rehearsal" not in text
+    assert "no figure below means anything" in gpu_check.report({}, [], 1, rehearsal=True)
+
+
+def test_the_sections_fit_into_nine_minutes():
+    assert sum(max(beside.values()) for beside in gpu_check.SECTIONS) <= gpu_check.LIMIT_S < 9 * 60
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    command = [sys.executable, "-m", "tools.gpu_check", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and not (tmp_path / "out").exists()
+    assert done.stderr.splitlines() == [
+        "error: PyTorch sees no GPU here: check the driver and PyTorch's CUDA build, or use --rehearse"
+    ]
+
+
+def test_a_section_that_takes_too_long_is_cut_off_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "SECTIONS", ({"networks": 0.5}, {"right": 100}))
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path / "out"), "--rehearse"])
+    with pytest.raises(SystemExit, match="error: something failed"):
+        gpu_check.main()
+    content = json.loads((tmp_path / "out/gpu_check.json").read_text())
+    cut, after = content["sections"]
+    assert cut["failed"] == ["networks: cut off at its time limit"]
+    assert after["failed"] == []
+    (row,) = after["tables"][0]["rows"]
+    assert row[0] == "tests/dcd/test_triton.py" and row[1] > 0 and row[2:] == [0, 0]
+    assert (tmp_path / "out/gpu_check.md").read_text() == capsys.readouterr().out
+
+
+def test_pytests_report_is_read(record, tmp_path):
+    test = tmp_path / "test_three.py"
+    test.write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2, 'no'\n"
+        "def test_none(): pytest.skip('needs a moon')\n"
+    )
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", test]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    right.read_report(record, report, done.stdout)
+    found = saved(tmp_path)
+    assert found.tables[0].rows == [["test_three.py", 1, 1, 1]]
+    assert found.skipped == ["1 tests: test_three.py: needs a moon"]
+    assert found.failed == ["test_three.py::test_bad: AssertionError: no"]
+
+
+def test_no_report_is_a_failure(record, tmp_path):
+    right.read_report(record, tmp_path / "none.xml", "ERROR: file not found\n")
+    assert saved(tmp_path).failed == ["tests marked gpu: no report: ERROR: file not found"]
+
+
+def test_the_union_of_intervals():
+    assert timeline.busy_us([(0, 10), (5, 12), (20, 25), (21, 22)]) == 17
+
+
+def test_gaps_and_kinds_of_a_time_line(record, tmp_path):
+    """Two streams; the device has nothing to do from 80 to 100."""
+    trace = {
+        "traceEvents": [
+            {"cat": "kernel", "name": "sm90_xmma_fprop_implicit_gemm", "ts": 0, "dur": 60},
+            {"cat": "kernel", "name": "void at::native::batch_norm_backward", "ts": 40, "dur": 40},
+            {"cat": "gpu_memcpy", "name": "Memcpy DtoD", "ts": 100, "dur": 2},
+            {"cat": "kernel", "name": "vectorized_elementwise_kernel", "ts": 102, "dur": 98},
+            {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 500},
+            {"cat": "kernel", "name": "begins only", "ts": 0},
+        ]
+    }
+    events = timeline.device_events(trace, ("kernel", "gpu_memcpy"))
+    timeline.summarise(record, events, steps=1)
+    found = saved(tmp_path)
+    assert found.sentences[0].startswith("1 steps of 0.2 ms: the GPU works for 90.0 % of them, on 4 kernels a step")
+    kinds = {row[0]: row[3] for row in found.tables[0].rows}
+    assert kinds == {"element by element": 1, "convolutions": 1, "batch norm": 1, "copies": 1}
+    assert found.targets == [Target(found.targets[0].what, 3.0, pytest.approx(10), at_most=True)]
+    assert found.sentences[1] == "1 of the kernels take less than 3 µs."
+    assert timeline.kind_of("_combine_forward") == "our kernels"
+    assert timeline.kind_of("triton_poi_fused_add_1") == "compiled"
+
+
+def test_the_floor_of_a_layer():
+    """Counted by hand: x (2, 64, 56, 56) three times, y (2, 256, 28, 28) twice, in two bytes; weights in eight."""
+    shape = parse_shape("64x256k1s2@56")
+    assert layers.floor_bytes(shape, 100, 2) == 2 * (3 * 2 * 64 * 56**2 + 2 * 2 * 256 * 28**2) + 8 * 100
+    conv = layers.create_layer(shape, "static")
+    assert layers.floor_operations(conv, shape, 2) == 2 * 3 * 2 * (64 * 256 * 28**2)
+
+
+@pytest.mark.parametrize("text, usual", [("64x256k1s1@56", "fused, by kernels"), ("512x64k1s1@7", "fused, by maps")])
+def test_a_layers_own_way_is_known(text, usual):
+    shape = parse_shape(text)
+    assert list(layers.Ways(shape, CPU)) == ["static", "fused, by kernels", "fused, by maps"]
+    assert layers.Ways(shape, CPU).usual(shape) == usual
+    strided = parse_shape("64x64k3s2@56")
+    assert (
+        list(layers.Ways(strided, CPU)) == ["static", "fused"] and layers.Ways(strided, CPU).usual(strided) == "fused"
+    )
+
+
+def test_layers_are_measured_in_both_ways(record, tmp_path):
+    layers.run(record, CPU, rehearsal=True)
+    found = saved(tmp_path)
+    assert found.failed == found.skipped == []
+    rows = [dict(zip(found.tables[0].columns, row, strict=True)) for row in found.tables[0].rows]
+    assert [row["way"] for row in rows] == 2 * ["static", "fused, by kernels", "fused, by maps"]
+    for row in rows:
+        assert row["to floor"] == pytest.approx(row["kernels ms"] / row["floor ms"]) and row["kernels ms"] > 0
+    assert found.sentences[1].startswith("These layers, each as often as ResNet-50 has it: static ")
+    assert "ours" in found.sentences[1]
+
+
+def test_networks_are_measured_beside_the_static_one(record, tmp_path):
+    networks.run(record, CPU, rehearsal=True)
+    found = saved(tmp_path)
+    assert found.failed == found.skipped == []
+    training, inference, folded, other = found.tables
+    forms = ["resnet18 static", "resnet18 official", "resnet18 ours", "resnet18 static compiled"]
+    assert [row[0] for row in training.rows] == [row[0] for row in inference.rows] == forms
+    assert [row[0] for row in folded.rows] == ["resnet18 static", "resnet18 ours"]
+    for row in training.rows:
+        cells = dict(zip(training.columns, row, strict=True))
+        assert cells["ms a step"] == pytest.approx(1000 * cells["batch"] / cells["images/s"])
+        assert cells["to static"] == pytest.approx(cells["images/s"] / cells["static images/s"])
+    assert {target.found for target in found.targets} == {None}, "no figure is of this network"
+    assert other.rows
+
+
+def test_figures_are_compared_with_their_own_kind(record, tmp_path):
+    rates = {
+        "resnet50 ours": (2400, 0.85),
+        "resnet50 ours, CUDA graph": (2600, 0.93),
+        "resnet50 official": (800, 0.3),
+        "resnet50 compiled": (2700, 0.95),
+        "resnet50 static compiled": (3000, 1.05),
+        "mobilenetv2 ours": (4000, 0.71),
+    }
+    found = {("training", label): networks.Found(*figures) for label, figures in rates.items()}
+    networks.report_targets(record, found)
+    assert [target.found for target in saved(tmp_path).targets] == [0.85, 0.9, 3.0, 2700, 0.71]
+
+
+def test_a_network_that_does_not_fit_gets_half_the_batch(record, monkeypatch):
+    sizes = []
+
+    def rows(self, form, runner, beside, others):
+        sizes.append(runner.batch_size)
+        if runner.batch_size > 2:
+            raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(networks.Bench, "_rows", rows)
+    scale = networks.Scale("resnet18", 8, 32, 0.01, 1, (), "aot_eager")
+    bench = networks.Bench(record, CPU, scale)
+    static = networks.forms("resnet18")[0]
+    bench.measure(static, networks.Runner(static, CPU, scale, 2))
+    assert sizes == [8, 4, 2]
+    assert len(record.findings.sentences) == 2

@@ -1,0 +1,187 @@
+"""Everything that can only be known on a GPU, in under nine minutes, unattended: tests, then measurements.
+
+    make gpu-check OUT=folder                       or: python -m tools.gpu_check folder
+    python -m tools.gpu_check folder --rehearse     tiny, on a CPU: whether it works; its figures mean nothing
+
+It needs PyTorch with CUDA, torchvision, Triton and pytest, and no installation of this project; what else is missing
+skips its rows, and says so. OUT then holds gpu_check.md, to be read, and gpu_check.json, the same with all digits; both
+are written anew after each section. A section runs in a process of its own and has a time limit, so one that hangs or
+crashes costs no other.
+
+The exit code is 1 where a test or a measurement failed; a figure that was missed is a result, not a failure.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from tools.gpu.record import Findings, show
+
+ROOT = Path(__file__).parents[1]
+# Seconds at most; the sections of one line run side by side, and only those take no times.
+SECTIONS = (
+    {"right": 130, "compiling": 130},
+    {"networks": 240},
+    {"layers": 45},
+    {"loaders": 80},
+    {"timeline": 30},
+)
+LIMIT_S = 530  # for all of them
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "nvidia-dali-cuda130", "ffcv", "tyro")
+
+
+def describe() -> dict[str, str]:
+    """What the figures must be read with."""
+    machine = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join([f"python -m tools.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
+        "python": platform.python_version(),
+        "cuda": str(torch.version.cuda),
+        "cores": str(len(os.sched_getaffinity(0))),
+    }
+    if torch.cuda.is_available():
+        query = "name,driver_version,memory.total,power.limit,clocks.max.sm"
+        machine["gpu"] = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+        machine["gpu"] = machine["gpu"] or torch.cuda.get_device_name()
+    return {**machine, **{package: _version(package) for package in PACKAGES}}
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+class Section:
+    """A section that is running in a process group of its own."""
+
+    def __init__(self, name: str, folder: Path, seconds: float, rehearsal: bool):
+        self.name, self._file = name, folder / f"{name}.json"
+        self._deadline = time.monotonic() + seconds
+        # It stops by itself a little earlier, and then has all of its findings.
+        command = [sys.executable, "-m", "tools.gpu", name, str(self._file), str(seconds - 5)]
+        command += ["--rehearse"] if rehearsal else []
+        self._process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+
+    def findings(self) -> Findings:
+        """Waits for its end, or for its time limit."""
+        why = None
+        try:
+            code = self._process.wait(max(0.1, self._deadline - time.monotonic()))
+            why = f"ended with exit code {code}" if code else None
+        except subprocess.TimeoutExpired:
+            why = "cut off at its time limit"
+        self.stop()
+        found = Findings.read(self._file) if self._file.exists() else Findings(self.name)
+        if why:
+            found.failed.append(f"{self.name}: {why}")
+        return found
+
+    def stop(self) -> None:
+        """End it with all that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def check(names: list[str], rehearsal: bool) -> Iterator[Findings]:
+    """The findings of the named sections, each when it is done."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for beside in SECTIONS:
+            left = LIMIT_S - (time.monotonic() - start)
+            limits = {name: min(seconds, left) for name, seconds in beside.items() if name in names}
+            running = [Section(name, Path(folder), seconds, rehearsal) for name, seconds in limits.items()]
+            try:
+                for section in running:
+                    yield section.findings()
+            finally:
+                for section in running:
+                    section.stop()
+
+
+def report(machine: dict[str, str], found: list[Findings], seconds: float, rehearsal: bool) -> str:
+    """All findings in Markdown."""
+    lines = ["# GPU check", ""]
+    if rehearsal:
+        lines += ["**A rehearsal, tiny and on a CPU: no figure below means anything.**", ""]
+    lines += [", ".join(f"{name} {value}" for name, value in machine.items() if value) + f"; {seconds:.0f} s.", ""]
+    targets = [target for section in found for target in section.targets]
+    if targets:
+        lines += ["| figure | to reach | found | |", "|---|---|---|---|"]
+        for target in targets:
+            verdict = "not measured" if target.found is None else "reached" if target.is_reached else "missed"
+            lines.append(f"| {target.what} | {show(target.wanted)} | {show(target.found)} | {verdict} |")
+        lines.append("")
+    failed = [what for section in found for what in section.failed]
+    lines += ["Nothing failed." if not failed else "**Failed:**", *(f"- {what}" for what in failed), ""]
+    for section in found:
+        lines += [f"## {section.title}", ""]
+        lines += [line for sentence in section.sentences for line in (sentence, "")]
+        for table in section.tables:
+            lines += [f"**{table.title}**", ""] if table.rows else []
+            lines += markdown(table.columns, table.rows) if table.rows else []
+        lines += [f"- skipped: {what}" for what in section.skipped]
+        lines += [f"- failed: {what}" for what in section.failed]
+        lines += ["", f"({section.seconds:.0f} s)", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def markdown(columns: list[str], rows: list[list]) -> list[str]:
+    table = [columns, ["---"] * len(columns), *([show(cell) for cell in row] for row in rows)]
+    return [f"| {' | '.join(cells)} |" for cells in table] + [""]
+
+
+def main() -> None:
+    known = [name for beside in SECTIONS for name in beside]
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, help="folder for gpu_check.md and gpu_check.json")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on a CPU: whether it works")
+    parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="SECTION", help=", ".join(known))
+    options = parser.parse_args()
+    if not options.rehearse and not torch.cuda.is_available():
+        sys.exit("error: PyTorch sees no GPU here: check the driver and PyTorch's CUDA build, or use --rehearse")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: {error}: name a folder that can be written to")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no section outlives this process
+    start, machine = time.monotonic(), describe()
+    found: list[Findings] = []
+    for findings in check(options.only, options.rehearse):
+        found.append(findings)
+        seconds = time.monotonic() - start
+        text = report(machine, found, seconds, options.rehearse)
+        sections = [asdict(section) for section in found]
+        content = {"machine": machine, "rehearsal": options.rehearse, "seconds": seconds, "sections": sections}
+        (options.out / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n")
+        (options.out / "gpu_check.md").write_text(text)
+    print(text, end="")
+    if any(section.failed for section in found):
+        sys.exit("error: something failed, see above")
+
+
+if __name__ == "__main__":
+    main()
