@@ -155,9 +155,7 @@ def test_outputs(trained):
     assert read(trained, "summary.json")["eval"]["images"] == 23
 
 
-@pytest.mark.parametrize(
-    ("ranks", "precision", "stops"), [(None, "off", (5, 5)), (2, "off", (5,)), (None, "fp16", (9,))]
-)
+@pytest.mark.parametrize(("ranks", "precision", "stops"), [(2, "off", (5,)), (None, "fp16", (5, 5))])
 def test_resume_is_exact_to_the_bit(tiny, tmp_path, ranks, precision, stops):
     """Stopped in the middle of an epoch, even twice, and gone on from: the weights of the run that was not stopped."""
     everything = ["--dropout", 0.2, "--mixup", 0.4, "--mixup-epochs", 1, "--ema", 0.9, "--clip-grad", 1.0]

@@ -61,9 +61,10 @@ class DCDConv2d(nn.Module):
         path = self.path
         if path == "auto":
             path = "reference" if torch.compiler.is_compiling() else available_paths(x.device)[-1]
-        # By running statistics only the reference has gradients.
+        # By running statistics only the reference has gradients, and only it trains weights of 16 bits.
         frozen = torch.is_grad_enabled() and not self.bn1.training
-        if path == "reference" or frozen or not self._has_plain_norms():
+        short = self.bn1.training and self.static_conv.weight.element_size() < 4
+        if path == "reference" or frozen or short or not self._has_plain_norms():
             return self._by_reference(x)
         return leave_autocast(partial(self._by_fused, by_triton=path == "triton"), x)
 

@@ -9,6 +9,8 @@ of q (`sample_matrices.py`). So no map is made but q, which is narrow: with a ma
 and where W₀ is 1×1 and the maps are large, not even the sum is made of maps: W₀, Q and read_out make one kernel for
 each sample. The whole layer is one autograd function, so that x's gradient is added up in place.
 
+On a GPU the kernels of `triton_*.py` take over where they fit; they are imported on use, for Triton is optional.
+
 All work on rows: a feature map (B, C, H, W) in channels_last seen as (B, H·W, C), which copies nothing. Legend of the
 shape comments: B batch, C input and O output channels, L latent dimension, L⁺ the width of q, N positions of the
 output, D cells of the pool.
@@ -248,7 +250,8 @@ def _combine(
     made = F.conv2d(x, static.to(x.dtype), stride=settings.stride, padding=static.shape[2] // 2)
     rows = as_rows(made)  # [B, N, O]
     if settings.by_triton:
-        triton_combine, _, _ = _triton()
+        from dcd.ops import triton_combine
+
         rows = triton_combine.forward(rows.contiguous(), channel_scale, q, read_out)
     else:
         rows = (rows * channel_scale.to(x.dtype).unsqueeze(1)).baddbmm_(q, read_out.to(x.dtype))
@@ -270,7 +273,8 @@ def _combine_backward(
     dtype = static.dtype
     d_rows, rows = as_rows(d_y), as_rows(made)  # [B, N, O]
     if settings.by_triton:
-        triton_combine, _, _ = _triton()
+        from dcd.ops import triton_combine
+
         d_rows = d_rows.contiguous()
         d_made, d_scale, d_read_out = triton_combine.backward(d_rows, rows.contiguous(), channel_scale, q)
     else:
@@ -287,17 +291,11 @@ def _combine_backward(
     return d_x, d_static.to(dtype), d_scale.to(dtype), d_read_out.to(dtype), d_q
 
 
-def _triton():
-    """The modules of kernels, imported at their first use: Triton is not there on every machine."""
-    from dcd.ops import triton_combine, triton_matrices, triton_project
-
-    return triton_combine, triton_matrices, triton_project
-
-
 def _matrices(settings: Settings, of_samples: Tensor):
     """The module whose `fuse` and `fuse_backward` take these moments, or this d_fused: (B, L⁺, …)."""
     if settings.by_triton:
-        _, triton_matrices, _ = _triton()
+        from dcd.ops import triton_matrices
+
         if triton_matrices.fits(of_samples):
             return triton_matrices
     return sample_matrices
@@ -315,7 +313,8 @@ def _project(
     """`Λ ⊙ (W₀ ∗ x) + q read_out` for a 1×1 kernel with stride 1, and the kernels (B, O, C) of the samples."""
     rows, bias = as_rows(x), read_out[:, latent_dim]  # [B, N, C], [B, O]
     if _is_projected_by_triton(x, static, read_out, settings):
-        _, _, triton_project = _triton()
+        from dcd.ops import triton_project
+
         kernels = triton_project.form_kernels(channel_scale, static.flatten(1), read_out, padded, x.dtype)
         rows = triton_project.project(rows, kernels, bias)
     else:
@@ -328,7 +327,8 @@ def _project(
 def _is_projected_by_triton(x: Tensor, static: Tensor, read_out: Tensor, settings: Settings) -> bool:
     if not settings.by_triton:
         return False
-    _, _, triton_project = _triton()
+    from dcd.ops import triton_project
+
     return triton_project.fits(x, static, read_out.shape[1])
 
 
@@ -348,7 +348,8 @@ def _project_backward(
     d_x = as_features(torch.bmm(d_rows, kernels), x.shape[2:])
     d_kernels = torch.bmm(d_rows.transpose(1, 2), as_rows(x))  # [B, O, C]
     if _is_projected_by_triton(x, static, read_out, settings):
-        _, _, triton_project = _triton()
+        from dcd.ops import triton_project
+
         d_scale, d_static, d_read_out, d_padded = triton_project.form_kernels_backward(
             d_kernels, channel_scale, static.flatten(1), read_out, padded
         )

@@ -119,6 +119,14 @@ def test_in_lower_precision_it_is_at_most_twice_as_far_off_as_the_reference(path
         assert error(found[name], value) <= 2 * error(plain[name], value) + torch.finfo(amp).eps / 2, name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_trained_by_the_reference(dtype):
+    made = layer(*SHAPES["3x3"][:6]).to(dtype)
+    x = torch.randn(2, 8, 6, 7, dtype=dtype)
+    wanted, found = results(made, "reference", x), results(made, "fused", x)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items() if name != "y without gradients")
+
+
 @pytest.mark.parametrize("path", FASTER)
 def test_half_precision_holds_large_maps_of_large_values(path):
     """Their sum would not: 4096 positions of 30 are above 65504."""

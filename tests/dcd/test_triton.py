@@ -15,8 +15,10 @@ WITH_MAPS = {name: shape for name, shape in SHAPES.items() if shape[2] == 3 or s
 # more positions and channels than one program holds; in, out, kernel, stride, latent_dim, pool, batch, height, width
 WITH_MAPS["several programs"] = (8, 70, 3, 1, 18, 1, 1, 13, 11)
 COMPARED = [("triton", name) for name in WITH_MAPS]
+PRECISIONS = [None, torch.bfloat16]
 if DEVICE.type == "cuda":
     pytestmark = pytest.mark.gpu
+    PRECISIONS.append(torch.float16)  # by the interpreter, which is slow, the other 16 bits do
     COMPARED += [("fused", name) for name in SHAPES | WITH_MAPS]
 
 
@@ -32,7 +34,7 @@ def launches(monkeypatch) -> list[str]:
 
 
 @pytest.mark.usefixtures("poisoned", "exact_float32")
-@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("amp", PRECISIONS)
 @pytest.mark.parametrize("path, shape", COMPARED, ids=lambda value: value)
 def test_it_is_at_most_twice_as_far_off_as_the_reference(path, shape, amp, monkeypatch):
     *sizes, batch, height, width = (SHAPES | WITH_MAPS)[shape]

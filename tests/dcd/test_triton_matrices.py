@@ -13,6 +13,7 @@ from dcd.ops import sample_matrices, triton_matrices, triton_project
 from dcd.ops.fused import round_up
 from dcd.ops.sample_matrices import Norms
 from tests.dcd.test_fused import SHAPES, error, layer, poisoned, results, seeded  # noqa: F401 (two are fixtures)
+from tests.dcd.test_triton import PRECISIONS
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,7 +109,7 @@ def test_what_one_program_cannot_hold_is_left_to_pytorch():
 
 
 @pytest.mark.usefixtures("poisoned", "exact_float32")
-@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("amp", PRECISIONS)
 @pytest.mark.parametrize("shape", BY_SAMPLE.values(), ids=BY_SAMPLE)
 def test_layers_with_kernels_for_each_sample_are_at_most_twice_as_far_off_as_the_reference(shape, amp):
     *sizes, batch, height, width = shape

@@ -30,6 +30,9 @@ from tools.profiling.shapes import create_network
 from tools.profiling.steps import inference_step, train_step
 
 GIB = 2**30
+EAGER = ("official", "reference", "fused", "ours")
+COMPILED = ("static compiled", "compiled", "compiled fused")
+RIVALS = ("se", "condconv", "dyconv", "odconv")
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,11 @@ def forms(network: str, *names: str) -> list[Form]:
         Form(network, "compiled", "_dcd", compiled=True),
         Form(network, "compiled fused", "_dcd", "fused", compiled=True),
         Form(network, "static compiled", compiled=True),
-        *(Form(network, rival, f"_{rival}") for rival in ("se", "condconv", "dyconv", "odconv")),
+        *(Form(network, rival, f"_{rival}") for rival in RIVALS),
     ]
     return [Form(network), *(form for form in known if form.name in names)]
 
 
-EAGER = ("official", "reference", "fused", "ours")
-COMPILED = ("static compiled", "compiled", "compiled fused")
-RIVALS = ("se", "condconv", "dyconv", "odconv")
 # In this order, so that what matters most is measured before the time is up.
 PLAN = (
     forms("resnet50", *EAGER, "static compiled", "compiled"),
