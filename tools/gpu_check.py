@@ -129,7 +129,7 @@ def report(machine: dict[str, str], found: list[Findings], seconds: float, rehea
         lines += ["**A rehearsal, tiny and on a CPU: no figure below means anything.**", ""]
     lines += [", ".join(f"{name} {value}" for name, value in machine.items() if value) + f"; {seconds:.0f} s.", ""]
     targets = [target for section in found for target in section.targets]
-    if targets:
+    if targets and not rehearsal:
         lines += ["| figure | to reach | found | |", "|---|---|---|---|"]
         for target in targets:
             verdict = "not measured" if target.found is None else "reached" if target.is_reached else "missed"
