@@ -27,7 +27,7 @@ class MovingAverage(AveragedModel):
         self.n_averaged += 1  # stays on the CPU
         pairs = list(zip(averages, values, strict=True))
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        counts = [pair for pair in pairs if not pair[0].is_floating_point()]
         torch._foreach_lerp_(*zip(*floats, strict=True), share)
-        for average, value in pairs:
-            if not average.is_floating_point():
-                average.copy_(value)
+        if counts:
+            torch._foreach_copy_(*zip(*counts, strict=True))
