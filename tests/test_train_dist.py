@@ -155,11 +155,11 @@ def test_outputs(trained):
     assert read(trained, "summary.json")["eval"]["images"] == 23
 
 
-@pytest.mark.parametrize(("ranks", "precision", "stops"), [(2, "off", (5,)), (None, "fp16", (5, 5))])
+@pytest.mark.parametrize(("ranks", "precision", "stops"), [(2, "off", (5,)), (None, "fp16", (3, 3))])
 def test_resume_is_exact_to_the_bit(tiny, tmp_path, ranks, precision, stops):
     """Stopped in the middle of an epoch, even twice, and gone on from: the weights of the run that was not stopped."""
     everything = ["--dropout", 0.2, "--mixup", 0.4, "--mixup-epochs", 1, "--ema", 0.9, "--clip-grad", 1.0]
-    common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 3, "--amp", precision, *everything]
+    common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 2, "--amp", precision, *everything]
     run(*common, "-c", tmp_path / "whole", ranks=ranks)
     for steps in stops:
         output = run(*common, "-c", tmp_path / "parts", "--stop-after-steps", steps, ranks=ranks)
@@ -171,7 +171,7 @@ def test_resume_is_exact_to_the_bit(tiny, tmp_path, ranks, precision, stops):
     whole.pop("config"), parts.pop("config")
     assert difference(parts, whole) == []
     steps = [line["global_step"] for line in lines(tmp_path / "parts", "train")]
-    assert steps == sorted(set(steps)) and steps[-1] == 12
+    assert steps == sorted(set(steps)) and steps[-1] == 8
 
 
 def test_a_signal_ends_a_run_with_a_checkpoint(tiny, tmp_path):
@@ -206,10 +206,10 @@ def test_two_ranks_train_as_one(tiny, tmp_path):
 
 
 def test_evaluation_is_exact_on_any_number_of_ranks(tiny, trained, tmp_path):
-    """23 images in batches of 6, and of 20, which leave some ranks without images in the last step."""
+    """23 images in batches of 6, and of 21, which leave some ranks without images in the last step."""
     weight = trained / "checkpoints" / "last.pth"
     results = []
-    for ranks, batch in ((None, 6), (3, 6), (2, 20)):
+    for ranks, batch in ((None, 6), (3, 21)):
         out = tmp_path / f"{ranks}-{batch}"
         run(*SMALL, "-d", tiny, "-c", out, "-b", batch, "--weight", weight, "--evaluate", ranks=ranks)
         results.append(read(out, "evaluation.json")["result"])

@@ -100,7 +100,7 @@ class Scale:
     @classmethod
     def of(cls, rehearsal: bool) -> "Scale":
         if rehearsal:
-            return cls("resnet18", 2, 32, 0.05, 1, (4,), "aot_eager")
+            return cls("resnet18", 2, 32, 0.01, 1, (4,), "aot_eager")
         return cls("resnet50", 256, 224, 0.3, 2, (128, 512, 1024), "inductor")
 
 
