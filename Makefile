@@ -91,7 +91,7 @@ profile-layers: setup  ## Measure the dynamic layers beside others (LAYERS_ARGS=
 profile-throughput: setup $(DATA)  ## Find what bounds a training run (DATA=..., THROUGHPUT_ARGS="...")
 	$(BIN)/python -m tools.profile_throughput -d $(DATA) $(THROUGHPUT_ARGS)
 
-# Without `setup`: a machine that is lent for an hour has PyTorch, and perhaps no network.
+# Without `setup`: a machine that is rented for an hour has PyTorch, and perhaps no network.
 gpu-check:  ## Test and measure everything on a GPU in under 9 minutes: make gpu-check OUT=/path/to/results
 	$(if $(OUT),,$(error name a folder: make gpu-check OUT=/path/to/results))
 	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m tools.gpu_check "$(OUT)" $(ARGS)
