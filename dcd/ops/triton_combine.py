@@ -83,15 +83,19 @@ def _backward(
     tl.store(d_read_out + part * width * channels + r_at, d_read_sum, r_exists)
 
 
-def _is_exact(dtype: torch.dtype) -> bool:
+def is_exact(dtype: torch.dtype) -> bool:
     """Whether products are exact to float32. TF32 holds every number of both halves."""
     return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
+def block_of(size: int) -> int:
+    """The width of a block that holds so many: a power of two, and a matrix product takes at least 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
 def _constants(width: int, exact: bool) -> dict:
-    block_k = max(16, triton.next_power_of_2(width))  # a matrix product takes at least 16
     precision, warps = ("ieee", EXACT_WARPS) if exact else ("tf32", 4)
-    return {"BLOCK_O": BLOCK_O, "BLOCK_K": block_k, "PRECISION": precision, "num_warps": warps}
+    return {"BLOCK_O": BLOCK_O, "BLOCK_K": block_of(width), "PRECISION": precision, "num_warps": warps}
 
 
 def added(parts: Tensor, dim: int) -> Tensor:
@@ -112,7 +116,7 @@ def forward(static: Tensor, channel_scale: Tensor, q: Tensor, read_out: Tensor) 
         (B, N, O).
     """
     (batch, positions, channels), width = static.shape, q.shape[2]
-    y, exact = torch.empty_like(static), _is_exact(static.dtype)
+    y, exact = torch.empty_like(static), is_exact(static.dtype)
     constants = _constants(width, exact)
     grid = triton.cdiv(positions, BLOCK_N), triton.cdiv(channels, BLOCK_O), batch
     _forward[grid](
@@ -128,7 +132,7 @@ def backward(d_y: Tensor, static: Tensor, channel_scale: Tensor, q: Tensor) -> t
     Those of the small matrices are float32.
     """
     (batch, positions, channels), width = static.shape, q.shape[2]
-    exact = _is_exact(static.dtype)
+    exact = is_exact(static.dtype)
     block_n = EXACT_TERMS if exact else BLOCK_N
     blocks, channel_blocks = triton.cdiv(positions, block_n), triton.cdiv(channels, BLOCK_O)
     shares = min(blocks, triton.cdiv(MIN_PROGRAMS, batch * channel_blocks))

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dcd.ops.sample_matrices import Norms, Statistics
+from dcd.ops.triton_combine import block_of
 
 MAX_BATCH, MAX_WIDTH = 4096, 64  # one program holds a number for each sample, or a matrix of one
 SAMPLES = 32  # that a program holds one row of
@@ -151,16 +152,14 @@ def fuse(
     fused = phi.new_empty(batch, width, latent_dim)
     first = norm1, norms.weight1, norms.bias1
     _norm1[latent_dim,](moments, norm1, *sizes, eps[0], BATCH=every)
-    _latent[batch,](phi, moments, *first, latent, crossed, *sizes, BLOCK=_block(latent_dim), STEP=STEP, num_warps=WARPS)
+    _latent[batch,](
+        phi, moments, *first, latent, crossed, *sizes, BLOCK=block_of(latent_dim), STEP=STEP, num_warps=WARPS
+    )
     _fused[latent_dim, triton.cdiv(batch, SAMPLES)](
         phi, *first, latent, norm2, norms.weight2, norms.bias2, fused, *sizes, eps[1],
-        BATCH=every, SAMPLES=SAMPLES, BLOCK=_block(width),
+        BATCH=every, SAMPLES=SAMPLES, BLOCK=block_of(width),
     )  # fmt: skip
     return fused, Statistics(norm1[0], norm1[1], norm2[0], norm2[1]), (phi, moments, norm1, latent, crossed, norm2)
-
-
-def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))  # a matrix product takes at least 16
 
 
 @triton.jit
@@ -280,17 +279,17 @@ def fuse_backward(
     d_first, q_to_d_q = phi.new_empty(2, latent_dim, parts), torch.empty_like(moments)
     d_norms = Norms(*(torch.empty_like(weight) for weight in norms))
     first = norm1, norms.weight1, norms.bias1
-    _d_latent[batch,](phi, moments, *first, latent, norm2, d_fused, d_latent, *sizes, BLOCK=_block(latent_dim))
+    _d_latent[batch,](phi, moments, *first, latent, norm2, d_fused, d_latent, *sizes, BLOCK=block_of(latent_dim))
     _d_phi[latent_dim, blocks](
         phi, moments, *first, latent, crossed, norm2, norms.weight2, d_fused, d_latent,
         d_phi, d_first, d_norms.weight2, d_norms.bias2, *sizes,
-        BATCH=triton.next_power_of_2(batch), SAMPLES=SAMPLES, BLOCK=_block(latent_dim), num_warps=WARPS,
+        BATCH=triton.next_power_of_2(batch), SAMPLES=SAMPLES, BLOCK=block_of(latent_dim), num_warps=WARPS,
     )  # fmt: skip
     _d_norm1[latent_dim,](
         d_first, d_norms.weight1, d_norms.bias1, latent_dim, parts, PARTS=triton.next_power_of_2(parts)
     )
     _q_to_d_q[batch,](
         phi, *first, norm2, norms.weight2, *d_norms, q_to_d_q, latent_dim, width, batch * positions,
-        BLOCK=_block(width), STEP=STEP, num_warps=WARPS,
+        BLOCK=block_of(width), STEP=STEP, num_warps=WARPS,
     )  # fmt: skip
     return d_phi, q_to_d_q, d_norms

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcd.ops.triton_combine import added
+from dcd.ops.triton_combine import added, block_of, is_exact
 
 BLOCK_N, BLOCK_O = 128, 128  # positions and output channels of the product that one program holds
 WARPS = 8
@@ -55,12 +55,17 @@ def _project(
 
 
 @triton.jit
-def _tiles(static, padded, o, c, k, channels, out_channels, width):
-    """Tiles of W₀ and Q, in float32, and which elements of the first exist."""
+def _tiles(static, padded, channels, out_channels, width, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What a program works on: channels, output channels and columns of q; tiles of W₀ and Q, in float32; and which
+    elements of W₀'s, read_out's and Q's tile exist."""
+    c, o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.arange(0, BLOCK_K)
     exists = (o < out_channels)[:, None] & (c < channels)[None, :]
-    static_tile = tl.load(static + o[:, None] * channels + c[None, :], exists, 0.0).to(tl.float32)
+    r_exists = (k < width)[:, None] & (o < out_channels)[None, :]
     q_exists = (k < width)[:, None] & (c < channels)[None, :]
-    return static_tile, tl.load(padded + k[:, None] * channels + c[None, :], q_exists, 0.0).to(tl.float32), exists
+    static_tile = tl.load(static + o[:, None] * channels + c[None, :], exists, 0.0).to(tl.float32)
+    q_tile = tl.load(padded + k[:, None] * channels + c[None, :], q_exists, 0.0).to(tl.float32)
+    return c, o, k, static_tile, q_tile, exists, r_exists, q_exists
 
 
 @triton.jit
@@ -70,10 +75,9 @@ def _form(
 ):  # fmt: skip
     """A tile of the kernels of some samples."""
     channels, out_channels = eights * 8, out_eights * 8
-    c, o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    k = tl.arange(0, BLOCK_K)
-    static_tile, q_tile, exists = _tiles(static, padded, o, c, k, channels, out_channels, width)
-    r_exists = (k < width)[:, None] & (o < out_channels)[None, :]
+    c, o, k, static_tile, q_tile, exists, r_exists, _ = _tiles(
+        static, padded, channels, out_channels, width, BLOCK, BLOCK_K
+    )
     for step in range(SAMPLES):
         sample = (tl.program_id(2) * SAMPLES + step).to(tl.int64)
         if sample < batch:
@@ -93,11 +97,9 @@ def _take_apart(
 ):  # fmt: skip
     """What a tile of the kernels' gradients of some samples adds to each gradient."""
     channels, out_channels = eights * 8, out_eights * 8
-    c, o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    k = tl.arange(0, BLOCK_K)
-    static_tile, q_tile, exists = _tiles(static, padded, o, c, k, channels, out_channels, width)
-    r_exists = (k < width)[:, None] & (o < out_channels)[None, :]
-    q_exists = (k < width)[:, None] & (c < channels)[None, :]
+    c, o, k, static_tile, q_tile, exists, r_exists, q_exists = _tiles(
+        static, padded, channels, out_channels, width, BLOCK, BLOCK_K
+    )
     c_blocks, o_blocks = tl.num_programs(0), tl.num_programs(1)
     static_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
     for step in range(SAMPLES):
@@ -124,15 +126,14 @@ def fits(x: Tensor, static: Tensor, width: int) -> bool:
 
     Products exact to float32 are left to cuBLAS: matrix units do not make them.
     """
-    exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return not exact and width <= MAX_WIDTH and static.shape[0] % 8 == 0 and static.shape[1] % 8 == 0
+    return not is_exact(x.dtype) and width <= MAX_WIDTH and static.shape[0] % 8 == 0 and static.shape[1] % 8 == 0
 
 
 def _shares(batch: int, channels: int, out_channels: int, width: int) -> tuple[tuple[int, int, int], dict[str, int]]:
     """The programs for channels, output channels and samples, and their constants."""
     tiles = triton.cdiv(channels, BLOCK), triton.cdiv(out_channels, BLOCK)
     samples = triton.cdiv(batch, max(1, MIN_PROGRAMS // (tiles[0] * tiles[1])))
-    constants = {"SAMPLES": samples, "BLOCK": BLOCK, "BLOCK_K": max(16, triton.next_power_of_2(width))}
+    constants = {"SAMPLES": samples, "BLOCK": BLOCK, "BLOCK_K": block_of(width)}
     return (*tiles, triton.cdiv(batch, samples)), constants
 
 
@@ -187,7 +188,7 @@ def project(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
     (batch, positions, channels), out_channels = x.shape, kernels.shape[1]
     step = 128 // x.element_size()  # a line of the cache
     y = x.new_empty(batch, positions, out_channels)
-    block_o = min(BLOCK_O, max(16, triton.next_power_of_2(out_channels)))  # a matrix product takes at least 16
+    block_o = min(BLOCK_O, block_of(out_channels))
     widen = triton.knobs.runtime.interpret and x.dtype == torch.bfloat16  # Triton's interpreter cannot multiply these
     grid = triton.cdiv(out_channels, block_o), triton.cdiv(positions, BLOCK_N), batch
     _project[grid](
