@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from build_run import open_trainer
 from dcd.engine.config import Config
 from tools.gpu.record import Record
+from tools.profile_throughput import Window, train
 from tools.profiling.steps import wait
 
 STEPS = 20
@@ -104,6 +105,7 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
         input_size=32 if rehearsal else 224,
         label_smoothing=0.1,
         mixup=0.2,
+        lr=0.0,
         device=device.type,
         print_freq=10**9,
         checkpoint_minutes=1e9,
@@ -111,19 +113,12 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
     steps = 1 if rehearsal else STEPS
     on_gpu = device.type == "cuda"
     with open_trainer(config, write_log=False) as trainer:
-        trainer.model.train()
         feed = iter(trainer.train_loader)
-
-        def train(count: int) -> None:
-            for _ in range(count):
-                images, labels, _ = next(feed)
-                trainer._train_step(images, labels, lr=0.0)
-                trainer.step += 1
-            wait(device)
-
-        train(1 if rehearsal else WARM_UP)
+        train(trainer, Window(feed, 1 if rehearsal else WARM_UP))
+        wait(device)
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
-            train(steps)
+            train(trainer, Window(feed, steps))
+            wait(device)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "trace.json")
             profiler.export_chrome_trace(str(path))
