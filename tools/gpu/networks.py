@@ -198,26 +198,31 @@ class Bench:
             batch_size //= 2
 
     def _rows(self, form: Form, runner: Runner, beside: Runner, others: int) -> None:
-        with_graphs = self.device.type == "cuda" and form.with_graphs
-        for mode, make in (("training", Runner.training), ("inference", Runner.inference)):
-            step = make(runner)
-            self._row(mode, form.label, runner, step, beside, make(beside), others)
-            if with_graphs:
-                with self.record.part(f"{form.label}, {mode} as a CUDA graph"):
-                    replay = graphed(step)
-                    self._row(mode, f"{form.label}, CUDA graph", runner, replay, beside, make(beside), others)
-                replay = None
-                free()
+        self._mode(form, "training", Runner.training, runner, beside, others)
+        self._mode(form, "inference", Runner.inference, runner, beside, others)
         if form.name in ("static", "ours"):
             folded = Runner(Form(form.network), self.device, self.scale, runner.batch_size)
             folded.fold()
             runner.fold()
-            mode, step = "inference folded", runner.inference()
-            self._row(mode, form.label, runner, step, folded, folded.inference(), others)
-            if with_graphs:
-                with self.record.part(f"{form.label}, {mode} as a CUDA graph"):
-                    replay = graphed(step)
-                    self._row(mode, f"{form.label}, CUDA graph", runner, replay, folded, folded.inference(), others)
+            self._mode(form, "inference folded", Runner.inference, runner, folded, others)
+
+    def _mode(
+        self,
+        form: Form,
+        mode: str,
+        make: Callable[[Runner], Callable[[], None]],
+        runner: Runner,
+        beside: Runner,
+        others: int,
+    ) -> None:
+        step = make(runner)
+        self._row(mode, form.label, runner, step, beside, make(beside), others)
+        if self.device.type == "cuda" and form.with_graphs:
+            with self.record.part(f"{form.label}, {mode} as a CUDA graph"):
+                replay = graphed(step)
+                self._row(mode, f"{form.label}, CUDA graph", runner, replay, beside, make(beside), others)
+            replay = None
+            free()
 
     def _row(
         self,
