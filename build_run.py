@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 
@@ -21,17 +22,38 @@ from pipelines.loader import DataConfig, Loader, build_loader
 from pipelines.plan import CenterCrop, RandomCrop
 from pipelines.sources.errors import DataError
 
+SETUP_TIMEOUT_S = 1800.0
+
 
 @contextmanager
 def open_trainer(config: Config, write_log: bool = True) -> Iterator[Trainer]:
-    """The trainer of this rank; its loaders and its log are closed at the end.
+    """The trainer of this rank. At the end, however it comes, its loaders, its log and the process group are closed.
 
     Args:
         write_log: whether rank 0 writes into the output folder and on the terminal.
+
+    Raises:
+        LostRankError: another rank has failed.
     """
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    ranks = distributed.start(config.device)
+    # A hang in training is the watchdog's, which knows more; before it, one rank may read the sizes of all images.
+    ranks = distributed.start(config.device, timedelta(seconds=max(SETUP_TIMEOUT_S, config.timeout) + 60))
+    failure = None
+    try:
+        with distributed.lost_ranks_named(), build_trainer(config, ranks, write_log) as trainer:
+            yield trainer
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        distributed.stop(failure)
+        del failure  # a frame that holds its own error is a cycle
+
+
+@contextmanager
+def build_trainer(config: Config, ranks: Ranks, write_log: bool) -> Iterator[Trainer]:
+    """The trainer of one of these ranks; it, its loaders and its log are closed at the end."""
     if ranks.device.type == "cpu":
         keep_freed_memory()
     with ExitStack() as stack:
@@ -44,8 +66,9 @@ def open_trainer(config: Config, write_log: bool = True) -> Iterator[Trainer]:
             raise ConfigError(f"--num-classes {config.num_classes}: the data has {len(eval_loader.classes)} classes")
         log = RunLog(config.checkpoint, enabled=write_log and ranks.is_first)
         stack.callback(log.close)
-        yield Trainer(config, ranks, build_model(config, ranks), train_loader, eval_loader, log)
-    distributed.stop()
+        trainer = Trainer(config, ranks, build_model(config, ranks), train_loader, eval_loader, log)
+        stack.callback(trainer.close)
+        yield trainer
 
 
 def build_loaders(config: Config, ranks: Ranks) -> tuple[Loader | None, Loader]:
@@ -136,7 +159,6 @@ def find_setting(config: Config, ranks: Ranks) -> Setting:
 def errors_in_one_line() -> Iterator[None]:
     """End the program with one line for an error that its user can mend."""
     try:
-        with distributed.lost_ranks_named():
-            yield
+        yield
     except (ConfigError, DataError, dcd.CheckpointError, DivergedError, distributed.LostRankError, OSError) as error:
         sys.exit(f"rank {os.environ.get('RANK', 0)}: error: {error}")

@@ -11,6 +11,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit; the message is one line that says what to do."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """The file is torn, or has other bytes than were written."""
+
+
 def read_file(path: str | Path) -> dict:
     """The dictionary in a checkpoint file, on the CPU, read with `weights_only=True`.
 
@@ -23,7 +27,7 @@ def read_file(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for damaged and foreign files
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}): is it complete?"
         ) from error
     if not isinstance(content, dict):

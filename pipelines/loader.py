@@ -46,6 +46,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def name(self, index: int) -> str:
+        """What image `index` is called in a message."""
+
 
 class Executor(Protocol):
     """Carries out steps of the plan."""
@@ -154,6 +157,10 @@ class Loader:
     def image_size(self) -> int:
         """Side in pixels of the images of this epoch."""
         return self._config.train_size(self.epoch) if self.training else self._config.eval_size
+
+    def name(self, index: int) -> str:
+        """What image `index` of the dataset is called in a message."""
+        return self._source.name(index)
 
     def _steps_left(self) -> list[int]:
         """Steps in which this rank has images: in the last step of an evaluation some ranks may have none."""

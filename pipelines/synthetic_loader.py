@@ -20,6 +20,9 @@ class SyntheticSource:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def name(self, index: int) -> str:
+        return f"synthetic image {index}"
+
 
 class SyntheticExecutor:
     """Hands out the same normally distributed images, resident on the device, with the labels of the plan."""

@@ -139,6 +139,14 @@ class Config:
     """Epochs between two evaluations; the last epoch is always evaluated."""
     checkpoint_minutes: float = 10.0
     """Most minutes between two checkpoints; one is written after every epoch in any case."""
+    checkpoint_steps: int | None = None
+    """Write a checkpoint every so many steps as well."""
+    keep: int = 2
+    """How many of the newest checkpoints are kept: last.pth, last.1.pth, ..."""
+    timeout: float = 1800.0
+    """Seconds without any progress after which a run ends, with the name of the rank that it hangs on."""
+    max_bad_steps: int = 0
+    """Steps whose loss or gradient is not finite that are left out before the run ends."""
     stop_after_steps: int | None = None
     """Write a checkpoint and stop after this many steps, as for a job with a time limit."""
     profile: int | None = None
@@ -152,10 +160,12 @@ class Config:
             if not holds:
                 raise ConfigError(message)
 
-        for name in ("epochs", "batch_size", "accumulate", "print_freq", "eval_every", "step", "mixup_epochs"):
+        for name in ("epochs", "batch_size", "accumulate", "print_freq", "eval_every", "step", "mixup_epochs", "keep"):
             flag = name.replace("_", "-")
             require(getattr(self, name) >= 1, f"--{flag} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "wd", "momentum", "mixup", "warmup_epochs", "checkpoint_minutes", "gamma", "seed"):
+        for name in (
+            "lr", "wd", "momentum", "mixup", "warmup_epochs", "checkpoint_minutes", "gamma", "seed", "max_bad_steps"
+        ):  # fmt: skip
             value, flag = getattr(self, name), name.replace("_", "-")
             require(math.isfinite(value) and value >= 0, f"--{flag} {value}: must be at least 0")
         sizes = {"input-size": self.input_size, "eval-size": self.eval_size, "start-size": self.start_size}
@@ -168,6 +178,10 @@ class Config:
         require(self.clip_grad is None or self.clip_grad > 0, f"--clip-grad {self.clip_grad}: must be above 0")
         require(self.workers is None or self.workers >= 0, f"--workers {self.workers}: must be at least 0")
         require(self.profile is None or self.profile >= 1, f"--profile {self.profile}: must be at least 1")
+        steps = self.checkpoint_steps
+        require(steps is None or steps >= 1, f"--checkpoint-steps {steps}: must be at least 1")
+        longest = 30 * 86400  # the group's own limit is a little longer, and must fit into a timedelta
+        require(1 <= self.timeout <= longest, f"--timeout {self.timeout}: must lie between 1 and {longest} seconds")
         require(self.nesterov is False or self.momentum > 0, "--nesterov needs a --momentum above 0")
         require(
             self.warmup is False or self.warmup_epochs < self.epochs,

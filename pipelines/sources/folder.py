@@ -54,6 +54,10 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def name(self, index: int) -> str:
+        """Image `index` as a message names it."""
+        return str(self.path(index))
+
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self._names[index])
 

@@ -40,6 +40,23 @@ class Synchronisations(TorchDispatchMode):
 
     count = 0
 
+    def __enter__(self):
+        # Of a tensor on a CPU this calls no operation.
+        self._tolist = torch.Tensor.tolist
+        torch.Tensor.tolist = self._counted_tolist(self._tolist)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.Tensor.tolist = self._tolist
+        return super().__exit__(*error)
+
+    def _counted_tolist(self, tolist):
+        def counted(tensor):
+            self.count += 1
+            return tolist(tensor)
+
+        return counted
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             self.count += not any(frame.filename == moving_average.__file__ for frame in traceback.extract_stack())
@@ -51,10 +68,10 @@ def test_no_synchronisation_between_lines_of_the_log(tmp_path, options):
     trainer = build(tmp_path, images=32 * 16, print_freq=10, **options)
     trainer.epoch = 1  # mixup begins after epoch 0
     trainer._parallel.train()
-    images, labels, _ = next(iter(trainer.train_loader))
+    images, labels, indices = next(iter(trainer.train_loader))
     with Synchronisations() as found:
         for _ in range(3):
-            trainer._train_step(images, labels, lr=0.01)
+            trainer._train_step(images, labels, indices)
     assert found.count == 0
     with Synchronisations() as found:
         torch.ones(1).item()
@@ -98,6 +115,7 @@ def test_one_batch_is_overfitted(digits, tmp_path):
 def test_spoilt_weights_are_not_saved(tmp_path):
     trainer = build(tmp_path)
     trainer.save()
+    trainer.finish_saving()
     before = trainer.checkpoint_path().read_bytes()
     trainer.model.classifier.static_linear.bias.data[0] = float("inf")
     with pytest.raises(DivergedError, match="weights are not finite"):
@@ -112,6 +130,7 @@ def test_going_on_with_other_options(tmp_path):
     first = build(tmp_path, images=16 * 4, wd=1e-4)
     first.epoch, first.step = 1, 2
     first.save()
+    first.finish_saving()
     state = torch.load(first.checkpoint_path(), weights_only=True)
 
     second = build(tmp_path, images=16 * 4, wd=5e-5, amp="fp16", ema=0.9)
