@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from dcd.checkpoint_file import CheckpointError, read_state_dict
@@ -132,9 +133,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, ema
 
     Args:
         model: of `create_model`.
-        path: an official `.pth.tar` (names with or without `module.`), a checkpoint of this project's trainer, or
-            a bare state dict with own, official or (static twins) torchvision names.
-        ema: load the moving average of the weights, which the trainer keeps with `--ema`.
+        path: an official `.pth.tar`, a checkpoint of this project's trainer, of timm's or of torchvision's references,
+            or a bare state dict; with own, official or (static twins) torchvision's and timm's names.
+        ema: load the moving average of the weights, which trainers keep beside them.
         strict: raise when a name is missing, unexpected or of another shape; else load what fits.
 
     Returns:
@@ -157,7 +158,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, ema
 
     report, fitting = LoadReport(), {}
     for own, theirs in spelling.items():
-        if theirs not in state:
+        if theirs not in state and own.endswith("num_batches_tracked"):
+            fitting[own] = torch.zeros((), dtype=torch.long)  # not yet in the files of PyTorch before 0.4.1
+        elif theirs not in state:
             report.missing.append(theirs)
         elif state[theirs].shape != own_shapes[own]:
             found, wanted = tuple(state[theirs].shape), tuple(own_shapes[own])
