@@ -3,6 +3,7 @@
 import pickle
 import re
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -96,7 +97,27 @@ def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read as a checkpoint: {reason.strip().partition(chr(10))[0]}")
 
 
-def read_state_dict(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint file holds of a model.
+
+    state: the weights, by name, on the CPU. classes: what the outputs mean, in their order, or None where the file does
+    not say. path: where they are from, for messages.
+    """
+
+    state: dict[str, Tensor]
+    classes: list[str] | None
+    path: Path
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of outputs, by the bias of the classifier in own, official and torchvision's names."""
+        pattern = re.compile(r"(classifier(\.\d)?(\.static_linear|\.cls)?|fc)\.bias")
+        widths = [len(tensor) for name, tensor in self.state.items() if pattern.fullmatch(name)]
+        return widths[0] if len(widths) == 1 else self.classes and len(self.classes)
+
+
+def read_weights(path: str | Path, ema: bool = False) -> Weights:
     """The weights in a checkpoint file, without the prefixes of DataParallel, DDP, torch.compile and Lightning.
 
     Args:
@@ -106,7 +127,7 @@ def read_state_dict(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file cannot be read, or does not hold what is asked for.
     """
-    content = read_file(path)
+    path, content = Path(path), read_file(path)
     wanted, places = ("moving average", _AVERAGES) if ema else ("weights", _WEIGHTS)
     where = next((key for key in places if isinstance(content.get(key), dict) and content[key]), None)
     if where is None and (ema or not any(isinstance(value, Tensor) for value in content.values())):
@@ -120,4 +141,6 @@ def read_state_dict(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
     plain = {re.sub(r"^(module\.|_orig_mod\.|model\.)+", "", name): tensor for name, tensor in state.items()}
     if len(plain) < len(state):
         raise CheckpointError(f"{path} holds several models, whose names are the same behind 'module.' and 'model.'")
-    return plain
+    classes = content.get("classes")
+    is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return Weights(plain, classes if is_named else None, path)

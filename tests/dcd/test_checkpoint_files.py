@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import dcd
-from dcd.checkpoint_file import read_file, read_state_dict
+from dcd.checkpoint_file import read_file
 
 
 def small(dropout: float | None = None, num_classes: int = 10) -> torch.nn.Module:
@@ -144,7 +144,7 @@ def test_what_other_trainers_keep_beside_the_weights(tmp_path, old_numpy):
             for record in old.infolist():
                 new.writestr(record.filename, old.read(record).replace(b"numpy._core.", b"numpy.core."))
         path = rewritten
-    assert_same(read_state_dict(path), state)
+    assert_same(dcd.read_weights(path).state, state)
 
 
 class Trap:
@@ -176,7 +176,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, function, name):
 
 def refused(path: Path) -> str:
     with pytest.raises(dcd.CheckpointError) as error:
-        read_state_dict(path)
+        dcd.read_weights(path)
     assert "\n" not in str(error.value) and str(error.value).startswith(str(path))
     return str(error.value)
 
@@ -253,7 +253,7 @@ def test_files_without_weights(tmp_path, content, message):
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(dcd.CheckpointError, match="no checkpoint at"):
-        read_state_dict(tmp_path / "file.pth")
+        dcd.read_weights(tmp_path / "file.pth")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
