@@ -16,6 +16,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from dcd.engine import checkpoint
+from dcd.engine.classes import Classes, check_same
 from dcd.engine.config import Config, ConfigError
 from dcd.engine.distributed import Ranks, share_buffers, sum_over_ranks
 from dcd.engine.metrics import Metrics, Summary
@@ -293,6 +294,7 @@ class Trainer:
             raise DivergedError(f"the weights are not finite in epoch {self.epoch + 1}: {DIVERGED}")
         state = {
             "architecture": self.config.architecture,
+            "classes": self.eval_loader.class_names,  # what the outputs mean; None where the data does not say
             "config": self.config.to_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -314,7 +316,12 @@ class Trainer:
 
         Raises:
             ConfigError: it lies in the middle of an epoch that another seed or batch size has laid out.
+            CheckpointError: it is of other classes than the data.
         """
+        saved = Classes(state["architecture"]["num_classes"], state.get("classes"))
+        note = check_same(saved, Classes(len(self.eval_loader.classes), self.eval_loader.class_names))
+        if note:
+            self.log.say(note)
         seed = state["random_state"]["seed"]
         if state["step"] and (seed, state["steps_per_epoch"]) != (self.config.seed, self.steps_per_epoch):
             raise ConfigError(

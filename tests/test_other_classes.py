@@ -1,0 +1,90 @@
+"""Whole runs on data with other classes than the weights have: evaluated by name, refused, or fine-tuned."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dcd
+import train_dist
+from build_run import errors_in_one_line
+from pipelines.loader import DataConfig, build_loader
+from tests.test_train_dist import SMALL, part_of, read
+
+NAMES = ["0_zero", "1_one", "2_two"]
+
+
+@pytest.fixture(scope="module")
+def tiny(digits, tmp_path_factory) -> Path:
+    return part_of(digits, tmp_path_factory.mktemp("tiny"), {"train": [16, 16, 16], "val": [8, 8, 7]})
+
+
+@pytest.fixture(scope="module")
+def without_first(tiny, tmp_path_factory) -> Path:
+    """The same without its first class."""
+    data = shutil.copytree(tiny, tmp_path_factory.mktemp("some") / "data")
+    for split in ("train", "val"):
+        shutil.rmtree(data / split / NAMES[0])
+    return data
+
+
+def new_model(seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return dcd.create_model("mobilenetv2_dcd", 3, width_mult=0.1, fc_squeeze=16).eval()
+
+
+@pytest.fixture(scope="module")
+def weight(tmp_path_factory) -> Path:
+    """Weights of which images of every class get every answer; they name their classes."""
+    path = tmp_path_factory.mktemp("weight") / "three.pth"
+    torch.save({"model": new_model().state_dict(), "classes": NAMES}, path)
+    return path
+
+
+@pytest.fixture
+def main(capsys, exact_float32):
+    """What `train_dist.py` prints, run in this process; the last line is the error where it ends with one."""
+
+    def call(*args) -> str:
+        try:
+            with errors_in_one_line():
+                train_dist.main([*map(str, args)])
+        except SystemExit as error:
+            return f"{capsys.readouterr().out}{error.code}"
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_a_subset_is_evaluated_by_name(tiny, without_first, weight, main, tmp_path):
+    """As the images of those classes in the whole set are."""
+    output = main(*SMALL, "-d", without_first, "-c", tmp_path, "-b", 6, "--weight", weight, "--evaluate")
+    assert f"evaluating on 2 of the 3 classes of {weight}" in output
+    loader = build_loader(DataConfig(tiny, "torchvision", batch_size=23, workers=0, eval_size=32), "val")
+    images, labels, _ = next(iter(loader))
+    with torch.no_grad():
+        logits = new_model()(images)[labels > 0]
+    labels = labels[labels > 0]
+    result = read(tmp_path, "evaluation.json")["result"]
+    assert result["images"] == len(labels) == 15
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert result["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+
+
+def test_what_is_evaluated_on_other_classes_is_refused(tiny, without_first, weight, main, tmp_path):
+    renamed = shutil.copytree(tiny, tmp_path / "data")
+    (renamed / "val" / NAMES[0]).rename(renamed / "val" / "nil")
+    common = [*SMALL, "-c", tmp_path / "out", "-b", 6, "--evaluate"]
+    output = main(*common, "-d", renamed, "--weight", weight)
+    assert "error: " in output and "nil are not among its 0_zero, 1_one, 2_two" in output
+
+    nameless = tmp_path / "nameless.pth"  # as official ones are
+    torch.save({"state_dict": new_model().state_dict()}, nameless)
+    output = main(*common, "-d", tiny, "--weight", nameless)
+    assert f"{nameless} does not name its classes: their order is assumed" in output and "(23 images)" in output
+    output = main(*common, "-d", without_first, "--weight", nameless)
+    assert "error: " in output and "has 3 classes, the data 2, and the checkpoint does not name them" in output
+    output = main(*common, "-d", tiny, "--weight", nameless, "--num-classes", 4)
+    assert f"error: --num-classes 4: {nameless} has 3 classes" in output
