@@ -14,6 +14,7 @@ from dcd.engine.classes import Classes, fits_classifier, match_by_name
 from dcd.engine.config import Config, ConfigError
 from dcd.engine.cpu_memory import keep_freed_memory
 from dcd.engine.distributed import Ranks
+from dcd.engine.freezing import freeze_all_but_classifier
 from dcd.engine.optim import autocast_dtype
 from dcd.engine.run_log import RunLog
 from dcd.engine.trainer import DivergedError, Trainer
@@ -157,6 +158,8 @@ def build_model(
         raise ConfigError(str(error)) from error
     if weights is not None:
         dcd.load_weights(model, weights, classifier=with_classifier)
+    if config.freeze:
+        freeze_all_but_classifier(model)
     if config.sync_bn and ranks.world_size > 1:
         if ranks.device.type == "cpu":
             raise ConfigError("--sync-bn works on GPUs only: leave it out on a CPU")

@@ -11,7 +11,7 @@ import dcd
 import train_dist
 from build_run import errors_in_one_line
 from pipelines.loader import DataConfig, build_loader
-from tests.test_train_dist import SMALL, part_of, read
+from tests.test_train_dist import SMALL, last, part_of, read, run
 
 NAMES = ["0_zero", "1_one", "2_two"]
 
@@ -88,3 +88,25 @@ def test_what_is_evaluated_on_other_classes_is_refused(tiny, without_first, weig
     assert "error: " in output and "has 3 classes, the data 2, and the checkpoint does not name them" in output
     output = main(*common, "-d", tiny, "--weight", nameless, "--num-classes", 4)
     assert f"error: --num-classes 4: {nameless} has 3 classes" in output
+
+
+def test_fine_tuning_trains_the_classifier_alone(tiny, without_first, weight, main, tmp_path):
+    """Begun on two ranks and gone on with one; then the data has other classes."""
+    common = [*SMALL, "-b", 8, "-c", tmp_path, "--weight", weight, "--freeze", "--ema", 0.9, "--epochs", 2]
+    output = run(*common, "-d", without_first, "--stop-after-steps", 3, ranks=2)
+    assert output.count(f"{weight}: all but the classifier is loaded (3 classes there, 2 here)") == 1
+    assert "going on from" in run(*common, "-d", without_first)
+    state, before = last(tmp_path), new_model().state_dict()
+    assert state["classes"] == NAMES[1:] and (state["epoch"], state["step"]) == (2, 0)
+    kept = [name for name in before if not name.startswith("classifier.")]
+    for average, prefix in ((False, ""), (True, "module.")):
+        found = state["ema"] if average else state["model"]
+        assert [name for name in kept if not torch.equal(found[prefix + name], before[name])] == []
+        assert found[f"{prefix}classifier.bn1.num_batches_tracked"] == 8
+        assert found[f"{prefix}classifier.static_linear.bias"].abs().max() > 0  # it began as zeros
+
+    renamed = shutil.copytree(without_first, tmp_path / "data")
+    for split in ("train", "val"):
+        (renamed / split / NAMES[1]).rename(renamed / split / "unus")
+    output = main(*common, "-d", renamed)
+    assert "error: the checkpoint is of other classes (only there: 1_one; only here: unus)" in output

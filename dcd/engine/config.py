@@ -38,6 +38,8 @@ class Config:
     weight: Path | None = None
     """Start from, or evaluate, the weights of this checkpoint: official or own. A classifier of other classes is not
     loaded into a training; an evaluation matches the classes by name."""
+    freeze: bool = False
+    """Train the classifier alone: everything else stays as --weight has it, batch-norm statistics included."""
 
     # --- data ---
     data: Annotated[Path | None, arg(aliases=("-d",))] = None
@@ -174,6 +176,7 @@ class Config:
             self.warmup is False or self.warmup_epochs < self.epochs,
             f"--warmup takes {self.warmup_epochs} epochs: use more --epochs or fewer --warmup-epochs",
         )
+        require(not self.freeze or self.weight is not None, "--freeze trains the classifier alone: it needs a --weight")
         mobilenet = self.arch.startswith("mobilenetv2")
         require(mobilenet or self.width_mult == 1.0, f"--width-mult has no meaning for {self.arch}: leave it out")
 

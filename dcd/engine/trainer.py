@@ -19,6 +19,7 @@ from dcd.engine import checkpoint
 from dcd.engine.classes import Classes, check_same
 from dcd.engine.config import Config, ConfigError
 from dcd.engine.distributed import Ranks, share_buffers, sum_over_ranks
+from dcd.engine.freezing import train_what_is_not_frozen
 from dcd.engine.metrics import Metrics, Summary
 from dcd.engine.mixup import mix, mixed_cross_entropy, mixup_share
 from dcd.engine.moving_average import MovingAverage
@@ -93,7 +94,7 @@ class Trainer:
         """Train to the end of the current epoch, or until all ranks agree to stop (`self.stopped`)."""
         config = self.config
         self.train_loader.load_state_dict({"epoch": self.epoch, "step": self.step})
-        self._parallel.train()
+        train_what_is_not_frozen(self._parallel)
         self.log.start_epoch(f"epoch {self.epoch + 1}/{config.epochs}", self.steps_per_epoch, self.step)
         watch = _Stopwatch()
         self.timer.start()
@@ -335,7 +336,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise ConfigError(
-                f"the checkpoint's optimizer has other groups ({error}): was it --no-norm-decay?"
+                f"the checkpoint's optimizer has other groups ({error}): was it --no-norm-decay or --freeze?"
             ) from error
         for group, chosen in zip(self.optimizer.param_groups, options, strict=True):
             group.update(chosen)  # those of this run, where they have changed
