@@ -1,6 +1,7 @@
 """Whole runs on data with other classes than the weights have: evaluated by name, refused, or fine-tuned."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,10 @@ def main(capsys, exact_float32):
             return f"{capsys.readouterr().out}{error.code}"
         return capsys.readouterr().out
 
-    return call
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_a_subset_is_evaluated_by_name(tiny, without_first, weight, main, tmp_path):
@@ -92,10 +96,25 @@ def test_what_is_evaluated_on_other_classes_is_refused(tiny, without_first, weig
 
 def test_fine_tuning_trains_the_classifier_alone(tiny, without_first, weight, main, tmp_path):
     """Begun on two ranks and gone on with one; then the data has other classes."""
-    common = [*SMALL, "-b", 8, "-c", tmp_path, "--weight", weight, "--freeze", "--ema", 0.9, "--epochs", 2]
+    common = [
+        *SMALL,
+        "-b",
+        8,
+        "-c",
+        tmp_path,
+        "--weight",
+        weight,
+        "--freeze",
+        "--ema",
+        0.9,
+        "--epochs",
+        2,
+        "--lr",
+        0.001,
+    ]
     output = run(*common, "-d", without_first, "--stop-after-steps", 3, ranks=2)
     assert output.count(f"{weight}: all but the classifier is loaded (3 classes there, 2 here)") == 1
-    assert "going on from" in run(*common, "-d", without_first)
+    assert "going on from" in main(*common, "-d", without_first)
     state, before = last(tmp_path), new_model().state_dict()
     assert state["classes"] == NAMES[1:] and (state["epoch"], state["step"]) == (2, 0)
     kept = [name for name in before if not name.startswith("classifier.")]
