@@ -124,6 +124,11 @@ def test_fine_tuning_trains_the_classifier_alone(tiny, without_first, weight, ma
         assert found[f"{prefix}classifier.bn1.num_batches_tracked"] == 8
         assert found[f"{prefix}classifier.static_linear.bias"].abs().max() > 0  # it began as zeros
 
+    output = main(*SMALL, "-d", without_first, "-b", 8, "-c", tmp_path, "--evaluate")  # its own best checkpoint
+    best = read(tmp_path, "summary.json")["best_top1"]
+    assert f"{tmp_path / 'checkpoints' / 'best.pth'}: loss" in output and "error: " not in output
+    assert 0 < read(tmp_path, "evaluation.json")["result"]["top1"] <= best  # the average may be the better one
+
     renamed = shutil.copytree(without_first, tmp_path / "data")
     for split in ("train", "val"):
         (renamed / split / NAMES[1]).rename(renamed / split / "unus")
