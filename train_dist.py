@@ -10,7 +10,6 @@ import os
 import sys
 from dataclasses import asdict
 
-import dcd
 from build_run import errors_in_one_line, find_setting, open_trainer
 from dcd.engine import checkpoint
 from dcd.engine.config import parse_config
@@ -80,9 +79,7 @@ def go_on(trainer: Trainer) -> None:
 
 def evaluate(trainer: Trainer) -> None:
     """Evaluate --weight, or else the run's own best checkpoint (its moving average with --ema); keep the figures."""
-    config = trainer.config
-    path = config.weight or trainer.checkpoint_path("best.pth")
-    dcd.load_checkpoint(trainer.model, path, ema=config.ema is not None)
+    config, path = trainer.config, trainer.config.weight
     result = trainer.evaluate(trainer.model)
     trainer.log.say(
         f"{path}: loss {result.loss:.6f} top1 {result.top1:.3f} top5 {result.top5:.3f} ({result.images} images)"

@@ -6,7 +6,7 @@
 backend is one class with `run` and `close`.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -38,9 +38,13 @@ class Batch(NamedTuple):
 
 
 class Source(Protocol):
-    """The images of one split. `sizes` (N, 2) int32, height first; `labels` (N,) int64."""
+    """The images of one split. `sizes` (N, 2) int32, height first; `labels` (N,) int64, positions in `classes`.
+
+    `has_names`: whether `classes` are their names, not numbers that stand in for names that the source does not know.
+    """
 
     classes: list[str]
+    has_names: bool
     labels: NDArray[np.int64]
     sizes: NDArray[np.int32]
 
@@ -126,6 +130,7 @@ class Loader:
         self.training, self.rank, self.world_size = training, rank, world_size
         self._running: Generator[Batch, None, None] | None = None
         self.classes = source.classes
+        self.class_names = source.classes if source.has_names else None
         self.num_samples = len(source)
         if training and self.num_samples < config.batch_size:
             raise DataError(
@@ -133,6 +138,10 @@ class Loader:
                 "use a smaller --batch-size"
             )
         self.set_epoch(0)
+
+    def relabel(self, labels: Sequence[int]) -> None:
+        """Give images of class i the label `labels[i]` from now on, e.g. the output of a model with more classes."""
+        self._source.labels = np.asarray(labels, np.int64)[self._source.labels]
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of `epoch`."""

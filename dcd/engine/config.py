@@ -28,7 +28,7 @@ class Config:
     arch: Annotated[str, arg(aliases=("-a",))] = "resnet50_dcd"
     """Name of the model; an unknown one prints the nearest."""
     num_classes: int | None = None
-    """Width of the logits; by default the number of classes in the data."""
+    """Width of the logits; by default the number of classes in the data, in an evaluation in the checkpoint."""
     dropout: float | None = None
     """Probability of dropout before the classifier."""
     width_mult: float = 1.0
@@ -36,7 +36,10 @@ class Config:
     fc_squeeze: int = 8
     """Divides the width of the coefficient branch (mobilenetv2_dcd)."""
     weight: Path | None = None
-    """Start from, or evaluate, the weights of this checkpoint: official or own."""
+    """Start from, or evaluate, the weights of this checkpoint: official or own. A classifier of other classes is not
+    loaded into a training; an evaluation matches the classes by name."""
+    freeze: bool = False
+    """Train the classifier alone: everything else stays as --weight has it, batch-norm statistics included."""
 
     # --- data ---
     data: Annotated[Path | None, arg(aliases=("-d",))] = None
@@ -187,6 +190,7 @@ class Config:
             self.warmup is False or self.warmup_epochs < self.epochs,
             f"--warmup takes {self.warmup_epochs} epochs: use more --epochs or fewer --warmup-epochs",
         )
+        require(not self.freeze or self.weight is not None, "--freeze trains the classifier alone: it needs a --weight")
         mobilenet = self.arch.startswith("mobilenetv2")
         require(mobilenet or self.width_mult == 1.0, f"--width-mult has no meaning for {self.arch}: leave it out")
 

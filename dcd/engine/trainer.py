@@ -16,8 +16,10 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from dcd.engine.checkpoint import CheckpointWriter
+from dcd.engine.classes import Classes, check_same
 from dcd.engine.config import Config, ConfigError
 from dcd.engine.distributed import LostRankError, Ranks, highest_over_ranks, share_buffers, sum_over_ranks
+from dcd.engine.freezing import train_what_is_not_frozen
 from dcd.engine.interruption import Interrupted, Interruption
 from dcd.engine.metrics import Metrics, Summary
 from dcd.engine.mixup import mix, mixed_cross_entropy, mixup_share
@@ -158,7 +160,7 @@ class Trainer:
         """Train to the end of the current epoch, or until all ranks agree to stop (`self.stopped`)."""
         config = self.config
         self.train_loader.load_state_dict({"epoch": self.epoch, "step": self.step})
-        self._parallel.train()
+        train_what_is_not_frozen(self._parallel)
         self.log.start_epoch(f"epoch {self.epoch + 1}/{config.epochs}", self.steps_per_epoch, self.step)
         self._safe_step.keep_statistics()
         watch = _Stopwatch()
@@ -410,6 +412,7 @@ class Trainer:
             raise DivergedError(f"the weights are not finite in epoch {self.epoch + 1}: {DIVERGED}")
         state = {
             "architecture": self.config.architecture,
+            "classes": self.eval_loader.class_names,  # what the outputs mean; None where the data does not say
             "config": self.config.to_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -442,7 +445,12 @@ class Trainer:
 
         Raises:
             ConfigError: it lies in the middle of an epoch that another seed or batch size has laid out.
+            CheckpointError: it is of other classes than the data.
         """
+        saved = Classes(state["architecture"]["num_classes"], state.get("classes"))
+        note = check_same(saved, Classes(len(self.eval_loader.classes), self.eval_loader.class_names))
+        if note:
+            self.log.say(note)
         seed = state["random_state"]["seed"]
         if state["step"] and (seed, state["steps_per_epoch"]) != (self.config.seed, self.steps_per_epoch):
             raise ConfigError(
@@ -456,7 +464,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise ConfigError(
-                f"the checkpoint's optimizer has other groups ({error}): was it --no-norm-decay?"
+                f"the checkpoint's optimizer has other groups ({error}): was it --no-norm-decay or --freeze?"
             ) from error
         for group, chosen in zip(self.optimizer.param_groups, options, strict=True):
             group.update(chosen)  # those of this run, where they have changed

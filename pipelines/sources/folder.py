@@ -42,6 +42,8 @@ class FolderSource:
         DataError: no such folder, no classes, a class with no images, files that are no images.
     """
 
+    has_names = True
+
     def __init__(self, root: str | Path):
         self.root = Path(root)
         self.classes, names, labels, fingerprint = list_images(self.root)

@@ -187,6 +187,17 @@ def test_norms_that_work_otherwise_are_left_to_the_reference(momentum):
     assert all(error(found[name], value) < 1e-9 for name, value in wanted.items())
 
 
+def test_a_frozen_layer_is_fast_where_nothing_needs_gradients():
+    """Bit for bit as without gradients, which the reference is not; it takes over where something needs them."""
+    made, x = layer(64, 12, 1, 1, 11, 1).eval().requires_grad_(False), torch.randn(3, 64, 3, 5)
+    with torch.no_grad():
+        wanted = made(x)
+    assert torch.equal(made(x), wanted)
+    with_gradients = made(x.requires_grad_())
+    assert with_gradients.requires_grad and not torch.equal(with_gradients, wanted)
+    assert error(with_gradients.detach(), wanted) < 1e-5
+
+
 @pytest.mark.parametrize("path", FASTER)
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_no_break_in_the_graph(path, kernel_size):
