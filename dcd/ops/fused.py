@@ -302,7 +302,7 @@ def _combine_backward(
         d_rows = d_rows.contiguous()
         d_made, d_scale, d_read_out = triton_combine.backward(d_rows, rows.contiguous(), channel_scale, q)
     else:
-        d_made, d_scale = d_rows * channel_scale.to(x.dtype).unsqueeze(1), (d_rows * rows).sum(1)
+        d_made, d_scale = d_rows * channel_scale.to(x.dtype).unsqueeze(1), (d_rows * rows).sum(1, dtype=dtype)
         d_read_out = torch.bmm(q.transpose(1, 2), d_rows)
     d_q = torch.bmm(d_rows, read_out.to(x.dtype).transpose(1, 2))
     stride, padding = [settings.stride] * 2, [static.shape[2] // 2] * 2
