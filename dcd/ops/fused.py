@@ -6,8 +6,8 @@ moments of q (`sample_matrices.py`). So no map is made but q, which is narrow: w
 
     y = Λ ⊙ (W₀ ∗ x) + q read_out
 
-The result does not depend on the centre c. It is near the mean of Q ∗ x: the variance is what is left when the square of
-the mean is taken from the mean of the squares, and with a mean of 300 standard deviations float32 has nothing left.
+The result does not depend on the centre c. It is near the mean of Q ∗ x: the variance is what is left when the square
+of the mean is taken from the mean of the squares, and with a mean of 300 standard deviations float32 has nothing left.
 
 and where W₀ is 1×1 and the maps are large, not even the sum is made of maps: W₀, Q and read_out make one kernel for
 each sample. The whole layer is one autograd function, so that x's gradient is added up in place.
@@ -92,8 +92,8 @@ def _one(latent_dim: int, width: int, dtype: torch.dtype, device: torch.device) 
 def _offset(x: Tensor, padded: Tensor, latent_dim: int, settings: Settings) -> Tensor:
     """What is added to Q ∗ x for a q about its centre: (-c, 1, 0) (L⁺,), in the dtype of x, as padded is.
 
-    c is the mean over the samples at the middle position. No value of a sample is further from the mean than √N standard
-    deviations, and so the variance loses at most N roundings, however far the mean is from 0."""
+    c is the mean over the samples at the middle position. This is at most √N standard deviations from the mean, and so
+    the variance is off by about N roundings at most, however far the mean is from 0."""
     row, column = (size // settings.stride // 2 * settings.stride for size in x.shape[2:])
     one = _one(latent_dim, len(padded), x.dtype, x.device)
     return torch.addmv(one, padded, x[:, :, row, column].mean(0), alpha=-1)

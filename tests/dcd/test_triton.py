@@ -135,7 +135,7 @@ def test_variances_where_means_are_far_above_the_deviations(path, shape, ratio, 
 
 @pytest.mark.usefixtures("exact_float32")
 @pytest.mark.parametrize("amp", PRECISIONS)
-@pytest.mark.parametrize("deviation", [1e-2, 1e-3, 0])
+@pytest.mark.parametrize("deviation", [1e-2, 0])
 @pytest.mark.parametrize("path", FAST)
 def test_almost_constant_maps_are_at_most_twice_as_far_off_as_by_the_reference(path, deviation, amp):
     *sizes, batch, height, width = EACH_FORM["maps"]
