@@ -1,6 +1,7 @@
 """Every path of the dynamic convolution against the reference: outputs, all gradients, and the batch norms' state."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -109,14 +110,20 @@ def test_outputs_gradients_and_statistics_are_those_of_the_reference(path, shape
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("path", FASTER)
 def test_in_lower_precision_it_is_at_most_twice_as_far_off_as_the_reference(path, shape, amp):
+    """On average over three inputs: of one alone, the largest error of a small tensor is left to chance."""
     *sizes, batch, height, width = shape
     made = layer(*sizes)
-    x = torch.randn(4 * batch, sizes[0], height, width).contiguous(memory_format=torch.channels_last)
-    exact = results(made.double(), "reference", x.double())
-    made = made.float()
-    plain, found = results(made, "reference", x, amp), results(made, path, x, amp)
-    for name, value in exact.items():
-        assert error(found[name], value) <= 2 * error(plain[name], value) + torch.finfo(amp).eps / 2, name
+    by_reference, by_path = Counter(), Counter()
+    for _ in range(3):
+        x = torch.randn(4 * batch, sizes[0], height, width).contiguous(memory_format=torch.channels_last)
+        exact = results(made.double(), "reference", x.double())
+        made = made.float()
+        plain, found = results(made, "reference", x, amp), results(made, path, x, amp)
+        for name, value in exact.items():
+            by_reference[name] += error(plain[name], value) / 3
+            by_path[name] += error(found[name], value) / 3
+    for name, off in by_path.items():
+        assert off <= 2 * by_reference[name] + torch.finfo(amp).eps / 2, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
