@@ -35,6 +35,10 @@ class Config:
     """Width multiplier (mobilenetv2 and mobilenetv2_dcd)."""
     fc_squeeze: int = 8
     """Divides the width of the coefficient branch (mobilenetv2_dcd)."""
+    zero_init_fusion: bool = False
+    """Start the dynamic layers without their fusion, which they learn (*_dcd): evaluations are finite early."""
+    zero_init_residual: bool = False
+    """Start the residual branches at 0, as torchvision's option does."""
     weight: Path | None = None
     """Start from, or evaluate, the weights of this checkpoint: official or own. A classifier of other classes is not
     loaded into a training; an evaluation matches the classes by name."""
@@ -193,6 +197,11 @@ class Config:
         require(not self.freeze or self.weight is not None, "--freeze trains the classifier alone: it needs a --weight")
         mobilenet = self.arch.startswith("mobilenetv2")
         require(mobilenet or self.width_mult == 1.0, f"--width-mult has no meaning for {self.arch}: leave it out")
+        require(
+            self.arch.endswith("_dcd") or not self.zero_init_fusion,
+            f"--zero-init-fusion has no meaning for {self.arch}: leave it out, or undo a recipe's by "
+            "--no-zero-init-fusion",
+        )
 
     def to_dict(self) -> dict:
         """The options as plain numbers, strings, lists and None."""
@@ -203,7 +212,13 @@ class Config:
 
     @property
     def model_kwargs(self) -> dict[str, float]:
-        """What the model's family takes besides classes and dropout."""
+        """What the model takes besides classes and dropout: its widths, and how it is initialised."""
+        initialisation = {name: getattr(self, name) for name in ("zero_init_fusion", "zero_init_residual")}
+        return {**self._widths, **initialisation}
+
+    @property
+    def _widths(self) -> dict[str, float]:
+        """What the model's family takes for the shapes of its weights."""
         if not self.arch.startswith("mobilenetv2"):
             return {}
         squeeze = {"fc_squeeze": self.fc_squeeze} if self.arch == "mobilenetv2_dcd" else {}
@@ -212,7 +227,7 @@ class Config:
     @property
     def architecture(self) -> dict[str, str | int | float | None]:
         """What decides on the shapes of the weights: a checkpoint fits where all of it agrees."""
-        return {"arch": self.arch, "num_classes": self.num_classes, **self.model_kwargs}
+        return {"arch": self.arch, "num_classes": self.num_classes, **self._widths}
 
 
 C = TypeVar("C", bound=Config)
