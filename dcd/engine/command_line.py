@@ -1,6 +1,8 @@
-"""What every command line of ours has in common: paths that begin with `~`, and names that are no UTF-8."""
+"""What every program of ours begins with: paths that begin with `~`, names that are no UTF-8, users without a name."""
 
 import contextlib
+import os
+import pwd
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,16 @@ def print_any_name() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def name_the_user() -> None:
+    """Give a user id without a passwd entry, as in a container, a name: PyTorch asks for one, to call a cache by it, as
+    soon as there is an optimizer, and when torchvision is imported.
+    """
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        os.environ.setdefault("LOGNAME", f"user{os.getuid()}")
+
+
 def parse(program: Callable[..., Any] | type, **options: Any) -> Any:
     """`tyro.cli`, with `path` for every `Path`."""
     import tyro
@@ -46,5 +58,6 @@ def parse(program: Callable[..., Any] | type, **options: Any) -> Any:
         )
 
     print_any_name()
+    name_the_user()
     with registry:
         return tyro.cli(program, **options)

@@ -120,7 +120,7 @@ def list_images(root: Path) -> tuple[list[str], list[str], list[int], str]:
 
 
 def _index_path(root: Path) -> Path:
-    return cache_folder() / f"{root.name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.npz"
+    return cache_folder() / f"{root.name}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
 
 
 def _cached_sizes(root: Path, names: list[str], fingerprint: str) -> np.ndarray:
