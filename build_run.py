@@ -135,6 +135,7 @@ def build_loaders(config: Config, ranks: Ranks) -> tuple[Loader | None, Loader]:
         backend=config.backend,
         batch_size=config.batch_size,
         workers=rank_workers(config, ranks),
+        ranks_of_machine=ranks.local_world_size,
         seed=config.seed,
         input_size=config.input_size,
         eval_size=config.eval_size or config.input_size,

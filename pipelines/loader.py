@@ -89,6 +89,7 @@ class DataConfig:
     backend: Literal["auto", "dali", "ffcv", "torchvision", "synthetic"] = "auto"
     batch_size: int = 256
     workers: int = 4
+    ranks_of_machine: int = 1
     seed: int = 0
     input_size: int = 224
     eval_size: int = 224
@@ -229,12 +230,13 @@ def build_loader(
 
         executor = SyntheticExecutor(source, device, dtype)
     elif backend == "torchvision":
-        from pipelines.torchvision_loader import TorchvisionExecutor, TorchvisionGpuExecutor
+        from pipelines.torchvision_loader import TorchvisionExecutor, TorchvisionGpuExecutor, shared_memory_need
 
         if device.type == "cuda":
             executor = TorchvisionGpuExecutor(source, device, dtype)
         else:
-            executor = TorchvisionExecutor(source, device, dtype, config.workers)
+            need = shared_memory_need(config, training, world_size, len(source))
+            executor = TorchvisionExecutor(source, device, dtype, config.workers, need)
     elif backend == "ffcv":
         from pipelines.ffcv_loader import FfcvExecutor
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
+from dcd.engine.command_line import parse
+
 try:
     from tyro.conf import arg
 except ModuleNotFoundError:  # only a command line needs the aliases; a Config can be made without one
@@ -243,8 +245,6 @@ def parse_config(argv: list[str], recipes: dict[str, Config], kind: type[C] = Co
     Raises:
         ConfigError: an unknown flag or recipe, or a value that no run can carry out.
     """
-    import tyro
-
     default = kind()
     for i, word in enumerate(argv):
         if word == "--recipe" or word.startswith("--recipe="):
@@ -255,7 +255,7 @@ def parse_config(argv: list[str], recipes: dict[str, Config], kind: type[C] = Co
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=argv, default=default, prog=prog)
+            return parse(kind, args=argv, default=default, prog=prog)
     except SystemExit as error:
         if error.code == 0:
             raise
