@@ -282,7 +282,7 @@ class Trainer:
         """Names of this rank's images whose logits are not finite, or else of all."""
         indices = record.indices[~record.finite.cpu()].tolist() or record.indices.tolist()
         more = f" and {len(indices) - 3} more" if len(indices) > 3 else ""
-        return "images " + ", ".join(self.train_loader.name(index) for index in indices[:3]) + more
+        return ", ".join(self.train_loader.name(index) for index in indices[:3]) + more
 
     @property
     def images_per_sec(self) -> float:
