@@ -1,5 +1,6 @@
 """The training step: nothing in it waits for the device, and one batch is learnt by heart."""
 
+import itertools
 import json
 import shutil
 import traceback
@@ -129,6 +130,91 @@ def test_spoilt_weights_are_not_saved(tmp_path):
     assert trainer.checkpoint_path().read_bytes() == before
 
 
+def spoil(trainer: Trainer, *calls: int) -> None:
+    """Let images 1 and 3 of these batches, counted from 0, be no numbers."""
+    count = itertools.count()
+
+    def not_a_number(module, inputs):
+        if next(count) in calls:
+            images = inputs[0].clone()
+            images[[1, 3]] = torch.nan
+            return (images,)
+
+    trainer.model.register_forward_pre_hook(not_a_number)
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_bad_steps_are_named_and_left_out(tmp_path, capfd, amp):
+    """Up to --max-bad-steps: what is trained and saved stays finite."""
+    trainer = build(tmp_path, images=16 * 8, print_freq=2, max_bad_steps=1, ema=0.9, lr=0.01, amp=amp)
+    if amp == "fp16":  # below the scales of which the gradients of good batches are too high
+        trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 16.0})
+    spoil(trainer, 2, 7)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    with pytest.raises(
+        DivergedError, match=r"the loss is nan at epoch 1, step 8 .synthetic image \d+, .* more.: use a"
+    ):
+        trainer.train_epoch()
+    said = capfd.readouterr().err
+    assert (
+        "rank 0: warning: not finite at epoch 1, step 3 (synthetic image " in said and "1 of --max-bad-steps 1" in said
+    )
+    assert trainer.bad_steps == 2 and trainer.skipped_steps == 2
+    assert not any(torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
+    for model in (trainer.model, trainer.ema.module):
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert losses[1] is None and None not in (losses[0], losses[2])
+    # The statistics are those of the last good line of the log, which was the third.
+    trainer._safe_step.restore_statistics()
+    trainer.save()
+
+
+def test_an_evaluation_without_numbers_is_never_the_best(tmp_path, capsys):
+    trainer = build(tmp_path)
+    with torch.no_grad():  # so that all labels are right, were it not for the numbers
+        trainer.model.classifier.static_linear.bias[0] = 1e4
+    spoil(trainer, 0)
+    trainer.evaluate_epoch()
+    trainer.end_epoch()
+    trainer.finish_saving()
+    result = trainer.results["eval"]
+    assert result.not_finite == 2 and result.images == 6 and trainer.best_top1 == -1
+    assert not trainer.checkpoint_path("best.pth").exists() and trainer.checkpoint_path().exists()
+    assert "2 of 6 images have logits that are no finite numbers" in capsys.readouterr().out
+    trainer.log.close(trainer.summary())
+    for file in ("summary.json", "metrics.jsonl"):
+        assert '"loss": null' in (tmp_path / file).read_text()
+
+
+def test_a_full_disk_stops_no_training(tmp_path, capsys):
+    """What cannot be written to the log is counted, and said once and at the end."""
+    trainer = build(tmp_path, images=16 * 3, print_freq=1)
+    trainer.log._metrics = open("/dev/full", "ab", buffering=0)  # noqa: SIM115  (the log closes it)
+    trainer.train_epoch()
+    trainer.log.close()
+    said = capsys.readouterr().out
+    assert said.count("No space left on device") == 1 and "3 writes to" in said and trainer.step == 3
+
+
+def test_a_step_that_breaks_off_is_undone(tmp_path):
+    """What is saved then is the state from before it: also of the batch norms, which had seen its images."""
+    trainer = build(tmp_path, images=16 * 4)
+    trainer.train_loader.load_state_dict({"epoch": 0, "step": 0})
+    before = {name: values.clone() for name, values in trainer.model.state_dict().items()}
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    hook = trainer.model.classifier.register_full_backward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"), trainer.saved_on_failure():
+        trainer.train_epoch()
+    hook.remove()
+    saved = torch.load(trainer.checkpoint_path(), weights_only=True)
+    assert (saved["epoch"], saved["step"]) == (0, 0)
+    assert [name for name, values in before.items() if not torch.equal(saved["model"][name], values)] == []
+
+
 def test_going_on_with_other_options(tmp_path):
     """What is chosen on the command line holds; what cannot be gone on with is said."""
     first = build(tmp_path, images=16 * 4, wd=1e-4)
@@ -141,6 +227,9 @@ def test_going_on_with_other_options(tmp_path):
     second.resume(state)
     assert (second.epoch, second.step, second.global_step) == (1, 2, 6)
     assert second.optimizer.param_groups[0]["weight_decay"] == 5e-5
+    average, weights = second.ema.module.state_dict(), second.model.state_dict()
+    assert all(torch.equal(average[name], weights[name]) for name in weights), "an --ema that is new begins with them"
+    assert second.ema.n_averaged == 1
 
     with pytest.raises(
         ConfigError, match="middle of an epoch of 4 steps with --seed 0, this run has 4 steps and --seed 1"
