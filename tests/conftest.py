@@ -7,10 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from dcd.engine.optim import autocast_dtype
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # is read when triton is imported
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_report_header() -> str:
+    """What the processor can do, on which speed depends, and what --amp auto becomes, but no result of a test."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"processor: {capability}, --amp auto: {autocast_dtype('auto', torch.device('cpu')) or 'off'}"
 
 
 def pytest_collection_modifyitems(items):

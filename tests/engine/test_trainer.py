@@ -25,6 +25,7 @@ CPU = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch
 
 def build(tmp_path, images: int = 64, **options) -> Trainer:
     """A trainer on synthetic data: 16 images in a step."""
+    options = {"amp": "off", **options}
     config = Config(arch="mobilenetv2_dcd", num_classes=5, batch_size=16, checkpoint=tmp_path, **options)
     data = DataConfig(backend="synthetic", batch_size=16, input_size=32, synthetic_images=images, synthetic_classes=5)
     torch.manual_seed(0)
@@ -101,7 +102,7 @@ def test_one_batch_is_overfitted(digits, tmp_path):
             target = tmp_path / split / folder.name
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(image, target)
-    options = {"epochs": 24, "lr": 0.02, "lr_decay": "cos"}
+    options = {"epochs": 24, "lr": 0.02, "lr_decay": "cos", "amp": "off"}
     config = Config(arch="resnet18_dcd", num_classes=10, batch_size=20, checkpoint=tmp_path / "out", **options)
     same = {"train_crop": RandomCrop(area=(1, 1), ratio=(1, 1), flip=0), "eval_crop": CenterCrop(1)}
     data = DataConfig(root=tmp_path, batch_size=20, input_size=32, eval_size=32, workers=0, **same)
