@@ -8,7 +8,7 @@ from them. The bytes of a .beton file go to DALI without a copy.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from importlib.util import find_spec
 from typing import Any, TypeAlias
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.dali_probe import decoder_options, why_no_box_decode
 from pipelines.loader import MEAN, STD, Batch
 from pipelines.plan import StepPlan
 from pipelines.sources.beton import BetonSource
@@ -29,12 +30,22 @@ from pipelines.threads import Threads, in_background
 # Each step with the stored bytes of its images
 Inputs: TypeAlias = Generator[tuple[StepPlan, list[NDArray[np.uint8]]], None, None]
 
+HARDWARE_SHARE = 0.65  # DALI's own default
 BATCHES_AHEAD = 2  # in DALI, beside the one that is being used
 
 
 def is_installed() -> bool:
     """Whether DALI can be imported; it is not, yet."""
     return bool(find_spec("nvidia") and find_spec("nvidia.dali"))
+
+
+def choose_full_decode(
+    wanted: float | None, device: torch.device, why_not: Callable[[torch.device], str | None] = why_no_box_decode
+) -> float | None:
+    """`DataConfig.dali_full_decode` as it is carried out: where a GPU can't decode boxes, whole images are decoded."""
+    if wanted is not None or device.type != "cuda" or why_not(device) is None:
+        return wanted
+    return HARDWARE_SHARE
 
 
 class DaliExecutor:
@@ -61,7 +72,8 @@ class DaliExecutor:
         if full_decode is not None and not 0 <= full_decode <= 1:
             raise DataError(f"--dali-full-decode {full_decode}: must lie in [0, 1]")
         self._source, self._device, self._dtype = source, device, dtype
-        self._threads, self._batch_size, self._full_decode = max(1, workers), batch_size, full_decode
+        self._threads, self._batch_size = max(1, workers), batch_size
+        self._full_decode = choose_full_decode(full_decode, device)
         self._pipeline: Any = None
         self._image_size = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -106,11 +118,7 @@ class DaliExecutor:
                 ndim=[1, 1, 1, 0],
                 no_copy=True,  # `_in_dali` keeps the bytes until they are decoded
             )
-            decoder = {
-                "device": "mixed" if on_gpu else "cpu",
-                "output_type": types.RGB,
-                "adjust_orientation": False,  # the plan's sizes are those of the stored image
-            }
+            decoder = decoder_options("mixed" if on_gpu else "cpu")
             box = {"start": start, "shape": shape, "axes": [0, 1]}
             if self._full_decode is None:
                 images = fn.decoders.image_slice(encoded, **decoder, **box)

@@ -1,13 +1,20 @@
 """Where a run finds little: small shared memory, no home, odd paths. Real processes."""
 
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import tyro
 
+from dcd.engine.command_line import parse
+from dcd.engine.config import ConfigError, parse_config
+from dcd.engine.recipes import RECIPES
+from pipelines.cache import _usable, cache_folder
 from tests.test_train_dist import SMALL, command, error_lines, tiny  # noqa: F401 (a fixture)
+from tools.profile_throughput import ThroughputConfig
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -64,3 +71,62 @@ def test_shared_memory_that_others_fill_ends_the_run_with_the_same_line(tiny, tm
     (line,) = error_lines(output)
     assert "shared memory has run out: /dev/shm has 0." in line and all(word in line for word in ADVICE)
     assert "it can go on from" in output and "Traceback" not in output
+
+
+def test_a_user_without_a_name_and_a_home_trains_on_paths_that_are_no_text(tiny, tmp_path):  # noqa: F811
+    """In an environment that is empty, with a class, a data and an output folder that are no UTF-8."""
+    base = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    data = shutil.copytree(tiny, base / "data")
+    for split in ("train", "val"):
+        (data / split / "0_zero").rename(data / split / base.name)
+    base.chmod(0o777)
+    for folder in (tmp_path, *tmp_path.parents[:-1]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    only_reading = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]  # the interpreter is root's
+    user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", *only_reading]
+    user += ["env", "-i", f"PATH={os.environ['PATH']}", f"TMPDIR={base}"]
+    if subprocess.run([*user, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not take the id of another")
+    args = [*SMALL, "-d", data, "-c", base / "out", "-b", 12, "--epochs", 1]
+    done = subprocess.run([*user, *command(*args)], capture_output=True, timeout=120)
+    output = (done.stdout + done.stderr).decode()  # what is no text is escaped
+    assert done.returncode == 0 and "results in" in output and r"caf\udce9/out" in output, output
+    (warning,) = done.stderr.decode().splitlines()
+    assert warning.startswith("warning: there is no home folder: caching in") and (base / "dcd-cache-54321").is_dir()
+    left = {path.name for path in (base / "out").iterdir()}
+    assert left == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"}
+    assert list((base / "out" / "tensorboard").glob("events.*"))
+
+
+def test_a_home_that_is_the_root_or_cannot_be_written_to_is_none(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "file").touch()
+    temporary = tmp_path / f"dcd-cache-{os.getuid()}"
+    for home, reason in (("/", "there is no home folder"), (f"{tmp_path}/file", "Not a directory")):
+        monkeypatch.setenv("HOME", home)
+        _usable.cache_clear()
+        assert cache_folder() == temporary and cache_folder() == temporary
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: ") and reason in line
+    temporary.chmod(0o777)  # where others may put code
+    _usable.cache_clear()
+    assert cache_folder() != temporary and cache_folder().stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "home" / ".cache" / "dcd"
+
+
+def test_every_path_that_is_given_may_begin_with_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = ["--checkpoint=~/run", "-d", "~/data", "--weight", "~/w.pth", "--resume=~/r.pth", "--json=~/out.json"]
+    config = parse_config(options, RECIPES, ThroughputConfig)
+    given = (config.checkpoint, config.data, config.weight, config.resume, config.json)
+    assert given == tuple(tmp_path / name for name in ("run", "data", "w.pth", "r.pth", "out.json"))
+    with pytest.raises(ConfigError, match="~nobodyatall/run: no home folder is known for it"):
+        parse_config(["-c", "~nobodyatall/run"], RECIPES)
+
+    def tool(src: tyro.conf.Positional[Path], out: Path | None = None) -> tuple[Path, Path | None]:
+        return src, out
+
+    assert parse(tool, args=["~/src", "--out", "~"]) == (tmp_path / "src", tmp_path)
+    assert parse(tool, args=["a~/src"]) == (Path("a~/src"), None)

@@ -81,7 +81,7 @@ class RunLog:
             kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= global_step]
             _replace(metrics, "".join(f"{line}\n" for line in kept))
         self._metrics = open(metrics, "ab", buffering=0)  # a line that the disk does not take is not kept for later
-        self._events = SummaryWriter(self.folder / "tensorboard", purge_step=global_step + 1)
+        self._events = SummaryWriter(_in_utf8(self.folder / "tensorboard"), purge_step=global_step + 1)
 
     def write(self, kind: str, global_step: int, **values: float) -> None:
         """One line in `metrics.jsonl` and the same numbers in TensorBoard, under `kind`."""
@@ -204,6 +204,16 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def _in_utf8(folder: Path) -> str:
+    """The folder, by a name that TensorBoard takes: its own, or where that is no UTF-8, one of an open file's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        return f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}"
+    return str(folder)
 
 
 def _step_of(line: str) -> float:

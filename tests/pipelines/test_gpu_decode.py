@@ -70,6 +70,31 @@ def test_the_batches_of_a_gpu_are_those_of_the_cpu(photographs, build, decoder, 
     agree(torch.cat([batch.images for batch in found]), torch.cat([batch.images for batch in wanted]))
 
 
+def test_batches_under_load_are_those_of_the_cpu(photographs, build, decoder):
+    """Twenty-one of them, while the GPU computes on another stream and still reads the batch before on this one."""
+    config = DataConfig(photographs, "torchvision", batch_size=4, workers=0, input_size=160)
+    cpus, gpus = build(config, "train"), build(replace(config, **decoder, workers=2), "train", device=GPU)
+    other, matrix = torch.cuda.Stream(GPU), torch.randn(4096, 4096, device=GPU)
+    other.wait_stream(torch.cuda.current_stream(GPU))
+    sums, kept, wanted = [], [], []
+    for epoch in range(7):
+        for loader in (cpus, gpus):
+            loader.set_epoch(epoch)
+        for batch, expected in zip(gpus, cpus, strict=True):
+            with torch.cuda.stream(other):
+                for _ in range(8):
+                    matrix @ matrix
+            matrix @ matrix  # the batch is read after this, when it has long been given back
+            kept.append(batch.images.clone())
+            sums.append(batch.images.double().sum())
+            wanted.append(expected.images)
+            del batch
+    assert len(kept) == 21
+    for images, total, expected in zip(kept, sums, wanted, strict=True):
+        agree(images, expected)
+        assert total.item() == pytest.approx(images.double().sum().item(), rel=1e-9)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "no image"])
 def test_a_damaged_file_is_named(copied, build, decoder, damage):
     loader = build(DataConfig(copied, **decoder, batch_size=4, workers=2, eval_size=32), "val", device=GPU)

@@ -21,6 +21,7 @@ from build_run import open_trainer
 from dcd.engine.config import Config
 from dcd.engine.step_timer import StepTimer
 from pipelines.dali_loader import is_installed as has_dali
+from pipelines.dali_probe import why_no_box_decode
 from pipelines.loader import MEAN, STD, Batch, DataConfig, Loader, build_loader
 from pipelines.sources.folder import FolderSource
 from pipelines.torchvision_loader import TorchvisionExecutor
@@ -47,14 +48,14 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
             return
         workers = len(os.sched_getaffinity(0))
         config = DataConfig(images, "torchvision", batch_size, workers, input_size=size, eval_size=size)
-        ways = ways_to_load(record, config, Path(folder, "beton"))
+        ways = ways_to_load(record, config, Path(folder, "beton"), device)
         dtype = torch.float32 if rehearsal else torch.bfloat16
         compare_pixels(record, ways, device)
         rates = measure_rates(record, ways, device, dtype, 0.2 if rehearsal else 2.5)
         train_from(record, ways, rates, device, rehearsal)
 
 
-def ways_to_load(record: Record, config: DataConfig, beton: Path) -> dict[str, DataConfig]:
+def ways_to_load(record: Record, config: DataConfig, beton: Path, device: torch.device) -> dict[str, DataConfig]:
     """What can be measured here, by its name; the rest is skipped."""
     ways = {"torchvision": config, ON_CORES: config}
     with record.part("FFCV"):
@@ -69,7 +70,11 @@ def ways_to_load(record: Record, config: DataConfig, beton: Path) -> dict[str, D
         record.skip("DALI", "it is not installed here: pip install nvidia-dali-cuda130")
         return ways
     dali = replace(config, backend="dali")
-    ways["DALI, the box"] = dali
+    why_not = why_no_box_decode(device) if device.type == "cuda" else None
+    if why_not is None:
+        ways["DALI, the box"] = dali
+    else:
+        record.skip("DALI, the box", f"DALI cannot do it on this GPU: {why_not}")
     ways |= {f"DALI, whole images, hardware share {share}": replace(dali, dali_full_decode=share) for share in SHARES}
     return ways
 
