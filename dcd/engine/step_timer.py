@@ -3,7 +3,7 @@
 The trainer says which phase it is in to a listener: `NO_TIMER` does nothing, in ordinary steps; a `StepTimer` takes the
 times; a `StepTracer` writes a trace.
 
-    data       the loader has no batch ready
+    data       the loader has no batch ready, on this rank or on another: before a step they tell each other
     copy       the batch is not on the device yet, or is brought into the model's memory format
     forward    mixup, forward pass, loss
     backward   until this rank has its last gradient
@@ -14,7 +14,7 @@ times; a `StepTracer` writes a trace.
 The phases follow one another without gap or overlap, so their times add up to the step's. Work in the background is
 not counted, for the step does not wait for it: images decoded ahead, copies on a stream of their own, and gradients
 that DDP reduces while backward still computes others. So `reduce` is only the part of the reduction that backward does
-not hide. Where one rank is late, because it waits for data say, the others wait for it there.
+not hide. Where one rank computes for longer, the others wait for it there.
 
 On a GPU the clock is the one of the stream that the model runs on (CUDA events, read when all steps are done), because
 the host only queues work and runs ahead: a phase lasts until the GPU is through with it, and a wait of the host costs
