@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -27,12 +29,20 @@ def command(*args, ranks: int | None = None) -> list[str]:
 
 
 def run(*args, ranks: int | None = None, fails: bool = False) -> str:
-    """Standard output and error together, of a run that ends well, or that `fails`; a hang is a failure."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(*args, ranks=ranks), capture_output=True, text=True, timeout=240, env=env)
+    """Standard output and error together, of a run that ends well, or that `fails`; a hang is a failure.
+
+    However it ends, no thread of a process group may live on: it could abort the process in Python's last moments.
+    """
+    done = subprocess.run(command(*args, ranks=ranks), capture_output=True, text=True, timeout=240, env=environment())
     output = done.stdout + done.stderr
     assert (done.returncode != 0) == fails, output
+    assert "ends with threads of its process group" not in output, output
     return output
+
+
+def environment() -> dict[str, str]:
+    """Of the processes that tests start."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests" / "at_exit")}
 
 
 def read(folder: Path, name: str) -> dict:
@@ -177,19 +187,58 @@ def test_resume_is_exact_to_the_bit(tiny, tmp_path, ranks, precision, stops):
 def test_a_signal_ends_a_run_with_a_checkpoint(tiny, tmp_path):
     """SIGTERM to torchrun, as a batch system sends it: nothing is lost, and the exit code says unfinished."""
     common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 200, "--seed", 1]
-    process = subprocess.Popen(
-        command(*common, "-c", tmp_path, ranks=2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 120
-    while not (log.exists() and '"eval"' in log.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    process = start(*common, "-c", tmp_path, ranks=2)
+    wait_for(process, tmp_path, "eval")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "stopped; the same command goes on" in output
+    assert "ends with threads" not in output and read(tmp_path, "status.json")["state"] == "preempted"
     done = last(tmp_path)["epoch"] * 4 + last(tmp_path)["step"]
     assert 4 <= done < 800
     assert lines(tmp_path, "train")[-1]["global_step"] == done, "the checkpoint is of the last step that was logged"
+
+
+def start(*args, ranks: int | None = None) -> subprocess.Popen:
+    """A run in the background, whose output is one text."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(*args, ranks=ranks), env=environment(), **pipes)
+
+
+def wait_for(process: subprocess.Popen, out: Path, kind: str) -> None:
+    """Until a line of this kind is in the log."""
+    log, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and f'"{kind}"' in log.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+
+
+def test_a_run_that_waits_for_data_is_preempted_in_seconds(tiny, tmp_path):
+    """Its loading process is halted; and meanwhile no other run may use its folder."""
+    common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 2000, "-c", tmp_path, "-j", 1]
+    process = start(*common)
+    wait_for(process, tmp_path, "eval")
+    for worker in psutil.Process(process.pid).children():
+        worker.suspend()
+    output = run(*common, fails=True)
+    assert f"{tmp_path} is in use by another run (process {process.pid} on " in error_lines(output)[0]
+    process.send_signal(signal.SIGUSR1)
+    before = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and time.monotonic() - before < 10, output
+    assert "stopped; the same command goes on" in output and read(tmp_path, "status.json")["state"] == "preempted"
+    assert last(tmp_path)["epoch"] * 4 + last(tmp_path)["step"] == lines(tmp_path, "train")[-1]["global_step"] > 0
+
+
+def test_a_rank_that_hangs_ends_the_run_with_its_name(tiny, tmp_path):
+    process = start(*SMALL, "-d", tiny, "-b", 12, "--epochs", 2000, "-c", tmp_path, "--timeout", 8, ranks=2)
+    wait_for(process, tmp_path, "eval")
+    ranks = {child.environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
+    ranks["1"].suspend()
+    psutil.wait_procs([ranks["0"]], timeout=30)
+    ranks["1"].kill()  # torchrun would wait half a minute before it does so
+    output, _ = process.communicate(timeout=60)
+    (line,) = error_lines(output)
+    assert process.returncode != 0 and re.search("no progress for . s .*; rank 1 is silent .step [0-9]+, ", line), line
 
 
 def test_two_ranks_train_as_one(tiny, tmp_path):
