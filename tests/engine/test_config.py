@@ -76,7 +76,11 @@ def test_official_options_keep_their_meaning():
         ("--ema 1.0", "--ema 1.0"),
         ("--warmup --epochs 5", "--warmup takes 5 epochs"),
         ("-a resnet18 --width-mult 0.5", "--width-mult has no meaning for resnet18"),
-        ("-a resnet18_se --zero-init-fusion", "--zero-init-fusion has no meaning for resnet18_se: .*--no-zero-init-fu"),
+        ("-a resnet18_se --zero-init-fusion", "--zero-init-fusion has no meaning for resnet18_se: leave it out"),
+        (
+            "--recipe resnet50_dcd_fast -a resnet50",
+            "no meaning for resnet50: .* undo a recipe's by --no-zero-init-fusion",
+        ),
     ],
 )
 def test_one_line_for_what_is_wrong(line, message):
@@ -91,6 +95,8 @@ def test_an_initialisation_reaches_the_model_and_leaves_checkpoints_fitting():
     model, model_zero = (create_model(config.arch, 3, **config.model_kwargs) for config in (official, zero))
     assert model.classifier.bn2.weight.all() and not model_zero.classifier.bn2.weight.any()
     assert parse("-a resnet18 --zero-init-residual").model_kwargs["zero_init_residual"]
+    assert parse("--recipe resnet50_dcd_fast").zero_init_fusion
+    assert not parse("--recipe resnet50_dcd_fast -a resnet50 --no-zero-init-fusion").zero_init_fusion
 
 
 def test_help_lists_every_option(capsys):
