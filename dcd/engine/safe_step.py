@@ -25,9 +25,11 @@ class SafeStep:
     ):
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimizer, self._scaler, self._clip_grad = optimizer, scaler, clip_grad
-        self._statistics = [*model.buffers(), *(average.buffers() if average is not None else ())]
-        self._before = [torch.empty_like(values) for values in self._statistics]
-        self._kept = [torch.empty_like(values) for values in self._statistics]
+        buffers = [*model.buffers(), *(average.buffers() if average is not None else ())]
+        buffers.sort(key=torch.is_floating_point)  # the counts first: see `_copy`
+        self._statistics = buffers
+        self._before = [torch.empty_like(values) for values in buffers]
+        self._kept = [torch.empty_like(values) for values in buffers]
         self._begun = self._updating = False
 
     def begin(self) -> None:
@@ -81,5 +83,8 @@ class SafeStep:
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
+    """Copy counts and numbers apart: a list of one dtype is one kernel on a GPU, a mixed one is a kernel for each."""
+    counts = sum(not values.is_floating_point() for values in targets)
+    for part in (slice(counts), slice(counts, None)):
+        if targets[part]:
+            torch._foreach_copy_(targets[part], sources[part])

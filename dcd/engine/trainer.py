@@ -88,7 +88,8 @@ class Trainer:
         self.ema = None
         if config.ema is not None:
             self.ema = MovingAverage(self.model, config.ema)
-        self._safe_step = SafeStep(self.model, self.optimizer, self.scaler, config.clip_grad, self.ema)
+        average = None if self.ema is None else self.ema.module
+        self._safe_step = SafeStep(self.model, self.optimizer, self.scaler, config.clip_grad, average)
         self._parallel = self.model
         if self.ranks.world_size > 1:
             self._parallel = DistributedDataParallel(
@@ -378,7 +379,7 @@ class Trainer:
             # After a divergence the weights are spoilt: the last checkpoint is better.
             if not isinstance(error, DivergedError) and self._safe_step.break_off():
                 self.save()
-                self.finish_saving()
+                self._writer.wait()
                 self.log.say(f"the run failed; it can go on from {self.checkpoint_path()}")
             raise
 

@@ -6,11 +6,11 @@ moments of q (`sample_matrices.py`). So no map is made but q, which is narrow: w
 
     y = Λ ⊙ (W₀ ∗ x) + q read_out
 
-The result does not depend on the centre c. It is near the mean of Q ∗ x: the variance is what is left when the square
-of the mean is taken from the mean of the squares, and with a mean of 300 standard deviations float32 has nothing left.
-
 and where W₀ is 1×1 and the maps are large, not even the sum is made of maps: W₀, Q and read_out make one kernel for
 each sample. The whole layer is one autograd function, so that x's gradient is added up in place.
+
+The result does not depend on the centre c. It is near the mean of Q ∗ x: the variance is what is left when the square
+of the mean is taken from the mean of the squares, and with a mean of 300 standard deviations float32 has nothing left.
 
 On a GPU the kernels of `triton_*.py` take over where they fit; they are imported on use, for Triton is optional.
 

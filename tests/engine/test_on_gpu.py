@@ -71,6 +71,7 @@ def test_a_resumed_run_has_the_state_that_was_saved_and_the_same_losses(tmp_path
         first.train_epoch()
         assert first.stopped and first.step == 3
         first.save()
+        first.finish_saving()
         second.resume(checkpoint.load(second.checkpoint_path(), second.config.architecture))
         assert (second.epoch, second.step) == (1, 3)
         for found, saved in zip(state_of(second), state_of(first), strict=True):
@@ -90,13 +91,13 @@ def test_a_resumed_run_has_the_state_that_was_saved_and_the_same_losses(tmp_path
 def test_the_host_does_not_wait_between_lines_of_the_log(tmp_path, amp, names):
     with opened(tmp_path, amp=amp, **{name: EVERYTHING[name] for name in names}) as trainer:
         trainer._parallel.train()
-        images, labels, _ = next(iter(trainer.train_loader))
+        images, labels, indices = next(iter(trainer.train_loader))
         for _ in range(2):  # what is kept on the device is copied there once
-            trainer._train_step(images, labels, lr=0.005)
+            trainer._train_step(images, labels, indices)
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(3):
-                trainer._train_step(images, labels, lr=0.005)
+                trainer._train_step(images, labels, indices)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -104,23 +105,26 @@ def test_the_host_does_not_wait_between_lines_of_the_log(tmp_path, amp, names):
 def test_nccl_and_ddp_on_one_rank(tmp_path, monkeypatch, exact_float32):
     """The gradients are those without DDP, and lie in memory as it wants them: it would warn of a copy."""
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")  # there need not be a network
-    with opened(tmp_path, amp="off") as plain:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with opened(tmp_path, amp="off", lr=0.0) as plain:
         torch.set_float32_matmul_precision("highest")  # as before `open_trainer`
         device = plain.ranks.device
-        dist.init_process_group("nccl", f"file://{tmp_path}/store", rank=0, world_size=1, device_id=device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl", f"file://{tmp_path}/store", rank=0, world_size=1, device_id=device
+        )
         torch.set_warn_always(True)  # not once in a process
         try:
             several = replace(plain.ranks, world_size=2)  # for which the trainer takes DDP
             model = copy.deepcopy(plain.model)
             parallel = Trainer(plain.config, several, model, plain.train_loader, plain.eval_loader, plain.log)
             assert isinstance(parallel._parallel, DistributedDataParallel)
-            images, labels, _ = next(iter(plain.train_loader))
+            images, labels, indices = next(iter(plain.train_loader))
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 for trainer in (plain, parallel):
                     trainer._parallel.train()
                     for _ in range(2):  # DDP lays out its buckets anew after the first
-                        trainer._train_step(images, labels, lr=0.0)
+                        trainer._train_step(images, labels, indices)
             assert not [warning.message for warning in caught if "stride" in str(warning.message)]
             parameters = dict(plain.model.named_parameters())
             assert not [name for name, value in parameters.items() if value.grad.stride() != value.stride()]
@@ -140,14 +144,14 @@ def test_nccl_and_ddp_on_one_rank(tmp_path, monkeypatch, exact_float32):
 def test_an_evaluation_comes_to_what_it_does_on_a_cpu(tmp_path, exact_float32):
     with (
         opened(tmp_path, amp="off", synthetic_images=640) as on_gpu,
-        opened(tmp_path, amp="off", synthetic_images=640, device="cpu") as on_cpu,
+        opened(tmp_path, amp="off", synthetic_images=640, device="cpu", lr=0.0) as on_cpu,
     ):
         torch.set_float32_matmul_precision("highest")  # as before `open_trainer`
         for module in on_cpu.model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
-        images, labels, _ = next(iter(on_cpu.train_loader))
-        on_cpu._train_step(images, labels, lr=0.0)  # for its statistics: by fresh ones all images look alike
+        images, labels, indices = next(iter(on_cpu.train_loader))
+        on_cpu._train_step(images, labels, indices)  # for its statistics: by fresh ones all images look alike
         on_gpu.model.load_state_dict(on_cpu.model.state_dict())
         found, wanted = on_gpu.evaluate(on_gpu.model), on_cpu.evaluate(on_cpu.model)
         assert found.images == wanted.images == 64
