@@ -168,7 +168,7 @@ class TorchvisionExecutor:
     def __init__(
         self, source: DecodingSource, device: torch.device, dtype: torch.dtype, workers: int, need: Need | None = None
     ):
-        self._labels, self._device, self._dtype = source.labels, device, dtype
+        self._source, self._device, self._dtype = source, device, dtype
         self._need = need or Need()
         if workers and not self._need.is_met():
             raise DataError(f"too little shared memory: {self._need.advice()}")
@@ -203,7 +203,7 @@ class TorchvisionExecutor:
                 if isinstance(item, DataError):
                     raise item
                 images, indices = item
-                yield host_batch(images, indices, self._labels)
+                yield host_batch(images, indices, self._source.labels)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise

@@ -301,3 +301,12 @@ def test_auto_takes_the_fastest_that_reads_the_data(photos, build):
 def test_ffcv_on_a_folder_says_how_to_convert_it(photos):
     with pytest.raises(DataError, match=r"no file .*val\.beton.*tools\.make_dataset"):
         build_loader(DataConfig(root=photos.folder, backend="ffcv", batch_size=4), "val")
+
+
+def test_images_get_the_labels_that_a_model_has_for_them(small, build):
+    """After a batch was handed out, too: no executor keeps labels of its own."""
+    loader = build(small, "val")
+    labels = [label for batch in loader for label in batch.labels.tolist()]
+    loader.relabel([7, 3])
+    loader.set_epoch(0)
+    assert [label for batch in loader for label in batch.labels.tolist()] == [(7, 3)[label] for label in labels]
