@@ -2,14 +2,14 @@
 
     python -m tools.soak                      or: make soak ARGS="--minutes 10 --backends ffcv"
 
-Each backend is a run of train_dist.py of its own, all at the same time: a small network on a few scanned digits, so that
-epochs, evaluations and checkpoints follow each other in seconds. Every few seconds all processes of a run are counted
-together. Memory is their proportional set size (PSS), in which what processes share is counted once.
+Each backend is a run of train_dist.py of its own, all at the same time: a small network on a few scanned digits, so
+that epochs, evaluations and checkpoints follow each other in seconds. Every few seconds all processes of a run are
+counted together. Memory is their proportional set size (PSS), in which what processes share is counted once.
 
-The first fifth of the time is the warm-up. After it a quantity has two rates, both in units per hour: the slope of a line
-through all samples by least squares, and the step from the median of the middle third to that of the last. It has grown
-where both exceed what `BOUNDS` allows: noise moves either, a single allocation that stays moves the first, a leak moves
-both. The exit code is 1 where anything has grown, or a run has ended by itself.
+The first fifth of the time is the warm-up. After it a quantity has two rates, both in units per hour: the slope of a
+line through all samples by least squares, and the step from the median of the middle third to that of the last. It has
+grown where both exceed what `BOUNDS` allows: noise moves either, a single allocation that stays moves the first, a
+leak moves both. The exit code is 1 where anything has grown, or a run has ended by itself.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 TRAINING = (
     "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16 --input-size 32 -b 16 -j 2 -p 5 --device cpu "
     "--lr 0.001 --lr-decay cos --epochs 10000000"
-).split()
+)
 BACKENDS = {
     "ffcv": ("--backend", "ffcv", "-d", "beton"),
     "dali": ("--backend", "dali", "-d", "beton"),
@@ -198,7 +198,7 @@ def command(backend: str, folder: Path, ranks: int) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     options = [str(folder / word) if word in ("beton", "folder") else word for word in BACKENDS[backend]]
     script = [sys.executable, *launcher, str(ROOT / "train_dist.py")]
-    return [*script, *TRAINING, *options, "-c", str(folder / backend / "out")]
+    return [*script, *TRAINING.split(), *options, "-c", str(folder / backend / "out")]
 
 
 def watch(runs: Sequence[Run], seconds: float, interval: float) -> None:
@@ -217,10 +217,8 @@ def watch(runs: Sequence[Run], seconds: float, interval: float) -> None:
 
 def table(runs: Sequence[Run]) -> str:
     """One row a run, in Markdown."""
-    lines = [
-        "| backend | steps | evaluations | samples | memory, MiB | per hour | threads | open files | processes | result |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ("backend", "steps", "evaluations", "samples", "memory, MiB", "per hour", "threads", "open files")
+    lines = [f"| {' | '.join(columns)} | processes | result |", "|---" * (len(columns) + 2) + "|"]
     for run in runs:
         steps, evaluations = run.figures()
         trends = {trend.quantity: trend for trend in run.trends()}
@@ -244,12 +242,12 @@ def report(runs: Sequence[Run], minutes: float, ranks: int) -> str:
         [
             f"{device_name(torch.device('cpu'))}, Python {platform.python_version()}, {versions}; "
             f"{time.strftime('%Y-%m-%d')}: `{f'python -m tools.soak {arguments}'.strip()}`.",
-            f"{minutes:g} minutes, {'all runs' if len(runs) > 1 else 'the run'} at the same time, {ranks} rank(s) each, "
-            f"`{' '.join(TRAINING)}`, {10 * PER_CLASS['train']} images to train and {10 * PER_CLASS['val']} to "
+            f"{minutes:g} minutes, {len(runs)} run(s) at the same time, {ranks} rank(s) each, "
+            f"`{TRAINING}`, {10 * PER_CLASS['train']} images to train and {10 * PER_CLASS['val']} to "
             "evaluate, a checkpoint after every epoch.",
             table(runs),
-            "`a → b`: medians of the middle and of the last third of the time after the warm-up (a fifth); per hour: the "
-            f"slope by least squares. Flat: not both grow by more than {allowed} per hour.",
+            "`a → b`: medians of the middle and of the last third of the time after the warm-up (a fifth); per hour: "
+            f"the slope by least squares. Flat: not both grow by more than {allowed} per hour.",
         ]
     )
 

@@ -1,6 +1,7 @@
 """`make soak`: that it counts all processes of a run, tells a leak from noise, and names what grew."""
 
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ while True:
         kept.append(b"x" * (20 << 20))
         threading.Thread(target=time.sleep, args=(100,), daemon=True).start()
         pipes.append(os.pipe())
+    print("ready", flush=True)
     time.sleep(0.05)
 """
 # The same below another process
@@ -58,8 +60,14 @@ def test_one_allocation_that_stays_is_no_leak():
 def test_real_processes_are_counted_with_their_children(tmp_path):
     scripts = {"flat": (TRAINING, "holds"), "leaks": (TRAINING, "leaks"), "below": (BELOW, "leaks")}
     runs = [Run(name, [sys.executable, "-c", *script], tmp_path / name) for name, script in scripts.items()]
-    runs.append(Run("ends", [sys.executable, "-c", "print('out of paper'); exit(3)"], tmp_path / "ends"))
-    watch(runs, seconds=2.5, interval=0.05)
+    runs.append(Run("ends", [sys.executable, "-c", "print('ready\\nout of paper'); exit(3)"], tmp_path / "ends"))
+    while not all("ready" in (run.folder / "log.txt").read_text() for run in runs):
+        time.sleep(0.05)
+    for _ in range(20):
+        time.sleep(0.05)
+        for run in runs:
+            run.sample()
+    watch(runs, seconds=0.1, interval=0.1)
     verdicts = {run.name: run.verdict for run in runs}
     assert verdicts["flat"] == "flat"
     assert all(word in verdicts["leaks"] for word in ("MiB", "threads", "open files")), verdicts
