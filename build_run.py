@@ -5,14 +5,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 
 import dcd
 from dcd.engine import distributed
+from dcd.engine.classes import Classes, fits_classifier, match_by_name
 from dcd.engine.config import Config, ConfigError
 from dcd.engine.cpu_memory import keep_freed_memory
 from dcd.engine.distributed import Ranks
+from dcd.engine.freezing import freeze_all_but_classifier
 from dcd.engine.optim import autocast_dtype
 from dcd.engine.run_log import RunLog
 from dcd.engine.trainer import DivergedError, Trainer
@@ -21,31 +24,98 @@ from pipelines.loader import DataConfig, Loader, build_loader
 from pipelines.plan import CenterCrop, RandomCrop
 from pipelines.sources.errors import DataError
 
+SETUP_TIMEOUT_S = 1800.0
+
 
 @contextmanager
 def open_trainer(config: Config, write_log: bool = True) -> Iterator[Trainer]:
-    """The trainer of this rank; its loaders and its log are closed at the end.
+    """The trainer of this rank. At the end, however it comes, its loaders, its log and the process group are closed.
 
     Args:
         write_log: whether rank 0 writes into the output folder and on the terminal.
+
+    Raises:
+        LostRankError: another rank has failed.
     """
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    ranks = distributed.start(config.device)
+    # A hang in training is the watchdog's, which knows more; before it, one rank may read the sizes of all images.
+    ranks = distributed.start(config.device, timedelta(seconds=max(SETUP_TIMEOUT_S, config.timeout) + 60))
+    failure = None
+    try:
+        with distributed.lost_ranks_named(), build_trainer(config, ranks, write_log) as trainer:
+            yield trainer
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        distributed.stop(failure)
+        del failure  # a frame that holds its own error is a cycle
+
+
+@contextmanager
+def build_trainer(config: Config, ranks: Ranks, write_log: bool) -> Iterator[Trainer]:
+    """The trainer of one of these ranks; it, its loaders and its log are closed at the end."""
     if ranks.device.type == "cpu":
         keep_freed_memory()
+    config, weights = read_weights(config)
     with ExitStack() as stack:
         with distributed.first_on_machine(ranks):  # it reads the sizes of the images, the others find them
             train_loader, eval_loader = build_loaders(config, ranks)
         for loader in filter(None, (train_loader, eval_loader)):
             stack.callback(loader.close)
-        config = replace(config, num_classes=config.num_classes or len(eval_loader.classes))
-        if config.num_classes < len(eval_loader.classes):
-            raise ConfigError(f"--num-classes {config.num_classes}: the data has {len(eval_loader.classes)} classes")
         log = RunLog(config.checkpoint, enabled=write_log and ranks.is_first)
         stack.callback(log.close)
-        yield Trainer(config, ranks, build_model(config, ranks), train_loader, eval_loader, log)
-    distributed.stop()
+        config, same_classes = settle_classes(config, eval_loader, weights, log)
+        model = build_model(config, ranks, weights, same_classes)
+        del weights  # the memory is not held for the whole run
+        trainer = Trainer(config, ranks, model, train_loader, eval_loader, log)
+        stack.callback(trainer.close)
+        yield trainer
+
+
+def read_weights(config: Config) -> tuple[Config, dcd.Weights | None]:
+    """The weights that the model begins with, and the options with what follows from them.
+
+    An evaluation takes the run's own best checkpoint where there is no --weight, and the number of classes in it.
+    """
+    path = config.weight
+    if config.evaluate:
+        path = path or config.checkpoint / "checkpoints" / "best.pth"
+    if path is None:
+        return config, None
+    weights = dcd.read_weights(path, ema=config.evaluate and config.ema is not None)
+    if config.evaluate:
+        found = weights.num_classes or config.num_classes
+        if config.num_classes not in (None, found):
+            raise ConfigError(f"--num-classes {config.num_classes}: {path} has {found} classes; leave the option out")
+        config = replace(config, weight=path, num_classes=found)
+    return config, weights
+
+
+def settle_classes(
+    config: Config, eval_loader: Loader, weights: dcd.Weights | None, log: RunLog
+) -> tuple[Config, bool]:
+    """Compare the classes of the data with those of the weights. In an evaluation, labels become the weights' outputs.
+
+    Returns:
+        (the options with the number of classes, whether the classifier of the weights is of the same classes)
+    """
+    data = Classes(len(eval_loader.classes), eval_loader.class_names)
+    config = replace(config, num_classes=config.num_classes or data.count)
+    if config.num_classes < data.count and not config.evaluate:
+        raise ConfigError(f"--num-classes {config.num_classes}: the data has {data.count} classes")
+    if weights is None:
+        return config, True
+    theirs, same = Classes(weights.num_classes or config.num_classes, weights.classes), True
+    if config.evaluate:
+        outputs, note = match_by_name(weights.path, theirs, data)
+        eval_loader.relabel(outputs)
+    else:
+        same, note = fits_classifier(weights.path, theirs, Classes(config.num_classes, data.names))
+    if note:
+        log.say(note)
+    return config, same
 
 
 def build_loaders(config: Config, ranks: Ranks) -> tuple[Loader | None, Loader]:
@@ -65,6 +135,7 @@ def build_loaders(config: Config, ranks: Ranks) -> tuple[Loader | None, Loader]:
         backend=config.backend,
         batch_size=config.batch_size,
         workers=rank_workers(config, ranks),
+        ranks_of_machine=ranks.local_world_size,
         seed=config.seed,
         input_size=config.input_size,
         eval_size=config.eval_size or config.input_size,
@@ -100,15 +171,19 @@ def rank_workers(config: Config, ranks: Ranks) -> int:
     return -(-machine_workers(config) // ranks.local_world_size)
 
 
-def build_model(config: Config, ranks: Ranks) -> torch.nn.Module:
-    """The model on its device, from --weight or freshly initialised by the seed."""
+def build_model(
+    config: Config, ranks: Ranks, weights: dcd.Weights | None = None, with_classifier: bool = True
+) -> torch.nn.Module:
+    """The model on its device: initialised by the seed, then with these weights, those of the classifier by choice."""
     torch.manual_seed(config.seed)
     try:
         model = dcd.create_model(config.arch, config.num_classes, config.dropout, **config.model_kwargs)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if config.weight is not None and not config.evaluate:
-        dcd.load_checkpoint(model, config.weight)
+    if weights is not None:
+        dcd.load_weights(model, weights, classifier=with_classifier)
+    if config.freeze:
+        freeze_all_but_classifier(model)
     if config.sync_bn and ranks.world_size > 1:
         if ranks.device.type == "cpu":
             raise ConfigError("--sync-bn works on GPUs only: leave it out on a CPU")
@@ -136,7 +211,6 @@ def find_setting(config: Config, ranks: Ranks) -> Setting:
 def errors_in_one_line() -> Iterator[None]:
     """End the program with one line for an error that its user can mend."""
     try:
-        with distributed.lost_ranks_named():
-            yield
+        yield
     except (ConfigError, DataError, dcd.CheckpointError, DivergedError, distributed.LostRankError, OSError) as error:
         sys.exit(f"rank {os.environ.get('RANK', 0)}: error: {error}")

@@ -6,10 +6,10 @@ Usage:
     python train_dist.py --help
 """
 
+import os
 import sys
 from dataclasses import asdict
 
-import dcd
 from build_run import errors_in_one_line, find_setting, open_trainer
 from dcd.engine import checkpoint
 from dcd.engine.config import parse_config
@@ -18,29 +18,31 @@ from dcd.engine.run_log import resolve, write_json
 from dcd.engine.run_profile import RunProfile
 from dcd.engine.trainer import Trainer
 
+PREEMPTED = os.EX_TEMPFAIL  # 75: the exit code of a run that a signal has stopped, with a checkpoint
+
 
 def main(argv: list[str]) -> None:
     """Parse, build, train or evaluate, tear down."""
     config = parse_config(argv, RECIPES)
-    with open_trainer(config) as trainer:
+    with open_trainer(config) as trainer, trainer.watchdog:
         evaluate(trainer) if config.evaluate else train(trainer)
 
 
 def train(trainer: Trainer) -> None:
     """Train to the last epoch, from the run's own checkpoint where there is one."""
     config, log = trainer.config, trainer.log
-    path = config.resume or trainer.checkpoint_path()
-    if config.resume or path.exists():
-        trainer.resume(checkpoint.load(path, config.architecture))
-        if trainer.epoch >= config.epochs:
-            log.say(f"{path} has done all {config.epochs} epochs: --evaluate it, or train on with more --epochs")
-            return
-        log.say(f"going on from {path}: epoch {trainer.epoch + 1}, step {trainer.step}")
+    trainer.interruption.listen()
+    trainer.open_output()
+    go_on(trainer)
+    if trainer.epoch >= config.epochs:
+        log.say(
+            f"{config.checkpoint} has done all {config.epochs} epochs: --evaluate it, or train on with more --epochs"
+        )
+        return
     log.open(resolve(config, trainer.ranks), trainer.global_step)
     if config.profile is not None:
         setting = find_setting(config, trainer.ranks)
         trainer.timer = RunProfile(config, trainer.ranks, trainer.model, setting, log)
-    trainer.stop_on_signals()
     with trainer.saved_on_failure():
         while trainer.epoch < config.epochs and not trainer.stopped:
             trainer.train_epoch()
@@ -51,21 +53,39 @@ def train(trainer: Trainer) -> None:
     trainer.timer.close()
     if trainer.stopped:
         trainer.save()
+    trainer.finish_saving()
+    if trainer.stopped:
         log.say(f"stopped; the same command goes on from {trainer.checkpoint_path()}")
-        sys.exit(0 if trainer.out_of_steps else 1)  # a signal is no success
+        log.set_state("stopped" if trainer.out_of_steps else "preempted")
+        sys.exit(0 if trainer.out_of_steps else PREEMPTED)
+    log.set_state("finished")
     log.close(trainer.summary())
     log.say(f"best top1 {trainer.best_top1:.2f} in epoch {trainer.best_epoch + 1}; results in {config.checkpoint}")
 
 
+def go_on(trainer: Trainer) -> None:
+    """Go on from --resume, or else from the newest whole checkpoint of the run, if it has any."""
+    config, log = trainer.config, trainer.log
+    if config.resume:
+        found = checkpoint.load(config.resume, config.architecture), config.resume
+    else:
+        found = checkpoint.load_newest(trainer.checkpoint_path().parent, config.architecture, log.say)
+    if found:
+        state, path = found
+        trainer.resume(state)
+        log.say(f"going on from {path}: epoch {trainer.epoch + 1}, step {trainer.step}")
+    trainer.check_start()
+
+
 def evaluate(trainer: Trainer) -> None:
     """Evaluate --weight, or else the run's own best checkpoint (its moving average with --ema); keep the figures."""
-    config = trainer.config
-    path = config.weight or trainer.checkpoint_path("best.pth")
-    dcd.load_checkpoint(trainer.model, path, ema=config.ema is not None)
+    config, path = trainer.config, trainer.config.weight
     result = trainer.evaluate(trainer.model)
     trainer.log.say(
         f"{path}: loss {result.loss:.6f} top1 {result.top1:.3f} top5 {result.top5:.3f} ({result.images} images)"
     )
+    if result.not_finite:
+        trainer.log.say(f"warning: {result.warning}")
     if trainer.ranks.is_first:
         content = {**resolve(config, trainer.ranks), "weight": str(path), "result": asdict(result)}
         write_json(config.checkpoint / "evaluation.json", content)

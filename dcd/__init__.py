@@ -9,16 +9,20 @@ Importing this package needs torch and nothing else; `dcd.engine` (the training 
 
 from dcd import deploy
 from dcd import models as _models  # noqa: F401  (fills the registry)
-from dcd.checkpoint_file import CheckpointError
+from dcd.checkpoint_file import CheckpointError, DamagedCheckpointError, Weights, read_weights
 from dcd.registry import create_model, list_models
-from dcd.upstream import LoadReport, load_checkpoint, upstream_names
+from dcd.upstream import LoadReport, load_checkpoint, load_weights, upstream_names
 
 __all__ = [
     "CheckpointError",
+    "DamagedCheckpointError",
     "LoadReport",
+    "Weights",
     "create_model",
     "deploy",
     "list_models",
     "load_checkpoint",
+    "load_weights",
+    "read_weights",
     "upstream_names",
 ]

@@ -1,53 +1,146 @@
 """Reading checkpoint files, of whatever trainer, without running code that they may carry."""
 
+import pickle
 import re
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from dcd.file_kinds import HEAD_BYTES, LEGACY, ZIP, foreign_kind, foreign_zip
+from dcd.foreign_types import STAND_INS
+
+# Where trainers put the weights, and where their moving average: ours, timm, torchvision's references, DeepSpeed.
+_WEIGHTS = ("model", "state_dict", "module")
+_AVERAGES = ("ema", "state_dict_ema", "model_ema")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit; the message is one line that says what to do."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint of which a part is missing or has changed since it was written."""
+
+
 def read_file(path: str | Path) -> dict:
     """The dictionary in a checkpoint file, on the CPU, read with `weights_only=True`.
 
+    The file is compared with its checksums first, which takes about as long as to read it once more; the format before
+    PyTorch 1.6 has none. Objects of other libraries beside the weights are replaced by `foreign_types.Unread`.
+
     Raises:
-        CheckpointError: no such file, or not a checkpoint.
+        DamagedCheckpointError: empty, torn, or not as it was written.
+        CheckpointError: no such file, not a checkpoint, or one with types that could run code.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: check the path")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for damaged and foreign files
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): is it complete?"
-        ) from error
+        with open(path, "rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    kind = foreign_kind(head, path.stat().st_size)
+    if kind is not None:
+        raise CheckpointError(f"{path} is {kind}")
+    if not any(head):
+        raise _damaged(path, "it begins with zeros" if head else "it is empty")
+    if ZIP.startswith(head[:4]):
+        _check_zip(path)
+    elif head[:1] != LEGACY[:1]:  # of any pickle
+        raise _damaged(path, "it does not begin as a checkpoint of PyTorch does")
+    try:
+        with torch.serialization.safe_globals(STAND_INS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _refused(path, error) from error
+    except Exception as error:  # torch raises half a dozen types for a file that is not what it was
+        raise _damaged(path, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
 
 
-def read_state_dict(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
-    """The weights in a checkpoint file, without the prefixes of DataParallel, DDP and torch.compile.
+def _check_zip(path: Path) -> None:
+    """Compare every record of a file by torch.save with its checksum (CRC-32), which torch.load does not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            # torch.serialization.set_crc32_options(False) writes zeros in their place.
+            damaged = archive.testzip() if any(record.CRC for record in archive.infolist()) else None
+    except Exception as error:  # as with torch.load
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    if damaged is not None:
+        raise _damaged(path, f"the checksum of its record {damaged} does not match")
+    kind = foreign_zip(names)
+    if kind is not None:
+        raise CheckpointError(f"{path} is {kind}")
+
+
+def _damaged(path: Path, reason: str) -> DamagedCheckpointError:
+    reason = "its end is missing" if reason.endswith("File is not a zip file") else reason
+    return DamagedCheckpointError(f"{path} is torn or damaged ({reason}): copy or download it again")
+
+
+def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
+    """What `weights_only=True` does not read: a type that is not known to be harmless, or another kind of pickle."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found:
+        return CheckpointError(
+            f"{path} holds a {found[1]}, which is not read because it could run code: "
+            'save the weights alone where it was made, torch.save({"state_dict": model.state_dict()}, FILE)'
+        )
+    reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    return CheckpointError(f"{path} cannot be read as a checkpoint: {reason.strip().partition(chr(10))[0]}")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint file holds of a model.
+
+    state: the weights, by name, on the CPU. classes: what the outputs mean, in their order, or None where the file does
+    not say. path: where they are from, for messages.
+    """
+
+    state: dict[str, Tensor]
+    classes: list[str] | None
+    path: Path
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of outputs, by the bias of the classifier in own, official and torchvision's names."""
+        pattern = re.compile(r"(classifier(\.\d)?(\.static_linear|\.cls)?|fc)\.bias")
+        widths = [len(tensor) for name, tensor in self.state.items() if pattern.fullmatch(name)]
+        return widths[0] if len(widths) == 1 else self.classes and len(self.classes)
+
+
+def read_weights(path: str | Path, ema: bool = False) -> Weights:
+    """The weights in a checkpoint file, without the prefixes of DataParallel, DDP, torch.compile and Lightning.
 
     Args:
-        path: an official or own checkpoint, or a bare state dict.
-        ema: the moving average of the weights, from a checkpoint of this project's trainer with `--ema`.
+        path: a checkpoint of ours, the official code, timm, torchvision's references, or a bare state dict.
+        ema: the moving average of the weights, from a checkpoint of a trainer that keeps one.
 
     Raises:
         CheckpointError: the file cannot be read, or does not hold what is asked for.
     """
-    content = read_file(path)
-    if ema:
-        state = dict(content.get("ema") or {})
-        state.pop("n_averaged", None)
-    else:
-        state = content.get("model", content.get("state_dict", content))
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        wanted = "moving average under 'ema'" if ema else "state dict under 'model' or 'state_dict'"
-        raise CheckpointError(f"{path} holds no {wanted}")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+    path, content = Path(path), read_file(path)
+    wanted, places = ("moving average", _AVERAGES) if ema else ("weights", _WEIGHTS)
+    where = next((key for key in places if isinstance(content.get(key), dict) and content[key]), None)
+    if where is None and (ema or not any(isinstance(value, Tensor) for value in content.values())):
+        keys = ", ".join([str(key) for key in content][:10])
+        raise CheckpointError(f"{path} holds no {wanted} under {', '.join(places)}: its keys are {keys or 'none'}")
+    state = content if where is None else content[where]
+    state = {name: value for name, value in state.items() if name != "n_averaged"}  # a moving average's counter
+    foreign = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise CheckpointError(f"{path} holds {wanted} that are no tensors of PyTorch: {', '.join(foreign[:5])}")
+    plain = {re.sub(r"^(module\.|_orig_mod\.|model\.)+", "", name): tensor for name, tensor in state.items()}
+    if len(plain) < len(state):
+        raise CheckpointError(f"{path} holds several models, whose names are the same behind 'module.' and 'model.'")
+    classes = content.get("classes")
+    is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return Weights(plain, classes if is_named else None, path)

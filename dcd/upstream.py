@@ -8,9 +8,10 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from dcd.checkpoint_file import CheckpointError, read_state_dict
+from dcd.checkpoint_file import CheckpointError, Weights, read_weights
 from dcd.layers import DCDLinear
 from dcd.layers.rivals import RIVALS
 from dcd.models.mobilenet_v2 import MobileNetV2
@@ -132,9 +133,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, ema
 
     Args:
         model: of `create_model`.
-        path: an official `.pth.tar` (names with or without `module.`), a checkpoint of this project's trainer, or
-            a bare state dict with own, official or (static twins) torchvision names.
-        ema: load the moving average of the weights, which the trainer keeps with `--ema`.
+        path: an official `.pth.tar`, a checkpoint of this project's trainer, of timm's or of torchvision's references,
+            or a bare state dict; with own, official or (static twins) torchvision's and timm's names.
+        ema: load the moving average of the weights, which trainers keep beside them.
         strict: raise when a name is missing, unexpected or of another shape; else load what fits.
 
     Returns:
@@ -143,13 +144,16 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, ema
     Raises:
         CheckpointError: the file is missing or no checkpoint, or, if strict, does not fit; the model is unchanged.
     """
+    return load_weights(model, read_weights(path, ema), strict)
+
+
+def load_weights(model: nn.Module, weights: Weights, strict: bool = True, classifier: bool = True) -> LoadReport:
+    """The same with what `read_weights` has read. Without `classifier`, the model's stays as it is."""
     own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     to_upstream = upstream_names(model)
     # The file may come from a model with a dropout and this one have none, or the other way round.
     index = _classifier_index(model)
-    state = {
-        re.sub(r"^classifier\.\d+\.", f"classifier.{index}.", name): t for name, t in read_state_dict(path, ema).items()
-    }
+    state = {re.sub(r"^classifier\.\d+\.", f"classifier.{index}.", name): t for name, t in weights.state.items()}
     if len(state.keys() & own_shapes.keys()) < len(state.keys() & set(to_upstream.values())):
         spelling = to_upstream
     else:
@@ -157,7 +161,11 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, ema
 
     report, fitting = LoadReport(), {}
     for own, theirs in spelling.items():
-        if theirs not in state:
+        if own.startswith("classifier.") and not classifier:
+            continue
+        elif theirs not in state and own.endswith("num_batches_tracked"):
+            fitting[own] = torch.zeros((), dtype=torch.long)  # not yet in the files of PyTorch before 0.4.1
+        elif theirs not in state:
             report.missing.append(theirs)
         elif state[theirs].shape != own_shapes[own]:
             found, wanted = tuple(state[theirs].shape), tuple(own_shapes[own])
@@ -167,6 +175,6 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, ema
     report.unexpected = sorted(state.keys() - set(spelling.values()))
 
     if strict and str(report):
-        raise CheckpointError(f"{path} does not fit this model (check --arch and its options): {report}")
+        raise CheckpointError(f"{weights.path} does not fit this model (check --arch and its options): {report}")
     model.load_state_dict(fitting, strict=False)
     return report

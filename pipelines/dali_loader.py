@@ -9,7 +9,6 @@ from them. The bytes of a .beton file go to DALI without a copy.
 
 from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from importlib.util import find_spec
 from typing import Any, TypeAlias
@@ -24,7 +23,8 @@ from pipelines.plan import StepPlan
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
-from pipelines.stages import HostBatch, host_batch, in_background, to_device
+from pipelines.stages import HostBatch, host_batch, to_device
+from pipelines.threads import Threads, in_background
 
 # Each step with the stored bytes of its images
 Inputs: TypeAlias = Generator[tuple[StepPlan, list[NDArray[np.uint8]]], None, None]
@@ -66,6 +66,7 @@ class DaliExecutor:
         self._image_size = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._in_dali: deque[tuple[StepPlan, Any]] = deque()  # the steps whose batches are to come, and their inputs
+        self._is_running = False
 
     def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
         if image_size != self._image_size:
@@ -77,6 +78,10 @@ class DaliExecutor:
             yield from to_device(batches, self._device, self._dtype)
 
     def close(self) -> None:
+        if not self._is_running:  # else in a thread that was left behind in a read: the pipeline is its own
+            self._end_pipeline()
+
+    def _end_pipeline(self) -> None:
         # Private, but the only way to do it now: a pipeline in a cycle of references, as an error makes one, would be
         # destroyed by a later garbage collection, perhaps in a forked process, where it waits for threads for ever.
         if self._pipeline is not None:
@@ -132,10 +137,10 @@ class DaliExecutor:
         def read(indices: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
             return [source.read(index) if not source.is_raw[index] else _as_ppm(source, index) for index in indices]
 
-        with ThreadPoolExecutor(self._threads) as pool:
+        with Threads(self._threads) as threads:
             for step in steps:
                 source.will_need(step.indices)
-                parts = pool.map(read, np.array_split(step.indices, self._threads))
+                parts = threads.map(read, np.array_split(step.indices, self._threads))
                 yield step, [data for part in parts for data in part]
 
     def _next_step(self) -> tuple[list[NDArray[np.uint8]], NDArray, NDArray, NDArray]:
@@ -153,7 +158,7 @@ class DaliExecutor:
     def _outputs(self, inputs: Inputs) -> Generator[HostBatch, None, None]:
         """Keeps DALI filled, and takes the batches out in order."""
         self._inputs, self._error = inputs, None
-        finished = False
+        finished, self._is_running = False, True
         try:
             self._pipeline.reset()
             self._pipeline.schedule_run()  # fills DALI's queue
@@ -166,7 +171,8 @@ class DaliExecutor:
             inputs.close()
             self._in_dali.clear()
             if not finished:  # there are steps in DALI that would come out first in the next epoch
-                self.close()
+                self._end_pipeline()
+            self._is_running = False
 
     def _take(self) -> HostBatch:
         """The images of the oldest step in DALI."""
@@ -179,7 +185,7 @@ class DaliExecutor:
         self._pipeline.release_outputs()
         self._in_dali.popleft()
         self._pipeline.schedule_run()
-        return host_batch(images, step, self._source.labels)
+        return host_batch(images, step.indices, self._source.labels)
 
     def _as_tensor(self, output: Any) -> Tensor:
         """DALI's images (N, S, S, 3): on a CPU in DALI's own memory, on a GPU copied into PyTorch's."""

@@ -19,7 +19,8 @@ from pipelines import native
 from pipelines.loader import MEAN, STD, Batch
 from pipelines.plan import StepPlan
 from pipelines.sources.beton import BetonSource
-from pipelines.stages import Buffers, HostBatch, host_batch, in_background, to_device
+from pipelines.stages import Buffers, HostBatch, host_batch, to_device
+from pipelines.threads import in_background
 
 BATCHES_AHEAD = 2
 
@@ -75,5 +76,5 @@ class FfcvExecutor:
                 except native.DecodeError as error:
                     index = step.indices[error.position]
                     raise self._source.damaged_image(index, str(error)) from error
-                yield host_batch(images, step, self._source.labels)
+                yield host_batch(images, step.indices, self._source.labels)
                 del images  # so that its memory can be used again

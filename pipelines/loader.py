@@ -6,7 +6,7 @@
 backend is one class with `run` and `close`.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -38,13 +38,20 @@ class Batch(NamedTuple):
 
 
 class Source(Protocol):
-    """The images of one split. `sizes` (N, 2) int32, height first; `labels` (N,) int64."""
+    """The images of one split. `sizes` (N, 2) int32, height first; `labels` (N,) int64, positions in `classes`.
+
+    `has_names`: whether `classes` are their names, not numbers that stand in for names that the source does not know.
+    """
 
     classes: list[str]
+    has_names: bool
     labels: NDArray[np.int64]
     sizes: NDArray[np.int32]
 
     def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What image `index` is called in a message."""
 
 
 class Executor(Protocol):
@@ -82,6 +89,7 @@ class DataConfig:
     backend: Literal["auto", "dali", "ffcv", "torchvision", "synthetic"] = "auto"
     batch_size: int = 256
     workers: int = 4
+    ranks_of_machine: int = 1
     seed: int = 0
     input_size: int = 224
     eval_size: int = 224
@@ -123,6 +131,7 @@ class Loader:
         self.training, self.rank, self.world_size = training, rank, world_size
         self._running: Generator[Batch, None, None] | None = None
         self.classes = source.classes
+        self.class_names = source.classes if source.has_names else None
         self.num_samples = len(source)
         if training and self.num_samples < config.batch_size:
             raise DataError(
@@ -130,6 +139,10 @@ class Loader:
                 "use a smaller --batch-size"
             )
         self.set_epoch(0)
+
+    def relabel(self, labels: Sequence[int]) -> None:
+        """Give images of class i the label `labels[i]` from now on, e.g. the output of a model with more classes."""
+        self._source.labels = np.asarray(labels, np.int64)[self._source.labels]
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of `epoch`."""
@@ -154,6 +167,10 @@ class Loader:
     def image_size(self) -> int:
         """Side in pixels of the images of this epoch."""
         return self._config.train_size(self.epoch) if self.training else self._config.eval_size
+
+    def name(self, index: int) -> str:
+        """What image `index` of the dataset is called in a message."""
+        return self._source.name(index)
 
     def _steps_left(self) -> list[int]:
         """Steps in which this rank has images: in the last step of an evaluation some ranks may have none."""
@@ -213,12 +230,13 @@ def build_loader(
 
         executor = SyntheticExecutor(source, device, dtype)
     elif backend == "torchvision":
-        from pipelines.torchvision_loader import TorchvisionExecutor, TorchvisionGpuExecutor
+        from pipelines.torchvision_loader import TorchvisionExecutor, TorchvisionGpuExecutor, shared_memory_need
 
         if device.type == "cuda":
             executor = TorchvisionGpuExecutor(source, device, dtype)
         else:
-            executor = TorchvisionExecutor(source, device, dtype, config.workers)
+            need = shared_memory_need(config, training, world_size, len(source))
+            executor = TorchvisionExecutor(source, device, dtype, config.workers, need)
     elif backend == "ffcv":
         from pipelines.ffcv_loader import FfcvExecutor
 

@@ -1,12 +1,9 @@
-"""What every executor's pipeline is made of: stages in threads of their own, memory, and the way to the device."""
+"""What the executors have in common: batches in the host's memory, that memory, and the way to the device."""
 
 import weakref
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from queue import Empty, Queue
-from threading import Event, Thread
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.loader import MEAN, STD, Batch
-from pipelines.plan import StepPlan
-
-T = TypeVar("T")
 
 
 class HostBatch(NamedTuple):
@@ -30,47 +24,9 @@ class HostBatch(NamedTuple):
     indices: Tensor
 
 
-def host_batch(images: Tensor, step: StepPlan, labels: NDArray[np.int64]) -> HostBatch:
-    """The images (N, S, S, 3) of a step with its indices, and their labels of the dataset's `labels`."""
-    return HostBatch(images, torch.from_numpy(labels[step.indices]), torch.from_numpy(step.indices))
-
-
-def in_background(items: Generator[T, None, None], ahead: int) -> Generator[T, None, None]:
-    """The items, made in a thread of their own, at most `ahead` of them before they are asked for.
-
-    An error in making them is raised here. Closing this generator closes `items` and ends the thread.
-    """
-    queue: Queue[tuple[T | None, BaseException | None]] = Queue(ahead)
-    stopped = Event()
-
-    def fill() -> None:
-        error = None
-        try:
-            for item in items:
-                queue.put((item, None))
-                if stopped.is_set():
-                    break
-        except BaseException as raised:
-            error = raised
-        finally:
-            items.close()
-        queue.put((None, error or StopIteration()))
-
-    thread = Thread(target=fill, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = queue.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stopped.set()
-        while thread.is_alive():  # it may wait for a place in the queue
-            with suppress(Empty):
-                queue.get(timeout=0.01)
+def host_batch(images: Tensor, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> HostBatch:
+    """The images (N, S, S, 3) at `indices` (N,), with their labels of the dataset's `labels`."""
+    return HostBatch(images, torch.from_numpy(labels[indices]), torch.from_numpy(indices))
 
 
 class Buffers:

@@ -12,6 +12,8 @@ from pipelines.plan import StepPlan
 class SyntheticSource:
     """`num_images` images that exist in name only, of ImageNet's typical size, with labels in turn."""
 
+    has_names = False
+
     def __init__(self, num_images: int, num_classes: int):
         self.classes = [f"{label:08d}" for label in range(num_classes)]
         self.labels = np.arange(num_images, dtype=np.int64) % num_classes
@@ -19,6 +21,9 @@ class SyntheticSource:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"synthetic image {index}"
 
 
 class SyntheticExecutor:

@@ -3,27 +3,41 @@
     this process:      steps of the plan ->                                       -> to the device, normalise
     worker processes:                       one whole rank's batch each: decode (libjpeg-turbo), cut, resize, flip
 
-A worker makes a whole batch, in uint8: one tensor through shared memory instead of hundreds, at a quarter of the
-bytes. The workers stay alive from epoch to epoch.
+A worker makes a whole batch, in uint8 and right in shared memory: one tensor instead of hundreds, at a quarter of the
+bytes. The workers stay alive from epoch to epoch, and are killed at the end: they hold nothing that could be lost.
 """
 
+import atexit
+import math
+import multiprocessing
+import os
+import sys
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, nullcontext
-from signal import SIG_IGN, SIGINT, SIGTERM, signal
-from typing import Protocol
+from errno import ENOSPC
+from multiprocessing.queues import Queue
+from signal import SIG_DFL, SIG_IGN, SIGCHLD, SIGINT, SIGTERM, SIGUSR1, signal
+from threading import current_thread, main_thread
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipelines.loader import Batch
+from pipelines.loader import Batch, DataConfig
 from pipelines.plan import StepPlan
+from pipelines.shared_memory import Need, free_and_size
 from pipelines.sources.errors import DataError
-from pipelines.stages import HostBatch, host_batch, in_background, normalise, to_device
+from pipelines.stages import HostBatch, host_batch, normalise, to_device
+from pipelines.threads import PATIENCE_S, in_background
+
+BATCHES_AHEAD = 2  # of each worker
+LARGEST_REDUCTION = 64  # of one resize on a GPU, whose kernel keeps the weights of a pixel in 48 KiB: 94 is its end
 
 
 class DecodingSource(Protocol):
@@ -48,27 +62,54 @@ def render(image: Tensor, box: tuple[int, int, int, int], flip: bool, size: int)
     # Pixel by pixel in memory, as decoders leave it: the resize is faster so, and its result needs no shuffling.
     cut = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
     if cut.is_cuda:  # which resizes floats only
-        resized = F.interpolate(cut.float(), (size, size), mode="bilinear", antialias=True)[0].round_().byte()
+        resized = cut.float()
+        for step in resize_steps(height, width, size):
+            resized = F.interpolate(resized, step, mode="bilinear", antialias=True)
+        resized = resized[0].round_().byte()
     else:
         resized = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
     return (resized.flip(2) if flip else resized).permute(1, 2, 0)
 
 
+def resize_steps(height: int, width: int, size: int) -> list[tuple[int, int]]:
+    """The sizes (height, width) that an image takes one after another, so that no step reduces a side to less than
+    1 / `LARGEST_REDUCTION`. The last step reduces most: the result is then nearest to that of a single one.
+    """
+    steps = [(size, size)]
+    while max(height / steps[0][0], width / steps[0][1]) > LARGEST_REDUCTION:
+        steps.insert(0, (min(height, LARGEST_REDUCTION * steps[0][0]), min(width, LARGEST_REDUCTION * steps[0][1])))
+    return steps
+
+
 class _Batches(Dataset):
-    """The key of an item is the work itself: (step of the plan, side of the images)."""
+    """The key of an item is the work itself: (step of the plan, side of the images). The item is the images
+    (N, S, S, 3) uint8 and their indices (N,).
+    """
 
-    def __init__(self, source: DecodingSource):
-        self.source = source
+    def __init__(self, source: DecodingSource, need: Need):
+        self.source, self._need = source, need
 
-    def __getitem__(self, work: tuple[StepPlan, int]) -> HostBatch | DataError:
+    def __getitem__(self, work: tuple[StepPlan, int]) -> tuple[Tensor, NDArray[np.int64]] | DataError:
         step, size = work
-        images = torch.empty(len(step.indices), size, size, 3, dtype=torch.uint8)
         try:
+            images = self._empty(len(step.indices), size, size, 3)
             for image, index, box, flip in zip(images, step.indices, step.boxes.tolist(), step.flips, strict=True):
                 image.copy_(render(self.source.decode(index), box, flip, size))
         except DataError as error:
             return error  # raised in the training process; the DataLoader would wrap it into a page of text
-        return host_batch(images, step, self.source.labels)
+        return images, step.indices
+
+    def _empty(self, *shape: int) -> Tensor:
+        """Uninitialised bytes: in a worker in shared memory, where the DataLoader would otherwise copy them later, in
+        a thread whose failure nobody would notice.
+        """
+        if get_worker_info() is None:
+            return torch.empty(shape, dtype=torch.uint8)
+        try:
+            memory = torch.UntypedStorage._new_shared(math.prod(shape))  # as PyTorch's default_collate does
+        except RuntimeError as error:
+            raise DataError(f"shared memory has run out: {self._need.advice()}") from error
+        return torch.empty(0, dtype=torch.uint8).set_(memory).view(shape)
 
 
 class _Work(Sampler):
@@ -81,10 +122,35 @@ class _Work(Sampler):
         return iter(self.items)
 
 
-def _leave_signals_to_the_trainer(worker_id: int) -> None:
-    # Ctrl-C and a launcher's SIGTERM reach the whole process group; the workers must outlive the last checkpoint.
-    signal(SIGINT, SIG_IGN)
-    signal(SIGTERM, SIG_IGN)
+def shared_memory_need(config: DataConfig, training: bool, world_size: int, num_images: int) -> Need:
+    """What the workers of this machine's ranks fill: the batches that are made ahead, and the one that is in use."""
+    steps = num_images // config.batch_size if training else math.ceil(num_images / config.batch_size)
+    size = max(config.input_size, config.start_size or 0) if training else config.eval_size
+    batch_size = math.ceil(min(config.batch_size, num_images) / world_size)
+    batches = min(BATCHES_AHEAD * config.workers + 1, steps)
+    return Need(batches, batch_size * size**2 * 3, config.ranks_of_machine)
+
+
+def _start_worker(worker_id: int) -> None:
+    # Ctrl-C, and what a launcher or a batch system sends, reach all processes; the workers must outlive the last
+    # checkpoint.
+    for number in (SIGINT, SIGTERM, SIGUSR1):
+        signal(number, SIG_IGN)
+    Queue._on_queue_feeder_error = staticmethod(_give_up)
+
+
+def _give_up(error: Exception, item: Any) -> None:
+    """End this worker: the batch that it can't send would be waited for without end, its death is noticed."""
+    print(f"a loading process cannot send a batch: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+@atexit.register  # before multiprocessing's own, which sends SIGTERM and waits
+def _kill_workers() -> None:
+    """End what no `close` has ended."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class TorchvisionExecutor:
@@ -93,22 +159,33 @@ class TorchvisionExecutor:
     Args:
         source: the images. device, dtype: of the batches.
         workers: processes, at least 0; with 0 the images are decoded in this process.
+        need: of shared memory, where there are workers; by default not looked at.
+
+    Raises:
+        DataError: there is less of it.
     """
 
-    def __init__(self, source: DecodingSource, device: torch.device, dtype: torch.dtype, workers: int):
-        self._device, self._dtype = device, dtype
+    def __init__(
+        self, source: DecodingSource, device: torch.device, dtype: torch.dtype, workers: int, need: Need | None = None
+    ):
+        self._labels, self._device, self._dtype = source.labels, device, dtype
+        self._need = need or Need()
+        if workers and not self._need.is_met():
+            raise DataError(f"too little shared memory: {self._need.advice()}")
         self._work = _Work()
         self._batches: DataLoader | None = DataLoader(
-            _Batches(source),
+            _Batches(source, self._need),
             batch_size=None,
+            collate_fn=lambda item: item,  # PyTorch's would make a tensor of the indices, which takes shared memory
             sampler=self._work,
             num_workers=workers,
+            prefetch_factor=BATCHES_AHEAD if workers else None,
             # forked: the source is shared, not copied, and a mapped file can't be sent
             multiprocessing_context="fork" if workers else None,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # for the workers' seeds, which nothing uses: the global one is the trainer's
-            worker_init_fn=_leave_signals_to_the_trainer if workers else None,
+            worker_init_fn=_start_worker if workers else None,
         )
 
     def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
@@ -116,16 +193,54 @@ class TorchvisionExecutor:
         yield from to_device(self._host_batches(), self._device, self._dtype)
 
     def _host_batches(self) -> Iterator[HostBatch]:
-        for batch in self._batches:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        try:
+            batches = iter(self._batches)
+            if current_thread() is main_thread():
+                # PyTorch's handler raises wherever this thread is, in the middle of a training step; a worker's end is
+                # noticed here, too, when its batch is waited for.
+                signal(SIGCHLD, SIG_DFL)
+            for item in batches:
+                if isinstance(item, DataError):
+                    raise item
+                images, indices = item
+                yield host_batch(images, indices, self._labels)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            has_room = free_and_size()[0] >= self._need.batch_bytes
+            why = "was it killed for want of memory? use a lower -j" if has_room else self._need.advice()
+            raise DataError(f"a loading process has ended ({str(error).splitlines()[0]}): {why}") from error
+        except OSError as error:
+            if error.errno != ENOSPC:
+                raise
+            raise DataError(f"shared memory has run out: {self._need.advice()}") from error  # of a queue
 
     def close(self) -> None:
-        # Private, but the only way: the workers ignore SIGTERM, and a DataLoader that is merely dropped keeps them.
-        if self._batches is not None and self._batches._iterator is not None and self._batches.num_workers:
-            self._batches._iterator._shutdown_workers()
+        if self._batches is not None and self._batches._iterator is not None:
+            _end(self._batches._iterator)
         self._batches = None
+
+
+def _end(iterator: Any) -> None:
+    """Kill the workers of a DataLoader's iterator.
+
+    Its own way, `_shutdown_workers`, asks them to end, waits for five seconds for each that is stuck in a read, sends
+    SIGTERM, which they ignore, and waits for ever for a lock that a stopped worker may hold.
+    """
+    iterator._shutdown = True  # there will be nothing left to do for it
+    _remove_worker_pids(id(iterator))
+    iterator._worker_pids_set = False
+    if iterator._pin_memory:
+        iterator._pin_memory_thread_done_event.set()
+        iterator._worker_result_queue.cancel_join_thread()
+        iterator._worker_result_queue.put((None, None))  # wakes it
+        iterator._pin_memory_thread.join(PATIENCE_S)
+    for worker in iterator._workers:
+        worker.kill()
+    for worker in iterator._workers:
+        worker.join(PATIENCE_S)
+    for queue in iterator._index_queues:
+        queue.close()
 
 
 class TorchvisionGpuExecutor:
@@ -167,9 +282,13 @@ class TorchvisionGpuExecutor:
                     whole = self._decode_batch(step, data)
                     boxes = zip(whole, step.boxes.tolist(), step.flips, strict=True)
                     images = torch.stack([render(image, box, flip, size) for image, box, flip in boxes])
-                    batch = normalise(host_batch(images, step, self._source.labels), self._device, self._dtype)
+                    batch = normalise(host_batch(images, step.indices, self._source.labels), self._device, self._dtype)
                 if self._stream:
-                    self._stream.synchronize()  # this thread waits, not the training's
+                    # It must be here, and this thread waits, not the training's: nvJPEG's hardware decoder writes
+                    # before the work that is queued on its stream is done (torchvision's pull request 9606,
+                    # torchcodec's 1634), so the next batch may only be decoded, into memory that this one has used,
+                    # when this one is finished.
+                    self._stream.synchronize()
                 yield batch
 
     def _decode_batch(self, step: StepPlan, data: list[Tensor]) -> list[Tensor]:

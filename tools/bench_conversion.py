@@ -23,6 +23,7 @@ import torch
 import tyro
 from torchvision.datasets import ImageFolder
 
+from dcd.engine.command_line import parse
 from dcd.engine.run_log import device_name
 from pipelines.sources.errors import DataError
 from tools.conversion.images import Options
@@ -100,4 +101,4 @@ def main(src: tyro.conf.Positional[Path], workers: int | None = None, rounds: in
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    parse(main)

@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from dcd.engine.command_line import parse
 from dcd.engine.run_log import device_name
 from pipelines import native
 from pipelines.loader import MEAN, STD, DataConfig, build_loader
@@ -429,4 +430,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    parse(main)

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import dcd
+from dcd.engine.command_line import parse
 from dcd.engine.cpu_memory import keep_freed_memory
 from dcd.engine.optim import autocast_dtype
 from dcd.engine.run_log import device_name
@@ -120,6 +121,4 @@ def main(
 
 
 if __name__ == "__main__":
-    import tyro
-
-    tyro.cli(main)
+    parse(main)

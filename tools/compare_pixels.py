@@ -18,6 +18,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
+from dcd.engine.command_line import parse
 from pipelines.loader import MEAN, STD, DataConfig, build_loader
 from pipelines.plan import EpochPlan, RandomCrop
 from pipelines.sources.errors import DataError
@@ -86,4 +87,4 @@ def main(data: tyro.conf.Positional[Path], images: int = 1024, sizes: tuple[int,
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    parse(main)

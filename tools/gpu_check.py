@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from dcd.engine.command_line import path
 from tools.gpu.record import Findings, show
 
 ROOT = Path(__file__).parents[1]
@@ -157,7 +158,7 @@ def markdown(columns: list[str], rows: list[list]) -> list[str]:
 def main() -> None:
     known = [name for beside in SECTIONS for name in beside]
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__.partition("\n")[0])
-    parser.add_argument("out", type=Path, help="folder for gpu_check.md and gpu_check.json")
+    parser.add_argument("out", type=path, help="folder for gpu_check.md and gpu_check.json")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on a CPU: whether it works")
     parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="SECTION", help=", ".join(known))
     options = parser.parse_args()

@@ -269,6 +269,8 @@ def main(
 
 
 if __name__ == "__main__":
-    import tyro
+    import tyro  # which the annotations name
 
-    tyro.cli(main)
+    from dcd.engine.command_line import parse
+
+    parse(main)

@@ -74,6 +74,8 @@ def main(out: tyro.conf.Positional[Path], train_images: int = 4096, val_images: 
 
 
 if __name__ == "__main__":
-    import tyro
+    import tyro  # which the annotations name
 
-    tyro.cli(main)
+    from dcd.engine.command_line import parse
+
+    parse(main)

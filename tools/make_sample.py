@@ -15,6 +15,8 @@ import tyro
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from dcd.engine.command_line import parse
+
 SIZE = 64
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -53,4 +55,4 @@ def main(out: tyro.conf.Positional[Path]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    parse(main)

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from dcd.engine.command_line import parse
 from dcd.engine.cpu_memory import keep_freed_memory
 from tools.bench_model import STATIC as NETWORKS
 from tools.bench_model import describe_machine
@@ -143,6 +144,4 @@ def _refuse_unknown(flag: str, names: Iterable[str], known: Iterable[str]) -> No
 
 
 if __name__ == "__main__":
-    import tyro
-
-    tyro.cli(main)
+    parse(main)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
+from dcd.engine.command_line import parse
+
 try:
     from tyro.conf import arg
 except ModuleNotFoundError:  # only a command line needs the aliases; a Config can be made without one
@@ -28,15 +30,22 @@ class Config:
     arch: Annotated[str, arg(aliases=("-a",))] = "resnet50_dcd"
     """Name of the model; an unknown one prints the nearest."""
     num_classes: int | None = None
-    """Width of the logits; by default the number of classes in the data."""
+    """Width of the logits; by default the number of classes in the data, in an evaluation in the checkpoint."""
     dropout: float | None = None
     """Probability of dropout before the classifier."""
     width_mult: float = 1.0
     """Width multiplier (mobilenetv2 and mobilenetv2_dcd)."""
     fc_squeeze: int = 8
     """Divides the width of the coefficient branch (mobilenetv2_dcd)."""
+    zero_init_fusion: bool = False
+    """Start the dynamic layers without their fusion, which they learn (*_dcd): evaluations are finite early."""
+    zero_init_residual: bool = False
+    """Start the residual branches at 0, as torchvision's option does."""
     weight: Path | None = None
-    """Start from, or evaluate, the weights of this checkpoint: official or own."""
+    """Start from, or evaluate, the weights of this checkpoint: official or own. A classifier of other classes is not
+    loaded into a training; an evaluation matches the classes by name."""
+    freeze: bool = False
+    """Train the classifier alone: everything else stays as --weight has it, batch-norm statistics included."""
 
     # --- data ---
     data: Annotated[Path | None, arg(aliases=("-d",))] = None
@@ -139,6 +148,14 @@ class Config:
     """Epochs between two evaluations; the last epoch is always evaluated."""
     checkpoint_minutes: float = 10.0
     """Most minutes between two checkpoints; one is written after every epoch in any case."""
+    checkpoint_steps: int | None = None
+    """Write a checkpoint every so many steps as well."""
+    keep: int = 2
+    """How many of the newest checkpoints are kept: last.pth, last.1.pth, ..."""
+    timeout: float = 1800.0
+    """Seconds without any progress after which a run ends, with the name of the rank that it hangs on."""
+    max_bad_steps: int = 0
+    """Steps whose loss or gradient is not finite that are left out before the run ends."""
     stop_after_steps: int | None = None
     """Write a checkpoint and stop after this many steps, as for a job with a time limit."""
     profile: int | None = None
@@ -152,10 +169,12 @@ class Config:
             if not holds:
                 raise ConfigError(message)
 
-        for name in ("epochs", "batch_size", "accumulate", "print_freq", "eval_every", "step", "mixup_epochs"):
+        for name in ("epochs", "batch_size", "accumulate", "print_freq", "eval_every", "step", "mixup_epochs", "keep"):
             flag = name.replace("_", "-")
             require(getattr(self, name) >= 1, f"--{flag} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "wd", "momentum", "mixup", "warmup_epochs", "checkpoint_minutes", "gamma", "seed"):
+        for name in (
+            "lr", "wd", "momentum", "mixup", "warmup_epochs", "checkpoint_minutes", "gamma", "seed", "max_bad_steps"
+        ):  # fmt: skip
             value, flag = getattr(self, name), name.replace("_", "-")
             require(math.isfinite(value) and value >= 0, f"--{flag} {value}: must be at least 0")
         sizes = {"input-size": self.input_size, "eval-size": self.eval_size, "start-size": self.start_size}
@@ -168,13 +187,23 @@ class Config:
         require(self.clip_grad is None or self.clip_grad > 0, f"--clip-grad {self.clip_grad}: must be above 0")
         require(self.workers is None or self.workers >= 0, f"--workers {self.workers}: must be at least 0")
         require(self.profile is None or self.profile >= 1, f"--profile {self.profile}: must be at least 1")
+        steps = self.checkpoint_steps
+        require(steps is None or steps >= 1, f"--checkpoint-steps {steps}: must be at least 1")
+        longest = 30 * 86400  # the group's own limit is a little longer, and must fit into a timedelta
+        require(1 <= self.timeout <= longest, f"--timeout {self.timeout}: must lie between 1 and {longest} seconds")
         require(self.nesterov is False or self.momentum > 0, "--nesterov needs a --momentum above 0")
         require(
             self.warmup is False or self.warmup_epochs < self.epochs,
             f"--warmup takes {self.warmup_epochs} epochs: use more --epochs or fewer --warmup-epochs",
         )
+        require(not self.freeze or self.weight is not None, "--freeze trains the classifier alone: it needs a --weight")
         mobilenet = self.arch.startswith("mobilenetv2")
         require(mobilenet or self.width_mult == 1.0, f"--width-mult has no meaning for {self.arch}: leave it out")
+        require(
+            self.arch.endswith("_dcd") or not self.zero_init_fusion,
+            f"--zero-init-fusion has no meaning for {self.arch}: leave it out, or undo a recipe's by "
+            "--no-zero-init-fusion",
+        )
 
     def to_dict(self) -> dict:
         """The options as plain numbers, strings, lists and None."""
@@ -185,7 +214,13 @@ class Config:
 
     @property
     def model_kwargs(self) -> dict[str, float]:
-        """What the model's family takes besides classes and dropout."""
+        """What the model takes besides classes and dropout: its widths, and how it is initialised."""
+        initialisation = {name: getattr(self, name) for name in ("zero_init_fusion", "zero_init_residual")}
+        return {**self._widths, **initialisation}
+
+    @property
+    def _widths(self) -> dict[str, float]:
+        """What the model's family takes for the shapes of its weights."""
         if not self.arch.startswith("mobilenetv2"):
             return {}
         squeeze = {"fc_squeeze": self.fc_squeeze} if self.arch == "mobilenetv2_dcd" else {}
@@ -194,7 +229,7 @@ class Config:
     @property
     def architecture(self) -> dict[str, str | int | float | None]:
         """What decides on the shapes of the weights: a checkpoint fits where all of it agrees."""
-        return {"arch": self.arch, "num_classes": self.num_classes, **self.model_kwargs}
+        return {"arch": self.arch, "num_classes": self.num_classes, **self._widths}
 
 
 C = TypeVar("C", bound=Config)
@@ -210,8 +245,6 @@ def parse_config(argv: list[str], recipes: dict[str, Config], kind: type[C] = Co
     Raises:
         ConfigError: an unknown flag or recipe, or a value that no run can carry out.
     """
-    import tyro
-
     default = kind()
     for i, word in enumerate(argv):
         if word == "--recipe" or word.startswith("--recipe="):
@@ -222,7 +255,7 @@ def parse_config(argv: list[str], recipes: dict[str, Config], kind: type[C] = Co
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=argv, default=default, prog=prog)
+            return parse(kind, args=argv, default=default, prog=prog)
     except SystemExit as error:
         if error.code == 0:
             raise

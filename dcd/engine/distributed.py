@@ -1,16 +1,23 @@
-"""Ranks: what torchrun sets up, and the few things that all ranks do together. One process needs no process group."""
+"""Ranks: what torchrun or Slurm sets up, and the few things that all ranks do together. One process needs no group."""
 
+import faulthandler
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dcd.engine import slurm
 from dcd.engine.config import ConfigError
+
+SECONDS_TO_LEAVE = 15  # the process group, with works of it that may be under way
 
 
 class LostRankError(RuntimeError):
@@ -32,15 +39,20 @@ class Ranks:
         return self.rank == 0
 
 
-def start(device: str) -> Ranks:
-    """Read torchrun's environment, choose the device, and join the process group (NCCL on GPUs, gloo on CPUs).
+def start(device: str, timeout: timedelta) -> Ranks:
+    """Read torchrun's or Slurm's environment, choose the device, and join the process group.
+
+    The group has NCCL for the tensors of GPUs and gloo for those of CPUs.
 
     Args:
         device: auto, cuda or cpu.
+        timeout: after which a collective operation fails.
 
     Raises:
         ConfigError: no GPU where one is asked for, or fewer GPUs than ranks on this machine.
     """
+    if "RANK" not in os.environ:
+        os.environ.update(slurm.rank_variables(os.environ))
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     num_gpus = torch.cuda.device_count()
@@ -57,17 +69,34 @@ def start(device: str) -> Ranks:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     if world_size > 1:
+        # Imported later, by DDP, its functions would have the group as a default argument, and hold it for ever.
+        import_module("torch.distributed.nn.functional")
         if chosen.type == "cuda":
-            dist.init_process_group("nccl", device_id=chosen, timeout=timedelta(minutes=30))
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen, timeout=timeout)
         else:
-            dist.init_process_group("gloo", timeout=timedelta(minutes=30))
+            dist.init_process_group("gloo", timeout=timeout)
     return Ranks(rank, local_rank, world_size, local_world_size, chosen)
 
 
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def stop(error: BaseException | None) -> None:
+    """Leave the process group, whose threads end with it.
+
+    They must not run into the end of Python, where gloo's would abort the process. So nothing may hold the group any
+    more: the caller has dropped DDP and whatever else has collectives; this drops what `error` holds by its frames.
+
+    Args:
+        error: what ends the run, if anything does.
+    """
+    if not dist.is_initialized():
+        return
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
+    # A work that waits for a rank which does not answer would keep this one for as long as `--timeout`.
+    faulthandler.dump_traceback_later(SECONDS_TO_LEAVE, exit=True)
+    dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager
@@ -96,6 +125,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def highest_over_ranks(*values: int) -> list[int]:
+    """The highest of each value over all ranks, on every rank. On the CPU: it does not wait for a GPU."""
+    if not dist.is_initialized():
+        return list(values)
+    highest = torch.tensor(values)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return highest.tolist()
 
 
 def share_buffers(model: nn.Module) -> None:

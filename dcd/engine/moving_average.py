@@ -18,6 +18,11 @@ class MovingAverage(AveragedModel):
         super().__init__(model, use_buffers=True)
         self._decay = decay
 
+    def begin_with(self, model: nn.Module) -> None:
+        """Let the average be what the model is, as its first value."""
+        self.module.load_state_dict(model.state_dict())
+        self.n_averaged.fill_(1)
+
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Bring in the model; the first time the average becomes what it is."""

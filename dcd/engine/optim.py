@@ -10,9 +10,11 @@ from dcd.engine.config import Config, ConfigError
 
 
 def build_optimizer(model: nn.Module, config: Config) -> SGD:
-    """SGD with momentum; `--no-norm-decay` takes weight decay from batch norms and biases (one dimension)."""
-    decayed = [p for p in model.parameters() if config.norm_decay or p.dim() > 1]
-    spared = [p for p in model.parameters() if not config.norm_decay and p.dim() <= 1]
+    """SGD with momentum over what is not frozen; `--no-norm-decay` takes weight decay from batch norms and biases (one
+    dimension)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if config.norm_decay or p.dim() > 1]
+    spared = [p for p in trained if not config.norm_decay and p.dim() <= 1]
     groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     optimizer = SGD(
         [group for group in groups if group["params"]],
@@ -26,7 +28,7 @@ def build_optimizer(model: nn.Module, config: Config) -> SGD:
     if config.momentum:
         # Fused SGD takes its first buffers from uninitialised memory, and leaves them so when GradScaler skips the
         # first step, as it does in fp16. Zeros give the same first step.
-        for parameter in model.parameters():
+        for parameter in trained:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 

@@ -7,22 +7,30 @@ Files:
     tensorboard/    the same numbers as TensorBoard events
     checkpoints/    last.pth, best.pth
     summary.json    the result
+    status.json     {"state": "running" | "finished" | "stopped" | "preempted" | "failed", "time": ...}
+    .lock           held by the process that writes here
 """
 
+import errno
+import io
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from dcd.engine.config import Config
 from dcd.engine.distributed import Ranks
+from dcd.engine.folder_lock import FolderLock
 from dcd.engine.optim import autocast_dtype
 
 
@@ -37,6 +45,25 @@ class RunLog:
         self.folder, self.enabled = folder, enabled
         self._bar: tqdm | None = None
         self._show_bar = enabled and sys.stderr.isatty()
+        self._lock: FolderLock | None = None
+        self._metrics: io.FileIO | None = None
+        self._events: Any = None
+        self._lost: dict[str, int] = {}  # lines that could not be written to a file
+
+    def claim(self) -> None:
+        """Keep other runs out of the folder.
+
+        Raises:
+            ConfigError: another run is there, or the folder cannot be written to.
+        """
+        if self.enabled and self._lock is None:
+            self._lock = FolderLock(self.folder)
+
+    def set_state(self, state: Literal["running", "finished", "stopped", "preempted", "failed"]) -> None:
+        """Write `status.json`: torchrun ends with 1 whatever its workers have to say, so a script looks there."""
+        if self._lock is not None:
+            content = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            self._try("status.json", lambda: write_json(self.folder / "status.json", content))
 
     def open(self, resolved: dict, global_step: int) -> None:
         """Write `config.json`, and go on with the metrics from `global_step`.
@@ -47,22 +74,44 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import; the other ranks need not
 
+        self.set_state("running")
         write_json(self.folder / "config.json", resolved)
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():
             kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= global_step]
             _replace(metrics, "".join(f"{line}\n" for line in kept))
-        self._metrics = open(metrics, "a", buffering=1)
+        self._metrics = open(metrics, "ab", buffering=0)  # a line that the disk does not take is not kept for later
         self._events = SummaryWriter(self.folder / "tensorboard", purge_step=global_step + 1)
 
     def write(self, kind: str, global_step: int, **values: float) -> None:
         """One line in `metrics.jsonl` and the same numbers in TensorBoard, under `kind`."""
         if self.enabled:
-            # JSON has no NaN
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._metrics.write(json.dumps({"kind": kind, "global_step": global_step, **finite}) + "\n")
+            line = json.dumps(_finite({"kind": kind, "global_step": global_step, **values}), allow_nan=False) + "\n"
+            self._try("metrics.jsonl", lambda: self._write_line(line))
+            self._try("tensorboard", lambda: self._add_scalars(kind, values, global_step))
+
+    def _write_line(self, line: str) -> None:
+        data = line.encode()
+        if self._lost.get("metrics.jsonl"):
+            data = b"\n" + data  # behind what may be there of the lost one
+        if self._metrics.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _add_scalars(self, kind: str, values: dict[str, float], global_step: int) -> None:
+        if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(f"{kind}/{name}", value, global_step)
+
+    def _try(self, name: str, write: Callable[[], None]) -> None:
+        """A full disk stops no training: what it does not take is counted, and said once and at the end."""
+        try:
+            write()
+        except OSError as error:
+            self._lost[name] = self._lost.get(name, 0) + 1
+            if self._lost[name] == 1:
+                self.say(f"warning: cannot write {self.folder / name} ({error}); training goes on without")
+            if name == "tensorboard":
+                self._events = None  # its thread has ended
 
     def say(self, text: str) -> None:
         """A line on the terminal, above the progress bar."""
@@ -92,13 +141,20 @@ class RunLog:
             self._bar = None
 
     def close(self, summary: dict | None = None) -> None:
-        """Flush everything; write `summary.json` when there is a summary. May be called twice."""
+        """Flush everything, write `summary.json` when there is a summary, free the folder. May be called twice."""
         self.end_epoch()
-        if self.enabled and hasattr(self, "_metrics"):
+        if self._metrics is not None:
             self._metrics.close()
-            self._events.close()
+            self._metrics = None
+            if self._events is not None:
+                self._try("tensorboard", self._events.close)
             if summary is not None:
                 write_json(self.folder / "summary.json", summary)
+            for name, count in self._lost.items():
+                self.say(f"warning: {count} writes to {self.folder / name} were lost")
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def resolve(config: Config, ranks: Ranks) -> dict:
@@ -131,7 +187,16 @@ def device_name(device: torch.device) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    _replace(path, json.dumps(content, indent=2) + "\n")
+    """Write a JSON file, whole or not at all; JSON has no NaN and no infinity, so they become null."""
+    _replace(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _replace(path: Path, text: str) -> None:

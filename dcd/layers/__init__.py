@@ -3,5 +3,6 @@
 from dcd.layers.coefficients import CoefficientGenerator
 from dcd.layers.dcd_conv2d import PATHS, DCDConv2d, available_paths, set_path
 from dcd.layers.dcd_linear import DCDLinear
+from dcd.layers.zero_fusion import zero_fusion
 
-__all__ = ["PATHS", "CoefficientGenerator", "DCDConv2d", "DCDLinear", "available_paths", "set_path"]
+__all__ = ["PATHS", "CoefficientGenerator", "DCDConv2d", "DCDLinear", "available_paths", "set_path", "zero_fusion"]

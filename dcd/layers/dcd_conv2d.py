@@ -62,7 +62,7 @@ class DCDConv2d(nn.Module):
         if path == "auto":
             path = "reference" if torch.compiler.is_compiling() else available_paths(x.device)[-1]
         # By running statistics only the reference has gradients, and only it trains weights of 16 bits.
-        frozen = torch.is_grad_enabled() and not self.bn1.training
+        frozen = not self.bn1.training and self._needs_gradients(x)
         short = self.bn1.training and self.static_conv.weight.element_size() < 4
         if path == "reference" or frozen or short or not self._has_plain_norms():
             return self._by_reference(x)
@@ -111,6 +111,9 @@ class DCDConv2d(nn.Module):
             [found.mean1, found.var1 * unbiased, found.mean2, found.var2 * unbiased],
             [bn1.momentum, bn1.momentum, bn2.momentum, bn2.momentum],
         )
+
+    def _needs_gradients(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _has_plain_norms(self) -> bool:
         """Whether both batch norms work alike, by this rank's statistics and a fixed momentum."""

@@ -6,7 +6,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcd.layers import DCDConv2d, DCDLinear
+from dcd.layers import DCDConv2d, DCDLinear, zero_fusion
 from dcd.registry import register_model
 
 # (in_channels, out_channels) -> a 1×1 convolution without bias
@@ -89,6 +89,8 @@ class MobileNetV2(nn.Module):
         classifier: makes the last layer from (in_features, num_classes).
         width_mult: multiplies every width; the head stays at 1280 channels up to 1.0.
         dropout: probability before the classifier, or None.
+        zero_init_fusion: `dcd.layers.zero_fusion`; only with dynamic layers.
+        zero_init_residual: the last batch norm of each block with a shortcut starts with weight 0.
     """
 
     norms = (("stem", "stem_bn"), ("head", "head_bn"))  # which batch norm is behind which layer
@@ -100,6 +102,8 @@ class MobileNetV2(nn.Module):
         num_classes: int,
         dropout: float | None,
         width_mult: float = 1.0,
+        zero_init_fusion: bool = False,
+        zero_init_residual: bool = False,
     ):
         super().__init__()
         if width_mult <= 0:
@@ -129,6 +133,10 @@ class MobileNetV2(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif zero_init_residual and isinstance(module, InvertedResidual) and module.has_shortcut:
+                nn.init.zeros_(module.bn3.weight)
+        if zero_init_fusion:
+            zero_fusion(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu6(self.stem_bn(self.stem(images)), inplace=True)

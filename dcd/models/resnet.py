@@ -13,7 +13,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcd.layers import DCDConv2d, DCDLinear
+from dcd.layers import DCDConv2d, DCDLinear, zero_fusion
 from dcd.layers.rivals import CondConv2d, CondConvLinear, DYConv2d, ODConv2d, SqueezeExcitation
 from dcd.registry import register_model
 
@@ -127,6 +127,8 @@ class ResNet(nn.Module):
         shortcut_conv: makes the 1×1 convolutions of the shortcuts.
         recalibrate: makes what stands behind the last batch norm of each block, from its channels.
         conv_blocks: only the last so many blocks take `conv`, those before them are static; None for all.
+        zero_init_fusion: `dcd.layers.zero_fusion`; only with dynamic layers.
+        zero_init_residual: as torchvision's: the last batch norm of each block starts with weight 0.
     """
 
     norms = (("conv1", "bn1"),)  # which batch norm is behind which layer
@@ -142,6 +144,8 @@ class ResNet(nn.Module):
         shortcut_conv: ConvFactory = static_conv,
         recalibrate: RecalibrationFactory = nn.Identity,
         conv_blocks: int | None = None,
+        zero_init_fusion: bool = False,
+        zero_init_residual: bool = False,
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
@@ -163,6 +167,11 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
+                _, last_norm = module.norms[-1]
+                nn.init.zeros_(getattr(module, last_norm).weight)
+        if zero_init_fusion:
+            zero_fusion(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))

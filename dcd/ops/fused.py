@@ -1,10 +1,13 @@
 """The equation of `reference.py` with few passes over the feature maps, for training and inference on any device.
 
 What a dynamic layer costs beyond its static convolution is mostly memory traffic. But everything between Q and the
-output is linear in q = (Q ∗ x, 1) at a position, and the statistics of both batch norms follow from the second moments
-of q (`sample_matrices.py`). So no map is made but q, which is narrow: with a matrix for each sample,
+output is linear in q = (Q ∗ x - c, 1) at a position, and the statistics of both batch norms follow from the second
+moments of q (`sample_matrices.py`). So no map is made but q, which is narrow: with a matrix for each sample,
 
     y = Λ ⊙ (W₀ ∗ x) + q read_out
+
+The result does not depend on the centre c. It is near the mean of Q ∗ x: the variance is what is left when the square
+of the mean is taken from the mean of the squares, and with a mean of 300 standard deviations float32 has nothing left.
 
 and where W₀ is 1×1 and the maps are large, not even the sum is made of maps: W₀, Q and read_out make one kernel for
 each sample. The whole layer is one autograd function, so that x's gradient is added up in place.
@@ -80,10 +83,25 @@ def _padded(proj_in: Tensor, settings: Settings) -> Tensor:
     return F.pad(proj_in.flatten(1), (0, 0, 0, round_up(latent_dim + 1 + settings.pool_size**2) - latent_dim))
 
 
-def _latent_rows(x: Tensor, padded: Tensor, latent_dim: int, settings: Settings) -> Tensor:
-    """q (B, N, L⁺), of which the columns are Q ∗ x, 1, the cells of the pool if `by_sample`, and zeros."""
-    q = as_rows(F.conv2d(x, padded.to(x.dtype)[:, :, None, None], stride=settings.stride)).contiguous()
-    q.select(2, latent_dim).fill_(1)
+@lru_cache(maxsize=64)
+def _one(latent_dim: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to Q ∗ x for a q without a centre (L⁺,): 1 in column L."""
+    return torch.eye(width, dtype=dtype, device=device)[latent_dim]
+
+
+def _offset(x: Tensor, padded: Tensor, latent_dim: int, settings: Settings) -> Tensor:
+    """What is added to Q ∗ x for a q about its centre: (-c, 1, 0) (L⁺,), in the dtype of x, as padded is.
+
+    c is the mean over the samples at the middle position. This is at most √N standard deviations from the mean, and so
+    the variance is off by about N roundings at most, however far the mean is from 0."""
+    row, column = (size // settings.stride // 2 * settings.stride for size in x.shape[2:])
+    one = _one(latent_dim, len(padded), x.dtype, x.device)
+    return torch.addmv(one, padded, x[:, :, row, column].mean(0), alpha=-1)
+
+
+def _latent_rows(x: Tensor, padded: Tensor, offset: Tensor, latent_dim: int, settings: Settings) -> Tensor:
+    """q (B, N, L⁺), of which the columns are Q ∗ x - c, 1, the cells of the pool if `by_sample`, and zeros."""
+    q = as_rows(F.conv2d(x, padded[:, :, None, None], offset, settings.stride)).contiguous()
     if settings.by_sample:
         q[:, :, _cells(latent_dim, settings)] = _cells_of(x, settings)
     return q
@@ -121,7 +139,10 @@ class _DynamicConvolution(Function):
         branch, norms = Branch(*others[:4]), Norms(*others[4:])
         latent_dim, dtype, gathered = len(proj_in), static.dtype, None
         padded = _padded(proj_in, settings)
-        q = _latent_rows(x, padded, latent_dim, settings)
+        padded_as_x = padded.to(x.dtype)
+        offset = _offset(x, padded_as_x, latent_dim, settings)
+        q = _latent_rows(x, padded_as_x, offset, latent_dim, settings)
+        offset = offset.to(dtype)
         if settings.by_sample:
             gathered = _gather(q, x).to(dtype)
             descriptor = gathered[:, _cells(latent_dim, settings)].transpose(1, 2).flatten(1)
@@ -130,12 +151,14 @@ class _DynamicConvolution(Function):
         phi, channel_scale, kept_by_branch = coefficients(descriptor, branch)
         moments = _moments(q)
         fused, statistics, kept_by_norms = _matrices(settings, moments).fuse(phi, moments, norms, settings.eps)
+        statistics = statistics._replace(mean1=statistics.mean1 - offset[:latent_dim])
         read_out = fused @ proj_out.flatten(1).t()  # [B, L⁺, O]
         if settings.by_sample:
-            y, made = _project(x, static, channel_scale, padded, read_out, latent_dim, settings)
+            bias = torch.bmm(offset.expand(len(x), 1, -1), read_out).squeeze(1)  # [B, O]
+            y, made = _project(x, static, channel_scale, padded, read_out, bias, settings)
         else:
             y, made = _combine(x, static, channel_scale, q, read_out, settings)
-        matrices = padded, gathered, channel_scale, fused, read_out
+        matrices = padded, offset, gathered, channel_scale, fused, read_out
         ctx.save_for_backward(
             x, q, made, static, proj_in, proj_out, *matrices, *others, *kept_by_branch, *kept_by_norms
         )
@@ -147,7 +170,7 @@ class _DynamicConvolution(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y: Tensor, *_):
-        x, q, made, static, proj_in, proj_out, padded, gathered, channel_scale, fused, read_out, *others = (
+        x, q, made, static, proj_in, proj_out, padded, offset, gathered, channel_scale, fused, read_out, *others = (
             ctx.saved_tensors
         )
         settings, latent_dim = ctx.settings, len(proj_in)
@@ -155,7 +178,7 @@ class _DynamicConvolution(Function):
         kept_by_branch, kept_by_norms = others[8:13], others[13:]
         if settings.by_sample:
             d_x, d_static, d_scale, d_read_out, d_padded = _project_backward(
-                d_y, x, static, channel_scale, padded, read_out, made, latent_dim, settings
+                d_y, x, static, channel_scale, padded, offset, read_out, made, settings
             )
         else:
             d_x, d_static, d_scale, d_read_out, d_q = _combine_backward(
@@ -217,8 +240,9 @@ def infer(x: Tensor, parameters: Parameters, statistics: Statistics, settings: S
     phi, channel_scale, _ = coefficients(_descriptor(x, settings, static.dtype), branch)
     read_out = fuse_by(phi, statistics, norms, settings.eps, len(padded)) @ proj_out.flatten(1).t()
     if settings.by_sample:
-        return _project(x, static, channel_scale, padded, read_out, len(proj_in), settings)[0]
-    q = _latent_rows(x, padded, len(proj_in), settings)
+        return _project(x, static, channel_scale, padded, read_out, read_out[:, len(proj_in)], settings)[0]
+    one = _one(len(proj_in), len(padded), x.dtype, x.device)
+    q = _latent_rows(x, padded.to(x.dtype), one, len(proj_in), settings)
     return _combine(x, static, channel_scale, q, read_out, settings)[0]
 
 
@@ -278,7 +302,7 @@ def _combine_backward(
         d_rows = d_rows.contiguous()
         d_made, d_scale, d_read_out = triton_combine.backward(d_rows, rows.contiguous(), channel_scale, q)
     else:
-        d_made, d_scale = d_rows * channel_scale.to(x.dtype).unsqueeze(1), (d_rows * rows).sum(1)
+        d_made, d_scale = d_rows * channel_scale.to(x.dtype).unsqueeze(1), (d_rows * rows).sum(1, dtype=dtype)
         d_read_out = torch.bmm(q.transpose(1, 2), d_rows)
     d_q = torch.bmm(d_rows, read_out.to(x.dtype).transpose(1, 2))
     stride, padding = [settings.stride] * 2, [static.shape[2] // 2] * 2
@@ -307,11 +331,12 @@ def _project(
     channel_scale: Tensor,
     padded: Tensor,
     read_out: Tensor,
-    latent_dim: int,
+    bias: Tensor,
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
-    """`Λ ⊙ (W₀ ∗ x) + q read_out` for a 1×1 kernel with stride 1, and the kernels (B, O, C) of the samples."""
-    rows, bias = as_rows(x), read_out[:, latent_dim]  # [B, N, C], [B, O]
+    """`Λ ⊙ (W₀ ∗ x) + (Q ∗ x) read_out + bias` for a 1×1 kernel with stride 1, and the kernels (B, O, C) of the
+    samples. The bias (B, O) is what read_out makes of the constants in q."""
+    rows = as_rows(x)  # [B, N, C]
     if _is_projected_by_triton(x, static, read_out, settings):
         from dcd.ops import triton_project
 
@@ -338,9 +363,9 @@ def _project_backward(
     static: Tensor,
     channel_scale: Tensor,
     padded: Tensor,
+    offset: Tensor,
     read_out: Tensor,
     kernels: Tensor,
-    latent_dim: int,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x by the kernels, of static, channel_scale and read_out, and those of padded by sample."""
@@ -359,5 +384,5 @@ def _project_backward(
         d_padded = torch.bmm(read_out, d_kernels)  # [B, L⁺, C]
         d_scale = (d_kernels * static.flatten(1)).sum(2)
         d_static = d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0)
-    d_read_out.select(1, latent_dim).copy_(d_rows.sum(1, dtype=dtype))
+    d_read_out.addcmul_(offset.unsqueeze(1), d_rows.sum(1, keepdim=True, dtype=dtype))
     return d_x, _as_gradient(d_static, static), d_scale, d_read_out, d_padded

@@ -92,14 +92,15 @@ def fuse(
     (batch, latent_dim, _), width = phi.shape, moments.shape[1]
     mean_moments = moments.mean(0)
     mean1 = mean_moments[latent_dim, :latent_dim]
-    var1 = torch.addcmul(mean_moments.diagonal()[:latent_dim], mean1, mean1, value=-1)
+    var1 = torch.addcmul(mean_moments.diagonal()[:latent_dim], mean1, mean1, value=-1).clamp_(min=0)
     inv1 = torch.rsqrt(var1 + eps[0])
     first = _affine(norms.weight1 * inv1, norms.bias1, mean1, width)
     mixed = torch.bmm(first.expand(batch, width, latent_dim), phi.transpose(1, 2))  # [B, L⁺, L]
     crossed = torch.bmm(moments, mixed)
     mean2 = crossed.select(1, latent_dim).mean(0)
-    mixed.select(1, latent_dim).sub_(mean2)  # from here it makes outputs with mean 0
-    var2 = crossed.mul_(mixed).sum((0, 1)).div_(batch)
+    mixed.select(1, latent_dim).sub_(mean2)  # from here it makes outputs with mean 0, and `crossed` is of these
+    crossed.addcmul_(moments[:, :, latent_dim : latent_dim + 1], mean2, value=-1)
+    var2 = crossed.mul_(mixed).sum((0, 1)).div_(batch).clamp_(min=0)
     inv2 = torch.rsqrt(var2 + eps[1])
     scale2 = norms.weight2 * inv2
     fused = torch.addcmul(first, scale2, mixed)

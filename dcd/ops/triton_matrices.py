@@ -58,6 +58,7 @@ def _of_all(means, variances, exists, batch, eps):
     mean = tl.sum(means) / batch
     away = tl.where(exists, means - mean, 0.0)
     variance = tl.sum(variances + away * away) / batch
+    variance = tl.where(variance < 0, 0.0, variance)  # by rounding; NaN stays
     return mean, variance, tl.rsqrt(variance + eps)
 
 

@@ -49,7 +49,7 @@ class BetonSource:
             classes are called by their numbers, and damage to the bytes of an image is noticed by the decoder alone.
 
     Attributes:
-        classes: names, sorted; the label is the position in this list.
+        classes: names, sorted; the label is the position in this list. has_names: False where they are numbers.
         labels: (N,) int64. sizes: (N, 2) int32, height and width in pixels.
         offsets, lengths: (N,) int64, where the bytes of each image are in `data`.
         is_raw: (N,) bool, whether they are height × width × 3 pixels rather than a JPEG.
@@ -80,7 +80,7 @@ class BetonSource:
         self.offsets, self.lengths = self._find_bytes(images, allocations)
         if self.labels.min() < 0:
             raise self._damaged(f"label {self.labels.min()}")
-        self.classes = [str(label) for label in range(self.labels.max() + 1)]
+        self.classes, self.has_names = [str(label) for label in range(self.labels.max() + 1)], False
         self.checksums: NDArray[np.uint64] | None = None
         self._use_record()
 
@@ -193,7 +193,7 @@ class BetonSource:
             split = dataset["splits"][self.path.stem]
             expected_bytes, expected_index = int(split["bytes"]), str(split["index_xxh64"])
             expected_checksums = str(split["checksums_xxh64"])
-            self.classes = [str(name) for name in dataset["classes"]]
+            self.classes, self.has_names = [str(name) for name in dataset["classes"]], True
             self.checksums = np.load(self.path.with_name(split["checksums"]))
         except FileNotFoundError as error:
             if Path(error.filename) == path:

@@ -9,7 +9,6 @@ import hashlib
 import os
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from pipelines.cache import cache_folder
 from pipelines.sources.errors import DataError
+from pipelines.threads import Threads
 
 EXTENSIONS = (".jpeg", ".jpg", ".png")
 INDEX_VERSION = 1
@@ -42,6 +42,8 @@ class FolderSource:
         DataError: no such folder, no classes, a class with no images, files that are no images.
     """
 
+    has_names = True
+
     def __init__(self, root: str | Path):
         self.root = Path(root)
         self.classes, names, labels, fingerprint = list_images(self.root)
@@ -53,6 +55,10 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """Image `index` as a message names it."""
+        return str(self.path(index))
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self._names[index])
@@ -120,7 +126,7 @@ def list_images(root: Path) -> tuple[list[str], list[str], list[int], str]:
 
 
 def _index_path(root: Path) -> Path:
-    return cache_folder() / f"{root.name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.npz"
+    return cache_folder() / f"{root.name}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
 
 
 def _cached_sizes(root: Path, names: list[str], fingerprint: str) -> np.ndarray:
@@ -162,8 +168,8 @@ def _read_sizes(root: Path, names: list[str]) -> np.ndarray:
         return [read(name) for name in part]
 
     parts = [names[start : start + 1024] for start in range(0, len(names), 1024)]
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        found = [size for part in pool.map(read_many, parts) for size in part]
+    with Threads(HEADER_THREADS) as threads:
+        found = [size for part in threads.map(read_many, parts) for size in part]
     bad = [size for size in found if isinstance(size, str)]
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""

@@ -1,6 +1,7 @@
 """Every path of the dynamic convolution against the reference: outputs, all gradients, and the batch norms' state."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -109,14 +110,20 @@ def test_outputs_gradients_and_statistics_are_those_of_the_reference(path, shape
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("path", FASTER)
 def test_in_lower_precision_it_is_at_most_twice_as_far_off_as_the_reference(path, shape, amp):
+    """On average over three inputs: of one alone, the largest error of a small tensor is left to chance."""
     *sizes, batch, height, width = shape
     made = layer(*sizes)
-    x = torch.randn(4 * batch, sizes[0], height, width).contiguous(memory_format=torch.channels_last)
-    exact = results(made.double(), "reference", x.double())
-    made = made.float()
-    plain, found = results(made, "reference", x, amp), results(made, path, x, amp)
-    for name, value in exact.items():
-        assert error(found[name], value) <= 2 * error(plain[name], value) + torch.finfo(amp).eps / 2, name
+    by_reference, by_path = Counter(), Counter()
+    for _ in range(3):
+        x = torch.randn(4 * batch, sizes[0], height, width).contiguous(memory_format=torch.channels_last)
+        exact = results(made.double(), "reference", x.double())
+        made = made.float()
+        plain, found = results(made, "reference", x, amp), results(made, path, x, amp)
+        for name, value in exact.items():
+            by_reference[name] += error(plain[name], value) / 3
+            by_path[name] += error(found[name], value) / 3
+    for name, off in by_path.items():
+        assert off <= 2 * by_reference[name] + torch.finfo(amp).eps / 2, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -185,6 +192,17 @@ def test_norms_that_work_otherwise_are_left_to_the_reference(momentum):
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
     wanted, found = results(made, "reference", x), results(made, FASTER[0], x)
     assert all(error(found[name], value) < 1e-9 for name, value in wanted.items())
+
+
+def test_a_frozen_layer_is_fast_where_nothing_needs_gradients():
+    """Bit for bit as without gradients, which the reference is not; it takes over where something needs them."""
+    made, x = layer(64, 12, 1, 1, 11, 1).eval().requires_grad_(False), torch.randn(3, 64, 3, 5)
+    with torch.no_grad():
+        wanted = made(x)
+    assert torch.equal(made(x), wanted)
+    with_gradients = made(x.requires_grad_())
+    assert with_gradients.requires_grad and not torch.equal(with_gradients, wanted)
+    assert error(with_gradients.detach(), wanted) < 1e-5
 
 
 @pytest.mark.parametrize("path", FASTER)

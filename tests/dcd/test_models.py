@@ -223,6 +223,55 @@ def test_dynamic_layers_stand_where_the_paper_puts_them():
     assert dynamic == {f"blocks.{b}.{part}" for b in range(1, 17) for part in ("expand", "project")}
 
 
+def dynamic_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, (DCDConv2d, DCDLinear))}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "count"),
+    [
+        ("resnet18_dcd", "zero_init_fusion", 17),  # 16 convolutions in the blocks, and the classifier
+        ("mobilenetv2_dcd", "zero_init_fusion", 33),
+        ("mobilenetv2_dcd", "zero_init_residual", 11),  # of 17 blocks, at this width
+        ("resnet50", "zero_init_residual", 16),
+    ],
+)
+def test_an_initialisation_changes_the_weights_that_it_names(name, option, count):
+    def create(**kwargs):
+        torch.manual_seed(0)
+        return dcd.create_model(name, 10, **SMALL.get(name, {}), **kwargs)
+
+    model = create(**{option: True})
+    official, found = create().state_dict(), model.state_dict()
+    zeroed = [n for n in official if not torch.equal(official[n], found[n])]
+    assert list(found) == list(official) and len(zeroed) == count
+    assert all((official[n] == 1).all() and (found[n] == 0).all() for n in zeroed)
+    if option == "zero_init_fusion":
+        assert set(zeroed) == {f"{layer}.bn2.weight" for layer in dynamic_layers(model)}
+    else:
+        block = model.layer1[1] if name == "resnet50" else model.blocks[2]
+        x = torch.rand(2, block.bn3.num_features, 6, 6)
+        torch.testing.assert_close(block(x), x)
+
+
+def test_zero_init_fusion_starts_without_it_and_learns_it():
+    """At the start every dynamic layer is Λ ⊙ W₀x + P q, and the first step moves bn2's weight away from 0."""
+    torch.manual_seed(0)
+    model = dcd.create_model("mobilenetv2_dcd", 10, width_mult=0.25, fc_squeeze=16, zero_init_fusion=True)
+    for layer in dynamic_layers(model).values():
+        linear = isinstance(layer, DCDLinear)
+        x = torch.randn(4, layer.proj_in.weight.shape[1], *(() if linear else (6, 6)))
+        pooled = x if linear else F.adaptive_avg_pool2d(x, layer.pool_size).flatten(1)
+        _, scale = layer.coefficients(pooled)
+        static = layer.static_linear if linear else layer.static_conv
+        output = layer(x)
+        q = F.batch_norm(layer.proj_in(x), None, None, layer.bn1.weight, layer.bn1.bias, training=True)
+        expected = scale.reshape(*scale.shape, *[1] * (x.dim() - 2)) * static(x) + layer.proj_out(q)
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        output.square().sum().backward()
+        assert layer.bn2.weight.grad.abs().min() > 0
+
+
 def test_channel_scale_starts_around_one():
     """hs(0) = 1: at the start of training a dynamic layer is about its static part."""
     layer = DCDConv2d(64, 64, 3, latent_dim=8, squeeze_dim=4)
@@ -239,6 +288,9 @@ def test_channel_scale_starts_around_one():
         (("resnet18", 10, 1.0), {}, r"dropout must lie in \[0, 1\)"),
         (("mobilenetv2", 10), {"width_mult": 0.0}, "width_mult must be above 0"),
         (("mobilenetv2_dcd", 10), {"fc_squeeze": 0}, "fc_squeeze must be at least 1"),
+        (("resnet18", 10), {"zero_init_fusion": True}, "zero_init_fusion has no meaning without dynamic layers"),
+        (("resnet18_odconv", 10), {"zero_init_fusion": True}, "zero_init_fusion has no meaning"),
+        (("mobilenetv2", 10), {"zero_init_fusion": True}, "zero_init_fusion has no meaning"),
     ],
 )
 def test_wrong_arguments(args, kwargs, message):

@@ -6,7 +6,8 @@ On a GPU the other fast path, too, which `test_fused.py` compares on the CPU.
 import pytest
 import torch
 
-from dcd.layers import PATHS, available_paths
+import dcd
+from dcd.layers import PATHS, available_paths, set_path
 from dcd.ops import triton_combine
 from tests.dcd.test_fused import SHAPES, error, layer, poisoned, results, seeded  # noqa: F401 (two are fixtures)
 
@@ -81,3 +82,72 @@ def test_a_sum_of_many_positions_is_as_exact_as_in_float32():
     scale = torch.ones(1, 8, device=DEVICE, dtype=torch.float16)
     _, d_scale, d_read_out = triton_combine.backward(rows * 0.5, rows, scale, rows)
     assert (d_scale == 2048).all() and (d_read_out == 2048).all()
+
+
+FAST = ["fused", "triton"]
+EACH_FORM = {"maps": (8, 12, 3, 1, 5, 2, 3, 7, 7), "kernels of the samples": (16, 24, 1, 1, 5, 1, 3, 7, 7)}
+
+
+@pytest.mark.usefixtures("exact_float32")
+@pytest.mark.parametrize("image", ["ones", "one image repeated"])
+@pytest.mark.parametrize("path", FAST if DEVICE.type == "cuda" else FAST[:1])  # minutes by the interpreter
+def test_a_network_learns_from_constant_images(path, image):
+    """Without a centre the variances came out negative, and the logits as NaN."""
+    model = dcd.create_model("resnet18_dcd", num_classes=3).to(DEVICE, memory_format=torch.channels_last)
+    set_path(model, path)
+    one = torch.ones(1, 3, 32, 32) if image == "ones" else torch.randn(1, 3, 32, 32)
+    logits = model(one.expand(4, -1, -1, -1).to(DEVICE))
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0], device=DEVICE)).backward()
+    found = [logits, *(value.grad for value in model.parameters()), *model.state_dict().values()]
+    assert all(value.isfinite().all() for value in found)
+    assert all((value >= 0).all() for name, value in model.state_dict().items() if name.endswith("running_var"))
+
+
+def relative_errors_of_variances(found: dict, exact: dict) -> float:
+    """The largest over the channels of both batch norms; the running variances must hold those of the batch alone."""
+    names = "bn1.running_var", "bn2.running_var"
+    return max(((found[name] - exact[name]) / exact[name]).abs().max().item() for name in names)
+
+
+@pytest.mark.usefixtures("exact_float32")
+@pytest.mark.parametrize("where", ["x", "bn1's bias"])
+@pytest.mark.parametrize("ratio, most", [(10, 2e-5), (100, 1e-4), (1000, 1e-3)])
+@pytest.mark.parametrize("shape", EACH_FORM.values(), ids=EACH_FORM)
+@pytest.mark.parametrize("path", FAST)
+def test_variances_where_means_are_far_above_the_deviations(path, shape, ratio, most, where):
+    """E[q²] − mean² would be off by 1e-4 at a ratio of 10, by a percent at 100 and by all of it at 1000."""
+    *sizes, batch, height, width = shape
+    made = layer(*sizes).to(DEVICE)
+    for norm in (made.bn1, made.bn2):
+        norm.running_var.zero_()
+    x = torch.randn(batch, sizes[0], height, width)
+    if where == "x":
+        x += ratio
+    else:  # and with one Φ for all samples, whose outputs then have a mean as far above their deviations
+        x = x[:1].repeat(batch, 1, 1, 1)
+        with torch.no_grad():
+            made.bn1.bias.mul_(ratio)
+    x = x.to(DEVICE, memory_format=torch.channels_last)
+    exact, found = results(made.double(), "reference", x.double()), results(made.float(), path, x)
+    assert relative_errors_of_variances(found, exact) < most
+    assert error(found["y"], exact["y"]) < most and error(found["x"], exact["x"]) < most
+
+
+@pytest.mark.usefixtures("exact_float32")
+@pytest.mark.parametrize("amp", PRECISIONS)
+@pytest.mark.parametrize("deviation", [1e-2, 0])
+@pytest.mark.parametrize("path", FAST)
+def test_almost_constant_maps_are_at_most_twice_as_far_off_as_by_the_reference(path, deviation, amp):
+    *sizes, batch, height, width = EACH_FORM["maps"]
+    made = layer(*sizes).to(DEVICE)
+    x = 1 + deviation * torch.randn(batch, sizes[0], height, width)
+    x = x.to(DEVICE, memory_format=torch.channels_last)
+    exact = results(made.double(), "reference", x.double())
+    made = made.float()
+    plain, found = results(made, "reference", x, amp), results(made, path, x, amp)
+    assert all(value.isfinite().all() for value in found.values())
+    if amp and not deviation:
+        return  # the matrices, by bn1 and bn2 multiplied 100,000 times, are rounded to 16 bits: no more is promised
+    for name in ("y", "x", "bn1.running_var", "bn2.running_var"):
+        slack = torch.finfo(amp or torch.float32).eps
+        assert error(found[name], exact[name]) <= 2 * error(plain[name], exact[name]) + slack, name

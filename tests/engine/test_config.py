@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dcd import create_model
 from dcd.engine.config import Config, ConfigError, parse_config
 from dcd.engine.recipes import RECIPES
 
@@ -75,12 +76,21 @@ def test_official_options_keep_their_meaning():
         ("--ema 1.0", "--ema 1.0"),
         ("--warmup --epochs 5", "--warmup takes 5 epochs"),
         ("-a resnet18 --width-mult 0.5", "--width-mult has no meaning for resnet18"),
+        ("-a resnet18_se --zero-init-fusion", "--zero-init-fusion has no meaning for resnet18_se: .*--no-zero-init-fu"),
     ],
 )
 def test_one_line_for_what_is_wrong(line, message):
     with pytest.raises(ConfigError, match=message) as error:
         parse(line)
     assert "\n" not in str(error.value) and "│" not in str(error.value)
+
+
+def test_an_initialisation_reaches_the_model_and_leaves_checkpoints_fitting():
+    official, zero = (parse(f"-a mobilenetv2_dcd --num-classes 3 {flags}") for flags in ("", "--zero-init-fusion"))
+    assert zero.architecture == official.architecture
+    model, model_zero = (create_model(config.arch, 3, **config.model_kwargs) for config in (official, zero))
+    assert model.classifier.bn2.weight.all() and not model_zero.classifier.bn2.weight.any()
+    assert parse("-a resnet18 --zero-init-residual").model_kwargs["zero_init_residual"]
 
 
 def test_help_lists_every_option(capsys):

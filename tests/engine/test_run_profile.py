@@ -58,7 +58,7 @@ def profiled(folder: Path, steps: int, stop_after_steps: int, accumulate: int = 
 
 def test_a_run_that_ends_early_tells_what_it_has(tmp_path, capsys):
     profiled(tmp_path, steps=20, stop_after_steps=14)
-    check(read(tmp_path, "profile.json"), images=16, steps=3)  # the fourth was not ended
+    check(read(tmp_path, "profile.json"), images=16, steps=4)
     assert not (tmp_path / "trace.json").exists() and capsys.readouterr().out.count("profile: ") == 2
 
     profiled(tmp_path / "sooner", steps=20, stop_after_steps=5)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import dcd
 from dcd.engine import moving_average
 from dcd.engine.config import Config, ConfigError
 from dcd.engine.distributed import Ranks
+from dcd.engine.freezing import freeze_all_but_classifier
 from dcd.engine.run_log import RunLog
 from dcd.engine.trainer import DivergedError, Trainer
 from pipelines.loader import DataConfig, build_loader
@@ -26,6 +28,8 @@ def build(tmp_path, images: int = 64, **options) -> Trainer:
     data = DataConfig(backend="synthetic", batch_size=16, input_size=32, synthetic_images=images, synthetic_classes=5)
     torch.manual_seed(0)
     model = dcd.create_model("mobilenetv2_dcd", 5, width_mult=0.1, fc_squeeze=16).to(memory_format=torch.channels_last)
+    if config.freeze:
+        freeze_all_but_classifier(model)
     loaders = [build_loader(data, split) for split in ("train", "val")]
     trainer = Trainer(config, CPU, model, *loaders, RunLog(tmp_path, enabled=True))
     trainer.log.open({}, 0)
@@ -40,6 +44,23 @@ class Synchronisations(TorchDispatchMode):
 
     count = 0
 
+    def __enter__(self):
+        # Of a tensor on a CPU this calls no operation.
+        self._tolist = torch.Tensor.tolist
+        torch.Tensor.tolist = self._counted_tolist(self._tolist)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.Tensor.tolist = self._tolist
+        return super().__exit__(*error)
+
+    def _counted_tolist(self, tolist):
+        def counted(tensor):
+            self.count += 1
+            return tolist(tensor)
+
+        return counted
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             self.count += not any(frame.filename == moving_average.__file__ for frame in traceback.extract_stack())
@@ -51,10 +72,10 @@ def test_no_synchronisation_between_lines_of_the_log(tmp_path, options):
     trainer = build(tmp_path, images=32 * 16, print_freq=10, **options)
     trainer.epoch = 1  # mixup begins after epoch 0
     trainer._parallel.train()
-    images, labels, _ = next(iter(trainer.train_loader))
+    images, labels, indices = next(iter(trainer.train_loader))
     with Synchronisations() as found:
         for _ in range(3):
-            trainer._train_step(images, labels, lr=0.01)
+            trainer._train_step(images, labels, indices)
     assert found.count == 0
     with Synchronisations() as found:
         torch.ones(1).item()
@@ -98,6 +119,7 @@ def test_one_batch_is_overfitted(digits, tmp_path):
 def test_spoilt_weights_are_not_saved(tmp_path):
     trainer = build(tmp_path)
     trainer.save()
+    trainer.finish_saving()
     before = trainer.checkpoint_path().read_bytes()
     trainer.model.classifier.static_linear.bias.data[0] = float("inf")
     with pytest.raises(DivergedError, match="weights are not finite"):
@@ -112,6 +134,7 @@ def test_going_on_with_other_options(tmp_path):
     first = build(tmp_path, images=16 * 4, wd=1e-4)
     first.epoch, first.step = 1, 2
     first.save()
+    first.finish_saving()
     state = torch.load(first.checkpoint_path(), weights_only=True)
 
     second = build(tmp_path, images=16 * 4, wd=5e-5, amp="fp16", ema=0.9)
@@ -127,3 +150,23 @@ def test_going_on_with_other_options(tmp_path):
         build(tmp_path, images=16 * 5).resume(state)
     with pytest.raises(ConfigError, match="was it --no-norm-decay"):
         build(tmp_path, images=16 * 4, norm_decay=False).resume(state)
+
+
+def test_a_frozen_run_goes_on_exactly(tmp_path):
+    """Stopped after two of four steps: the same classifier, by an optimizer that knows of nothing else."""
+    options = {"images": 16 * 4, "freeze": True, "weight": Path("given.pth"), "ema": 0.9, "clip_grad": 1.0}
+    whole, first = build(tmp_path, **options), build(tmp_path, stop_after_steps=2, **options)
+    before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
+    whole.train_epoch()
+    first.train_epoch()
+    first.save()
+    first.finish_saving()
+    second = build(tmp_path, **options)
+    second.resume(torch.load(first.checkpoint_path(), weights_only=True))
+    second.train_epoch()
+    found, expected = second.model.state_dict(), whole.model.state_dict()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    changed = {name for name in expected if not torch.equal(before[name], expected[name])}
+    assert changed == {name for name in expected if name.startswith("classifier.")}
+    optimized = [parameter for group in whole.optimizer.param_groups for parameter in group["params"]]
+    assert list(map(id, optimized)) == list(map(id, whole.model.classifier.parameters()))

@@ -8,7 +8,8 @@ import torch
 
 from pipelines.loader import MEAN, STD, DataConfig, Loader, build_loader
 from pipelines.sources.beton import BetonSource
-from pipelines.stages import Buffers, HostBatch, in_background, normalise
+from pipelines.stages import Buffers, HostBatch, normalise
+from pipelines.threads import in_background
 from pipelines.torchvision_loader import TorchvisionGpuExecutor
 
 

@@ -1,0 +1,103 @@
+"""Which class an output of a model means: classes are compared by name where both sides have names.
+
+Data in class folders and in .beton files of `tools.make_dataset` has names, and so have the checkpoints of runs on it.
+Official checkpoints have none, nor has data that only numbers its classes: there the number of classes decides, and
+that their order is the same is assumed and said.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcd.checkpoint_file import CheckpointError
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Of data, or of a model's outputs: their number, and their names in the order of the labels, where known."""
+
+    count: int
+    names: list[str] | None = None
+
+
+def match_by_name(path: Path, model: Classes, data: Classes) -> tuple[list[int], str | None]:
+    """For an evaluation of the checkpoint at `path`: the output of the model for each class of the data.
+
+    Returns:
+        (outputs, a line to say or None).
+
+    Raises:
+        CheckpointError: the model does not know all classes of the data, or it can't be told whether it does.
+    """
+    if model.names is None or data.names is None:
+        if model.count != data.count:
+            unnamed = "the checkpoint" if model.names is None else "the data"
+            raise CheckpointError(
+                f"{path} has {model.count} classes, the data {data.count}, and {unnamed} does not name them: "
+                "only data with all of the classes, in the same order, can be evaluated"
+            )
+        return list(range(data.count)), _assumption(path, model, data)
+    unknown = _some(set(data.names) - set(model.names))
+    if unknown:
+        raise CheckpointError(
+            f"{path} does not know all classes of the data: {unknown} are not among its {_some(model.names)}; "
+            "evaluate on data with its classes, under the same names"
+        )
+    outputs = [model.names.index(name) for name in data.names]
+    count, of = len(outputs), len(model.names)
+    return outputs, f"evaluating on {count} of the {of} classes of {path}" if count < of else None
+
+
+def fits_classifier(path: Path, theirs: Classes, ours: Classes) -> tuple[bool, str | None]:
+    """For a training that begins with the weights in `path`: whether its classifier means the same classes.
+
+    Returns:
+        (whether to load it, a line to say or None).
+    """
+    if theirs.count != ours.count:
+        difference = f"{theirs.count} classes there, {ours.count} here"
+    elif theirs.names is None or ours.names is None:
+        return True, _assumption(path, theirs, ours)
+    elif theirs.names != ours.names:
+        difference = _difference(theirs.names, ours.names)
+    else:
+        return True, None
+    return False, f"{path}: all but the classifier is loaded ({difference}); the classifier begins anew"
+
+
+def check_same(model: Classes, data: Classes) -> str | None:
+    """For a run that goes on: a line to say, or None.
+
+    Raises:
+        CheckpointError: the checkpoint is of other classes.
+    """
+    if None not in (model.names, data.names) and model.names != data.names:
+        raise CheckpointError(
+            f"the checkpoint is of other classes ({_difference(model.names, data.names)}): "
+            "use the same data, or begin in another --checkpoint folder with its weights as --weight"
+        )
+    return None if model.names == data.names else _assumption("the checkpoint", model, data)
+
+
+def _assumption(path: Path | str, model: Classes, data: Classes) -> str:
+    if model.names is not None:
+        return f"the data does not name its classes: their order is assumed to be that of {path}"
+    if model.count != 1000:
+        return f"{path} does not name its classes: their order is assumed to be that of the data"
+    others = [name for name in data.names or [] if not re.fullmatch(r"n\d{8}", name)]
+    called = f", though the data's are called {_some(others)}" if others else ""
+    return f"{path} does not name its classes: ImageNet's order, of sorted WordNet IDs, is assumed{called}"
+
+
+def _difference(there: list[str], here: list[str]) -> str:
+    """In words, of two lists of names that are not equal."""
+    sides = {"there": set(there) - set(here), "here": set(here) - set(there)}
+    return "; ".join(f"only {side}: {_some(names)}" for side, names in sides.items() if names) or "in another order"
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first of them in alphabetical order, and how many more."""
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,70 @@
+"""Signals that ask a run to stop: from a batch system that takes the machine back, or from a user."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Ctrl-C reaches torchrun and the ranks, and torchrun then sends its own: within this time both mean the same.
+SAME_REQUEST_S = 2.0
+
+
+class Interrupted(BaseException):
+    """A signal has ended a wait."""
+
+
+class Interruption:
+    """Whether this process has been asked to stop.
+
+    The first signal is a request: `requested` is True from then on, and a wait in `interruptible` ends. The second one,
+    from `SAME_REQUEST_S` on, ends the process at once. It is noticed by a thread, because a main thread that waits for
+    another rank runs no signal handler.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._waiting = False
+        self._written = -1
+
+    def listen(self) -> None:
+        """Take over the signals; in the main thread."""
+        read, self._written = os.pipe()
+        os.set_blocking(self._written, False)
+        signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
+        Thread(target=_end_at_the_second, args=(read,), daemon=True).start()
+        for number in SIGNALS:
+            signal.signal(number, self.request)
+
+    def request(self, *_) -> None:
+        """Ask for a stop; the handler of the signals."""
+        self.requested = True
+        if self._waiting:
+            raise Interrupted
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A request ends the body by raising `Interrupted`."""
+        try:
+            self._waiting = True
+            if self.requested:
+                raise Interrupted
+            yield
+        finally:
+            self._waiting = False
+
+
+def _end_at_the_second(wakeup: int) -> None:
+    """Read the numbers of signals as they arrive."""
+    first = None
+    while True:
+        number = os.read(wakeup, 1)[0]
+        if number not in SIGNALS:
+            continue
+        now = time.monotonic()
+        if first is None:
+            first = now
+        elif now - first > SAME_REQUEST_S:
+            os._exit(128 + number)

@@ -1,0 +1,43 @@
+"""Ranks from Slurm's environment: `srun -n 8 python train_dist.py …` needs no torchrun."""
+
+import re
+from collections.abc import Mapping
+
+FIRST_PORT, PORTS = 20_000, 20_000  # below those that Linux gives to outgoing connections
+
+
+def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables (RANK, WORLD_SIZE, …) for a task of a job step, or none outside one.
+
+    A batch script is no step: what it starts without srun is one process, whatever the job has been given.
+
+    Args:
+        environ: of the process; what it has of MASTER_ADDR and MASTER_PORT stays.
+    """
+    tasks = environ.get("SLURM_STEP_NUM_TASKS")
+    if "SLURM_STEP_ID" not in environ or tasks is None:
+        return {}
+    on_each_node = _repeated(environ["SLURM_STEP_TASKS_PER_NODE"])
+    job = re.sub(r"\D", "", environ["SLURM_JOB_ID"]) or "0"
+    # Every task works out the same address; jobs that share a machine should differ in the port.
+    port = FIRST_PORT + (int(job) * 100 + int(re.sub(r"\D", "", environ["SLURM_STEP_ID"]) or 0)) % PORTS
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(on_each_node[int(environ["SLURM_NODEID"])]),
+        "MASTER_ADDR": environ.get("MASTER_ADDR", _first_host(environ["SLURM_STEP_NODELIST"])),
+        "MASTER_PORT": environ.get("MASTER_PORT", str(port)),
+    }
+
+
+def _repeated(counts: str) -> list[int]:
+    """Slurm's short form of counts, "4(x2),3", written out: [4, 4, 3]."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(count) for count, times in found for _ in range(int(times or 1))]
+
+
+def _first_host(nodes: str) -> str:
+    """The first name in Slurm's short form of host names: "gpu[03-05,9],login1" begins with gpu03."""
+    prefix, numbers, suffix = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes).groups()
+    return f"{prefix}{numbers or ''}{suffix}"
