@@ -46,11 +46,8 @@ def wait_for(moment: str, job, out, rng: random.Random) -> None:
 @pytest.mark.parametrize("backend", ["torchvision", "ffcv", "dali"])
 def test_killed_at_random_moments(data, start, whole, tmp_path, backend, precision):
     """Two ranks; one of them, or both, get SIGKILL. The one that is left must end by itself, and not well."""
-    common, out, rng = (
-        options(data, backend, epochs=10 + KILLS, precision=precision),
-        tmp_path / "out",
-        random.Random(0),
-    )
+    epochs, out, rng = 4 + KILLS, tmp_path / "out", random.Random(0)
+    common = options(data, backend, epochs, precision)
     expected, done = whole(*common), []
     moments = [("start", "training", "evaluation", "writing")[number % 4] for number in range(KILLS)]
     rng.shuffle(moments)
