@@ -17,7 +17,7 @@ DEMO_FLAGS ?= -a resnet18_dcd --zero-init-fusion -d data/digits_beton -c runs/de
 	--lr-decay cos --warmup --warmup-epochs 2 --input-size 48 --label-smoothing 0.1 --flip 0 --crop-area 0.6 1.0 -p 11
 DEMO_TRAIN = $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) train_dist.py $(DEMO_FLAGS)
 
-.PHONY: help setup test lint format sample dataset demo bench-model bench-loader bench-conversion \
+.PHONY: help setup test test-faults soak lint format sample dataset demo bench-model bench-loader bench-conversion \
 	profile profile-layers profile-throughput gpu-check clean
 
 help:  ## List the targets
@@ -40,6 +40,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: setup  ## Run the tests (PYTEST_ARGS="-k plan" passes options on)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+test-faults: setup  ## Kill, stop, cut off and starve real runs, for up to an hour (PYTEST_ARGS as above)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m faults tests/faults $(PYTEST_ARGS)
+
+soak: setup  ## Train for half an hour by each backend: does anything grow? (ARGS="--minutes 5")
+	$(BIN)/python -m tools.soak $(ARGS)
 
 lint: setup  ## Check style and format
 	$(BIN)/ruff check .

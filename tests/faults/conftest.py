@@ -1,0 +1,95 @@
+"""Fixtures of the long tests; they run only by `-m faults` (make test-faults)."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.conftest import converted
+from tests.processes import Job, WarmPython, start_command
+from tests.test_train_dist import SMALL, command, difference, last, part_of
+
+HERE = Path(__file__).parent
+EVERYTHING = ["--dropout", 0.2, "--mixup", 0.4, "--mixup-epochs", 1, "--ema", 0.9, "--clip-grad", 1.0]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Mark the tests of this folder, and leave them out where they are not asked for by name."""
+    ours = [item for item in items if HERE in item.path.parents]
+    for item in ours:
+        item.add_marker(pytest.mark.faults)
+    if "faults" not in config.option.markexpr:
+        items[:] = [item for item in items if item not in ours]
+        config.hook.pytest_deselected(items=ours)
+
+
+@pytest.fixture(scope="session")
+def data(digits, tmp_path_factory) -> dict[str, Path]:
+    """48 images to train and 23 to evaluate: {backend: folder} for torchvision, ffcv and dali."""
+    root = tmp_path_factory.mktemp("faults")
+    folder = part_of(digits, root / "folder", {"train": [16, 16, 16], "val": [8, 8, 7]})
+    beton = converted(folder, root / "beton")
+    return {"torchvision": folder, "ffcv": beton, "dali": beton}
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmPython]:
+    python = WarmPython()
+    yield python
+    python.close()
+
+
+@pytest.fixture
+def start(warm, tmp_path) -> Iterator[Callable[..., Job]]:
+    """A function that starts a run in the background, which ends with the test; `launcher`: options of torchrun."""
+    jobs = []
+
+    def start(*args, ranks: int = 2, torchrun: bool = False, launcher=(), output: str = "log.txt") -> Job:
+        file = tmp_path / output
+        if torchrun:
+            words = command(*args, ranks=ranks)
+            place = words.index("torch.distributed.run") + 1
+            jobs.append(start_command([*words[:place], *launcher, *words[place:]], file))
+        else:
+            jobs.append(warm.start(*args, ranks=ranks, output=file))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.end()
+
+
+@pytest.fixture
+def whole(data, start, tmp_path_factory) -> Callable[..., dict]:
+    """whole(*args, ranks=2): the last checkpoint of a run that nothing disturbs."""
+
+    def whole(*args, ranks: int = 2) -> dict:
+        out = tmp_path_factory.mktemp("whole")
+        job = start(*args, "-c", out, ranks=ranks, output="whole.txt")
+        assert set(job.wait()) == {0}, job.output
+        return last(out)
+
+    return whole
+
+
+def options(data: dict[str, Path], backend: str, epochs: int, precision: str = "off") -> list:
+    """A small training in which everything that is random takes part, and which logs and saves every step."""
+    every = ["-p", 1, "--checkpoint-steps", 1, "--amp", precision, "--epochs", epochs]
+    return [*SMALL, *EVERYTHING, "-b", 12, "--backend", backend, "-d", data[backend], *every]
+
+
+def same_bits(out: Path, expected: dict) -> None:
+    """The last checkpoint of `out` is another one, but for the options."""
+    found = last(out)
+    assert difference({**found, "config": None}, {**expected, "config": None}) == []
+
+
+def needs_root(*words: str) -> None:
+    """Skip, with the reason, where this machine does not let us mount or make network namespaces."""
+    done = subprocess.run(words, capture_output=True, text=True) if shutil.which(words[0]) else None
+    if os.geteuid() or done is None or done.returncode:
+        pytest.skip(f"not permitted or not installed: {' '.join(words)} {done.stderr.strip() if done else ''}")

@@ -1,0 +1,73 @@
+"""A Python that has imported what train_dist.py imports, and forks itself into runs of it: a start costs no seconds.
+
+    python warm_python.py ROOT        a request a line on standard input, its answer a line on standard output, in JSON
+
+{"start": arguments, "env": {name: value}, "output": file}    ->  the process id of a new `train_dist.py arguments`
+{"poll": process id}                                          ->  its exit code (-N after signal N), or null: it runs
+
+The fork happens before any thread or process group exists, and the run ends as every Python ends, by its interpreter's
+finalisation, so what is tested is what `python train_dist.py` does.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import sys
+
+MODULES = (
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "torch.utils.tensorboard",
+    "nvidia.dali.fn",
+    "build_run",
+    "dcd.engine.recipes",
+    "dcd.engine.run_profile",
+    "pipelines.dali_loader",
+    "pipelines.ffcv_loader",
+    "pipelines.torchvision_loader",
+    "pipelines.sources.beton",
+    "pipelines.sources.folder",
+)
+
+
+def warm_up() -> None:
+    """Import what runs import, at their start or later, and start nothing."""
+    for name in MODULES:
+        importlib.import_module(name)
+
+
+def serve() -> list[str]:
+    """Answer requests to the end of the input; in a forked process, return the arguments of its run."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            pid = os.fork()
+            if pid == 0:
+                become(request["env"], request["output"])
+                return request["start"]
+            answer = pid
+        else:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        print(json.dumps(answer), flush=True)
+    os._exit(0)
+
+
+def become(env: dict[str, str], output: str) -> None:
+    """Take the environment and the output of a run, in a process group of its own."""
+    os.setpgid(0, 0)
+    os.environ.update(env)
+    nothing, file = os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(nothing, 0), os.dup2(file, 1), os.dup2(file, 2)
+    os.close(nothing), os.close(file)
+
+
+if __name__ == "__main__":
+    root = sys.argv[1]
+    sys.path[0] = root
+    warm_up()
+    print(json.dumps("ready"), flush=True)
+    script = os.path.join(root, "train_dist.py")
+    sys.argv = [script, *serve()]
+    runpy.run_path(script, run_name="__main__")
