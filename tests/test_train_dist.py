@@ -239,7 +239,8 @@ def test_a_rank_that_hangs_ends_the_run_with_its_name(tiny, tmp_path):
     ranks["1"].kill()  # torchrun would wait half a minute before it does so
     output, _ = process.communicate(timeout=60)
     (line,) = error_lines(output)
-    assert process.returncode != 0 and re.search("no progress for [0-9]+ s .*; rank 1 is silent .step [0-9]+, ", line), line
+    assert re.search("no progress for [0-9]+ s .*; rank 1 is silent .step [0-9]+, ", line), line
+    assert process.returncode != 0
 
 
 def test_two_ranks_train_as_one(tiny, tmp_path):
