@@ -4,7 +4,8 @@
 
 Each backend is a run of train_dist.py of its own, all at the same time: a small network on a few scanned digits, so
 that epochs, evaluations and checkpoints follow each other in seconds. Every few seconds all processes of a run are
-counted together. Memory is their proportional set size (PSS), in which what processes share is counted once.
+counted together. Memory is what they have taken, anonymous and shared memory, in which what they share is counted once;
+pages of files are the system's cache, and their share of a process depends on what else has them open.
 
 The first fifth of the time is the warm-up. After it a quantity has two rates, both in units per hour: the slope of a
 line through all samples by least squares, and the step from the median of the middle third to that of the last. It has
@@ -111,11 +112,11 @@ class Run:
         memory, threads, files, processes = 0, 0, 0, 0
         for each in [self.process, *self.process.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since it was listed
-                memory += each.memory_full_info().pss
+                memory += memory_kib(each.pid)
                 threads += each.num_threads()
                 files += each.num_fds()
                 processes += 1
-        self.samples.append(Sample(time.monotonic() - self._start, memory / 2**20, threads, files, processes))
+        self.samples.append(Sample(time.monotonic() - self._start, memory / 2**10, threads, files, processes))
 
     def stop(self) -> None:
         """Ask for the end, and take it by force where it does not come."""
@@ -159,6 +160,15 @@ class Run:
     def _last_words(self) -> str:
         lines = (self.folder / "log.txt").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it printed nothing"
+
+
+def memory_kib(pid: int) -> int:
+    """Anonymous and shared memory of a process, what it shares with others divided between them, in KiB."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError as error:  # it has ended: the file is gone, or empty
+        raise psutil.NoSuchProcess(pid) from error
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def judge(samples: Sequence[Sample]) -> list[Trend]:
