@@ -13,9 +13,9 @@ STAMP := $(VENV)/.installed
 # One rank for one GPU, two otherwise. Counted at the first use, when the environment is there; RANKS=N overrides it.
 RANKS = $(eval RANKS := $(shell $(BIN)/python -c \
 	'import torch; print(1 if torch.cuda.device_count() == 1 else 2)' 2>/dev/null || echo 2))$(RANKS)
-DEMO_FLAGS ?= -a resnet18_dcd --zero-init-fusion -d data/digits_beton -c runs/demo -b 64 --epochs 7 --lr 0.02 \
+DEMO_FLAGS ?= -a resnet18_dcd --zero-init-fusion -d data/digits_beton -c runs/demo -b 32 --epochs 7 --lr 0.02 \
 	--lr-decay cos --warmup --warmup-epochs 2 --input-size 48 --eval-crop 1.0 --label-smoothing 0.1 --flip 0 \
-	--crop-area 0.6 1.0 -p 11
+	--crop-area 0.6 1.0 -p 22
 DEMO_TRAIN = $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) train_dist.py $(DEMO_FLAGS)
 
 .PHONY: help setup test test-faults soak lint format sample dataset demo bench-model bench-loader bench-conversion \

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -73,15 +74,21 @@ def test_shared_memory_that_others_fill_ends_the_run_with_the_same_line(tiny, tm
     assert "it can go on from" in output and "Traceback" not in output
 
 
-def test_a_user_without_a_name_and_a_home_trains_on_paths_that_are_no_text(tiny, tmp_path):  # noqa: F811
+@pytest.fixture
+def short_path():
+    """A folder of its own: loading processes meet at a socket in TMPDIR, whose name may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        yield Path(folder)
+
+
+def test_a_user_without_a_name_and_a_home_trains_on_paths_that_are_no_text(tiny, short_path):  # noqa: F811
     """In an environment that is empty, with a class, a data and an output folder that are no UTF-8."""
-    base = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    base = Path(os.fsdecode(os.fsencode(short_path) + b"/caf\xe9"))
     data = shutil.copytree(tiny, base / "data")
     for split in ("train", "val"):
         (data / split / "0_zero").rename(data / split / base.name)
     base.chmod(0o777)
-    for folder in (tmp_path, *tmp_path.parents[:-1]):
-        folder.chmod(folder.stat().st_mode | 0o055)
+    short_path.chmod(0o755)
     only_reading = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]  # the interpreter is root's
     user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", *only_reading]
     user += ["env", "-i", f"PATH={os.environ['PATH']}", f"TMPDIR={base}"]
@@ -94,7 +101,8 @@ def test_a_user_without_a_name_and_a_home_trains_on_paths_that_are_no_text(tiny,
     (warning,) = done.stderr.decode().splitlines()
     assert warning.startswith("warning: there is no home folder: caching in") and (base / "dcd-cache-54321").is_dir()
     left = {path.name for path in (base / "out").iterdir()}
-    assert left == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"}
+    files = {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json", "status.json", ".lock"}
+    assert left == files
     assert list((base / "out" / "tensorboard").glob("events.*"))
 
 
