@@ -16,21 +16,28 @@ from tests.processes import free_port, start_command, until
 from tests.test_train_dist import ROOT, SMALL, error_lines, last, read
 
 
+ONE_STEP = "--stop-after-steps", 1
+
+
 @pytest.mark.parametrize(("ranks", "parts"), [(2, 2), (1, 4)])
 def test_going_on_with_fewer_ranks(data, start, tmp_path, ranks, parts):
-    """Saved on 4; fewer ranks that accumulate over as many parts as 4 ranks have get the same gradients."""
+    """Saved on 4; fewer ranks that accumulate over as many parts as 4 ranks have get the same gradients.
+
+    One step shows it. The gradients of so small a network, whose last maps are single pixels, grow to a norm of a
+    thousand, and the step after it makes differences of a thousand roundings.
+    """
     common = [*SMALL, "-b", 24, "--epochs", 4, "-d", data["ffcv"], "--mixup", 0.4, "--lr", 0.01]
     four, fewer = tmp_path / "four", tmp_path / "fewer"
     assert set(start(*common, "-c", four, "--stop-after-steps", 5, ranks=4).wait()) == {0}
     shutil.copytree(four, fewer)
-    assert set(start(*common, "-c", four, ranks=4).wait()) == {0}
-    job = start(*common, "-c", fewer, "--accumulate", parts, ranks=ranks, output="fewer.txt")
+    assert set(start(*common, "-c", four, *ONE_STEP, ranks=4).wait()) == {0}
+    job = start(*common, "-c", fewer, *ONE_STEP, "--accumulate", parts, ranks=ranks, output="fewer.txt")
     assert set(job.wait()) == {0} and "going on from" in job.output, job.output
     found, expected = last(fewer), last(four)
-    assert (found["epoch"], found["step"]) == (expected["epoch"], expected["step"]) == (4, 0)
+    assert (found["epoch"], found["step"]) == (expected["epoch"], expected["step"]) == (2, 2)
     for name, value in expected["model"].items():
         if "running" not in name and "tracked" not in name:  # each rank has its own statistics
-            torch.testing.assert_close(found["model"][name], value, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(found["model"][name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_going_on_with_three_ranks(data, start, tmp_path):
@@ -38,12 +45,12 @@ def test_going_on_with_three_ranks(data, start, tmp_path):
     common = [*SMALL, "-b", 24, "--epochs", 4, "-d", data["ffcv"], "--lr", 0.01]
     assert set(start(*common, "-c", tmp_path / "three", "--stop-after-steps", 5, ranks=4).wait()) == {0}
     shutil.copytree(tmp_path / "three", tmp_path / "one")
-    assert set(start(*common, "-c", tmp_path / "three", ranks=3).wait()) == {0}
-    assert set(start(*common, "-c", tmp_path / "one", "--accumulate", 3, ranks=1).wait()) == {0}
+    assert set(start(*common, "-c", tmp_path / "three", *ONE_STEP, ranks=3).wait()) == {0}
+    assert set(start(*common, "-c", tmp_path / "one", *ONE_STEP, "--accumulate", 3, ranks=1).wait()) == {0}
     found, expected = last(tmp_path / "three"), last(tmp_path / "one")
     for name, value in expected["model"].items():
         if "running" not in name and "tracked" not in name:
-            torch.testing.assert_close(found["model"][name], value, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(found["model"][name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("halted", [0, 1])
