@@ -15,7 +15,6 @@ from tests.faults.test_killed import last_line
 from tests.processes import free_port, start_command, until
 from tests.test_train_dist import ROOT, SMALL, error_lines, last, read
 
-
 ONE_STEP = "--stop-after-steps", 1
 
 
