@@ -61,4 +61,6 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 def _computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    # What the cores can do, and what oneDNN, which computes in it, is allowed to use of it (ONEDNN_MAX_CPU_ISA).
+    in_hardware = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return in_hardware and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

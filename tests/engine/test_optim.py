@@ -1,5 +1,9 @@
 """Learning-rate schedules and the optimizer's groups."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -47,8 +51,20 @@ def test_precision():
     assert autocast_dtype("bf16", cpu) is torch.bfloat16
     assert autocast_dtype("fp16", cpu) is torch.float16
     assert autocast_dtype("off", cpu) is None
+
+
+@pytest.mark.parametrize("highest", [None, "AVX2"])
+def test_automatic_precision_is_what_the_cores_may_use(highest):
+    """bf16 where they compute in it, and oneDNN has not been told to leave it alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+    if highest:
+        environment["ONEDNN_MAX_CPU_ISA"] = highest
+    program = (
+        "import torch; from dcd.engine.optim import autocast_dtype; print(autocast_dtype('auto', torch.device('cpu')))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     has_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    assert autocast_dtype("auto", cpu) is (torch.bfloat16 if has_bf16 else None)
+    assert found.stdout.strip() == ("torch.bfloat16" if has_bf16 and not highest else "None")
 
 
 def test_skipped_first_steps_leave_no_trace():
