@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
 def train(trainer: Trainer) -> None:
     """Train to the last epoch, from the run's own checkpoint where there is one."""
     config, log = trainer.config, trainer.log
-    trainer.interruption.listen()
+    trainer.interruption.listen(trainer.watchdog.tell_stop)
     trainer.open_output()
     go_on(trainer)
     if trainer.epoch >= config.epochs:

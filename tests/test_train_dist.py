@@ -24,9 +24,10 @@ MODEL = "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16"
 SMALL = f"{MODEL} --input-size 32 --lr 0.005 -p 2 -j 2 --amp off".split()
 
 
-def command(*args, ranks: int | None = None) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    return [sys.executable, *launcher, str(ROOT / "train_dist.py"), *map(str, args)]
+def command(*args, ranks: int | None = None, launcher: list[str] | None = None) -> list[str]:
+    """Of a run by Python alone, or by torchrun with `launcher` among its options."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *(launcher or [])]
+    return [sys.executable, *(torchrun if ranks else []), str(ROOT / "train_dist.py"), *map(str, args)]
 
 
 def run(*args, ranks: int | None = None, fails: bool = False) -> str:
@@ -199,10 +200,10 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tiny, tmp_path):
     assert lines(tmp_path, "train")[-1]["global_step"] == done, "the checkpoint is of the last step that was logged"
 
 
-def start(*args, ranks: int | None = None) -> subprocess.Popen:
+def start(*args, ranks: int | None = None, launcher: list[str] | None = None) -> subprocess.Popen:
     """A run in the background, whose output is one text."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(*args, ranks=ranks), env=environment(), **pipes)
+    return subprocess.Popen(command(*args, ranks=ranks, launcher=launcher), env=environment(), **pipes)
 
 
 def wait_for(process: subprocess.Popen, out: Path, kind: str) -> None:
@@ -241,6 +242,18 @@ def test_a_rank_that_hangs_ends_the_run_with_its_name(tiny, tmp_path):
     (line,) = error_lines(output)
     assert re.search("no progress for [0-9]+ s .*; rank 1 is silent .step [0-9]+, ", line), line
     assert process.returncode != 0
+
+
+def test_torchrun_restarts_a_run_in_which_a_rank_dies(tiny, tmp_path):
+    """All go on from the last checkpoint, though torchrun's store still holds the addresses of the dead."""
+    args = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 8, "--checkpoint-steps", 2, "-c", tmp_path]
+    process = start(*args, ranks=2, launcher=["--max-restarts=3"])
+    wait_for(process, tmp_path, "eval")
+    ranks = {child.environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
+    ranks["1"].kill()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and output.count("going on from") == 1, output
+    assert [line["global_step"] for line in lines(tmp_path, "train")] == list(range(2, 33, 2))
 
 
 def test_two_ranks_train_as_one(tiny, tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dcd.engine import slurm
 from dcd.engine.config import ConfigError
+from dcd.engine.rendezvous import open_store
 
 SECONDS_TO_LEAVE = 15  # the process group, with works of it that may be under way
 
@@ -71,10 +72,12 @@ def start(device: str, timeout: timedelta) -> Ranks:
     if world_size > 1:
         # Imported later, by DDP, its functions would have the group as a default argument, and hold it for ever.
         import_module("torch.distributed.nn.functional")
-        if chosen.type == "cuda":
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen, timeout=timeout)
-        else:
-            dist.init_process_group("gloo", timeout=timeout)
+        # NCCL for the tensors of GPUs, gloo for those of CPUs
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        device_id = chosen if chosen.type == "cuda" else None
+        dist.init_process_group(
+            backend, store=open_store(timeout), rank=rank, world_size=world_size, device_id=device_id, timeout=timeout
+        )
     return Ranks(rank, local_rank, world_size, local_world_size, chosen)
 
 

@@ -3,11 +3,13 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Thread
+from threading import Thread, main_thread
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# By which a thread wakes the main one. It is not one of the above: a request of another rank is not the first of two.
+WAKE = signal.SIGURG
 # Ctrl-C reaches torchrun and the ranks, and torchrun then sends its own: within this time both mean the same.
 SAME_REQUEST_S = 2.0
 
@@ -29,13 +31,17 @@ class Interruption:
         self._waiting = False
         self._written = -1
 
-    def listen(self) -> None:
-        """Take over the signals; in the main thread."""
+    def listen(self, on_first: Callable[[], None]) -> None:
+        """Take over the signals; in the main thread.
+
+        Args:
+            on_first: is called by a thread at the first signal, at once, even while the main thread waits for others.
+        """
         read, self._written = os.pipe()
         os.set_blocking(self._written, False)
         signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
-        Thread(target=_end_at_the_second, args=(read,), daemon=True).start()
-        for number in SIGNALS:
+        Thread(target=_end_at_the_second, args=(read, on_first), daemon=True).start()
+        for number in (*SIGNALS, WAKE):
             signal.signal(number, self.request)
 
     def request(self, *_) -> None:
@@ -43,6 +49,11 @@ class Interruption:
         self.requested = True
         if self._waiting:
             raise Interrupted
+
+    def request_from_thread(self) -> None:
+        """Ask for a stop, as another rank wants it; from any thread, and only where this process listens."""
+        if self._written >= 0 and not self.requested:
+            signal.pthread_kill(main_thread().ident, WAKE)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -56,7 +67,7 @@ class Interruption:
             self._waiting = False
 
 
-def _end_at_the_second(wakeup: int) -> None:
+def _end_at_the_second(wakeup: int, on_first: Callable[[], None]) -> None:
     """Read the numbers of signals as they arrive."""
     first = None
     while True:
@@ -66,5 +77,6 @@ def _end_at_the_second(wakeup: int) -> None:
         now = time.monotonic()
         if first is None:
             first = now
+            Thread(target=on_first, daemon=True).start()  # it may have to wait; the second signal must not
         elif now - first > SAME_REQUEST_S:
             os._exit(128 + number)

@@ -19,8 +19,10 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +82,7 @@ class RunLog:
         if metrics.exists():
             kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= global_step]
             _replace(metrics, "".join(f"{line}\n" for line in kept))
+        threading.excepthook = partial(_thread_failed, threading.excepthook)
         self._metrics = open(metrics, "ab", buffering=0)  # a line that the disk does not take is not kept for later
         self._events = SummaryWriter(_in_utf8(self.folder / "tensorboard"), purge_step=global_step + 1)
 
@@ -155,6 +158,12 @@ class RunLog:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _thread_failed(otherwise: Callable, failed: threading.ExceptHookArgs) -> None:
+    """What TensorBoard's thread cannot write, it raises where the next figures are added; it need not print it, too."""
+    if not (issubclass(failed.exc_type, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
+        otherwise(failed)
 
 
 def resolve(config: Config, ranks: Ranks) -> dict:

@@ -66,7 +66,7 @@ class Trainer:
         self.train_loader, self.eval_loader = train_loader, eval_loader
         self.timer: StepListener = NO_TIMER  # another one may take its place between two epochs
         self.interruption = Interruption()
-        self.watchdog = Watchdog(ranks, config.timeout)
+        self.watchdog = Watchdog(ranks, config.timeout, self.interruption.request_from_thread)
         self.epoch, self.step, self.steps_per_epoch = 0, 0, 0  # training goes on with this step of this epoch
         self.best_top1, self.best_epoch = -1.0, -1  # in percent; before the first evaluation
         self.stopped = False  # True once all ranks have agreed to stop
@@ -102,7 +102,7 @@ class Trainer:
         self._metrics = Metrics(device)
         self._records: list[StepRecord] = []  # since the last line of the log
         self._writer = CheckpointWriter(self.checkpoint_path().parent, config.keep, self.log.say)
-        self._last_save = time.monotonic()
+        self._last_save, self._saved = time.monotonic(), (-1, -1)  # when, and of which epoch and step
 
     def close(self) -> None:
         """Wait for the last checkpoint, and drop all that holds the process group; then the trainer is of no use."""
@@ -148,6 +148,7 @@ class Trainer:
         except Interrupted:
             return None, STOP, None
         except Exception as error:
+            self.watchdog.tell_stop()
             return None, FAIL, error
 
     # --- training ---
@@ -399,6 +400,8 @@ class Trainer:
     def save(self, is_best: bool = False) -> None:
         """Write a checkpoint, on rank 0 in the background: its parameters, optimizer and statistics are those of all.
 
+        One that is already there for this step is not written again: it would take the place of an older one.
+
         Args:
             is_best: whether it is `best.pth` as well as `last.pth`.
 
@@ -406,7 +409,7 @@ class Trainer:
             DivergedError: the weights are no numbers any more; the last checkpoint stays.
         """
         self._last_save = time.monotonic()
-        if not self.ranks.is_first:
+        if not self.ranks.is_first or self._is_saved():
             return
         floats = [values for values in self.model.state_dict().values() if values.is_floating_point()]
         if not nn.utils.get_total_norm(floats).isfinite():
@@ -429,6 +432,13 @@ class Trainer:
             "random_state": {"seed": self.config.seed},
         }
         self._writer.save(state, is_best)
+        self._saved = self.epoch, self.step
+
+    def _is_saved(self) -> bool:
+        if self._saved != (self.epoch, self.step):
+            return False
+        self._writer.wait()
+        return self._writer.failure is None
 
     def finish_saving(self) -> None:
         """Wait until the last checkpoint is written.

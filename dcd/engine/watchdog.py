@@ -1,4 +1,4 @@
-"""Ends a run that makes no progress, and says which rank it hangs on.
+"""Ends a run that makes no progress, and says which rank it hangs on; and tells a rank that another one wants to stop.
 
 The main thread of each rank says what it does (`note`), a thread puts that into the store of the process group every
 few seconds, and another one looks at the time. A rank that is stopped, or whose machine is gone, writes no more; of
@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from threading import Event, Thread
 
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from dcd.engine.distributed import Ranks
 
 WAITING = "waiting for the other ranks"
+STOP_KEY = "watchdog/stop"
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,12 @@ class Watchdog:
     Args:
         ranks: this process among the others.
         timeout: seconds without a `note` after which the process ends, with exit code 1 and one line; above 0.
+        on_stop: is called by a thread, again and again, once another rank has said that all should stop.
     """
 
-    def __init__(self, ranks: Ranks, timeout: float):
-        self._ranks, self._timeout = ranks, timeout
-        self._interval = min(5.0, timeout / 16)
+    def __init__(self, ranks: Ranks, timeout: float, on_stop: Callable[[], None]):
+        self._ranks, self._timeout, self._on_stop = ranks, timeout, on_stop
+        self._interval = min(2.0, timeout / 16)
         self._note, self._noted = Note(0, "starting"), time.monotonic()
         self._closed = Event()
         # Of their own connections: a client that waits for an answer lets no other thread ask.
@@ -50,6 +54,12 @@ class Watchdog:
     def note(self, step: int, doing: str) -> None:
         """The main thread makes progress: it now does this."""
         self._note, self._noted = Note(step, doing), time.monotonic()
+
+    def tell_stop(self) -> None:
+        """Let the other ranks know that this one wants to stop: one that waits for data comes to no common step."""
+        if self._stores:
+            with suppress(RuntimeError):  # of a store that is gone: then the others are, too
+                self._stores[0].set(STOP_KEY, "")
 
     def __enter__(self) -> "Watchdog":
         self.note(self._note.step, self._note.doing)
@@ -61,13 +71,15 @@ class Watchdog:
         self._closed.set()
 
     def _write(self) -> None:
-        """Put this rank's note into the store, again and again; ends where the store is gone."""
+        """Put this rank's note into the store, and look for a stop, again and again; ends where the store is gone."""
         written = 0
         while not self._closed.wait(self._interval if written else 0):
             written += 1
             note = Note(self._note.step, self._note.doing, written)
             try:
                 self._stores[0].set(f"watchdog/{self._ranks.rank}", json.dumps(asdict(note)))
+                if self._stores[0].check([STOP_KEY]):
+                    self._on_stop()
             except RuntimeError:
                 return
 

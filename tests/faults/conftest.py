@@ -51,9 +51,7 @@ def start(warm, tmp_path) -> Iterator[Callable[..., Job]]:
     def start(*args, ranks: int = 2, torchrun: bool = False, launcher=(), output: str = "log.txt") -> Job:
         file = tmp_path / output
         if torchrun:
-            words = command(*args, ranks=ranks)
-            place = words.index("torch.distributed.run") + 1
-            jobs.append(start_command([*words[:place], *launcher, *words[place:]], file))
+            jobs.append(start_command(command(*args, ranks=ranks, launcher=[*launcher]), file))
         else:
             jobs.append(warm.start(*args, ranks=ranks, output=file))
         return jobs[-1]
