@@ -123,6 +123,7 @@ def test_spoilt_weights_are_not_saved(tmp_path):
     trainer.save()
     trainer.finish_saving()
     before = trainer.checkpoint_path().read_bytes()
+    trainer.step += 1
     trainer.model.classifier.static_linear.bias.data[0] = float("inf")
     with pytest.raises(DivergedError, match="weights are not finite"):
         trainer.save()
