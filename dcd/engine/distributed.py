@@ -51,6 +51,7 @@ def start(device: str, timeout: timedelta) -> Ranks:
 
     Raises:
         ConfigError: no GPU where one is asked for, or fewer GPUs than ranks on this machine.
+        ConnectionError: the ranks have not met within the timeout.
     """
     if "RANK" not in os.environ:
         os.environ.update(slurm.rank_variables(os.environ))
@@ -72,7 +73,6 @@ def start(device: str, timeout: timedelta) -> Ranks:
     if world_size > 1:
         # Imported later, by DDP, its functions would have the group as a default argument, and hold it for ever.
         import_module("torch.distributed.nn.functional")
-        # NCCL for the tensors of GPUs, gloo for those of CPUs
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         device_id = chosen if chosen.type == "cuda" else None
         dist.init_process_group(
