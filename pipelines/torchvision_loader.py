@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, nullcontext
 from errno import ENOSPC
@@ -241,6 +242,9 @@ def _end(iterator: Any) -> None:
         worker.join(PATIENCE_S)
     for queue in iterator._index_queues:
         queue.close()
+    end = time.monotonic() + PATIENCE_S
+    for thread in filter(None, (queue._thread for queue in iterator._index_queues)):
+        thread.join(max(0.0, end - time.monotonic()))  # it ends at once, unless its pipe is full
 
 
 class TorchvisionGpuExecutor:
