@@ -66,6 +66,9 @@ def build_trainer(config: Config, ranks: Ranks, write_log: bool) -> Iterator[Tra
             stack.callback(loader.close)
         log = RunLog(config.checkpoint, enabled=write_log and ranks.is_first)
         stack.callback(log.close)
+        for loader in filter(None, (train_loader, eval_loader)):
+            if loader.note:
+                log.say(loader.note)
         config, same_classes = settle_classes(config, eval_loader, weights, log)
         model = build_model(config, ranks, weights, same_classes)
         del weights  # the memory is not held for the whole run
@@ -143,6 +146,7 @@ def build_loaders(config: Config, ranks: Ranks) -> tuple[Loader | None, Loader]:
         size_ramp=config.size_ramp,
         train_crop=train_crop,
         eval_crop=eval_crop,
+        strict=config.strict,
         exact_decode=config.exact_decode,
         dali_full_decode=config.dali_full_decode,
         synthetic_images=config.synthetic_images,

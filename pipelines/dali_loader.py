@@ -24,8 +24,8 @@ from pipelines.plan import StepPlan
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
-from pipelines.stages import HostBatch, host_batch, to_device
-from pipelines.threads import Threads, in_background
+from pipelines.stages import HostBatch, host_batch, read_images, to_device
+from pipelines.threads import in_background
 
 # Each step with the stored bytes of its images
 Inputs: TypeAlias = Generator[tuple[StepPlan, list[NDArray[np.uint8]]], None, None]
@@ -142,14 +142,15 @@ class DaliExecutor:
     def _read(self, steps: Iterable[StepPlan]) -> Inputs:
         source = self._source
 
-        def read(indices: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-            return [source.read(index) if not source.is_raw[index] else _as_ppm(source, index) for index in indices]
+        def read(index: int) -> NDArray[np.uint8]:
+            return source.read_sound(index) if source.plain[index] else _as_ppm(source.examine(index).pixels)
 
-        with Threads(self._threads) as threads:
+        def announced() -> Iterable[StepPlan]:
             for step in steps:
                 source.will_need(step.indices)
-                parts = threads.map(read, np.array_split(step.indices, self._threads))
-                yield step, [data for part in parts for data in part]
+                yield step
+
+        yield from read_images(announced(), read, self._threads)
 
     def _next_step(self) -> tuple[list[NDArray[np.uint8]], NDArray, NDArray, NDArray]:
         """What DALI asks for when it starts a batch; StopIteration at the end of the epoch, or where reading fails."""
@@ -218,8 +219,8 @@ class DaliExecutor:
         return DataError(f"DALI cannot decode one of the images {step.indices.tolist()}: {error}")
 
 
-def _as_ppm(source: BetonSource, index: int) -> NDArray[np.uint8]:
-    """A raw image in the simplest format that DALI's decoder reads."""
-    height, width = source.sizes[index]
+def _as_ppm(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) in the simplest format that DALI's decoder reads."""
+    height, width, _ = pixels.shape
     header = np.frombuffer(f"P6 {width} {height} 255\n".encode(), np.uint8)
-    return np.concatenate([header, source.read(index)])
+    return np.concatenate([header, pixels.reshape(-1)])

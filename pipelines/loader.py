@@ -41,10 +41,12 @@ class Source(Protocol):
     """The images of one split. `sizes` (N, 2) int32, height first; `labels` (N,) int64, positions in `classes`.
 
     `has_names`: whether `classes` are their names, not numbers that stand in for names that the source does not know.
+    `note`: one line about what was left out, or None.
     """
 
     classes: list[str]
     has_names: bool
+    note: str | None
     labels: NDArray[np.int64]
     sizes: NDArray[np.int32]
 
@@ -78,6 +80,7 @@ class DataConfig:
     input_size, eval_size: side of the square images in training and in evaluation, at least 32.
     start_size, size_ramp: training starts with `start_size` and grows to `input_size` between the two epochs, to the
         nearest 32 pixels (progressive resizing); None trains with `input_size` throughout.
+    strict: files among the images that are none are an error; else a line names them.
     exact_decode: decode every pixel of a training image's box; otherwise the FFCV backend decodes images that are
         reduced to half or less at half their size. Evaluation is always exact.
     dali_full_decode: DALI decodes whole images and cuts the boxes from them; with None it decodes the boxes alone. The
@@ -97,6 +100,7 @@ class DataConfig:
     size_ramp: tuple[int, int] = (0, 0)
     train_crop: RandomCrop = field(default_factory=RandomCrop)
     eval_crop: CenterCrop = field(default_factory=CenterCrop)
+    strict: bool = False
     exact_decode: bool = False
     dali_full_decode: float | None = None
     synthetic_images: int = 1_281_167
@@ -132,6 +136,7 @@ class Loader:
         self._running: Generator[Batch, None, None] | None = None
         self.classes = source.classes
         self.class_names = source.classes if source.has_names else None
+        self.note = source.note
         self.num_samples = len(source)
         if training and self.num_samples < config.batch_size:
             raise DataError(
@@ -233,7 +238,7 @@ def build_loader(
         from pipelines.torchvision_loader import TorchvisionExecutor, TorchvisionGpuExecutor, shared_memory_need
 
         if device.type == "cuda":
-            executor = TorchvisionGpuExecutor(source, device, dtype)
+            executor = TorchvisionGpuExecutor(source, device, dtype, config.workers)
         else:
             need = shared_memory_need(config, training, world_size, len(source))
             executor = TorchvisionExecutor(source, device, dtype, config.workers, need)
@@ -274,7 +279,7 @@ def _open_source(config: DataConfig, split: str) -> Source:
             f"no file {beton}: convert the dataset with python -m tools.make_dataset SRC OUT, "
             "or use --backend torchvision"
         )
-    return FolderSource(Path(config.root) / split)
+    return FolderSource(Path(config.root) / split, config.strict)
 
 
 def _choose_backend(source: Source, device: torch.device) -> str:

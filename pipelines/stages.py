@@ -1,9 +1,9 @@
 """What the executors have in common: batches in the host's memory, that memory, and the way to the device."""
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.loader import MEAN, STD, Batch
+from pipelines.plan import StepPlan
+from pipelines.threads import Threads
+
+T = TypeVar("T")
 
 
 class HostBatch(NamedTuple):
@@ -27,6 +31,20 @@ class HostBatch(NamedTuple):
 def host_batch(images: Tensor, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> HostBatch:
     """The images (N, S, S, 3) at `indices` (N,), with their labels of the dataset's `labels`."""
     return HostBatch(images, torch.from_numpy(labels[indices]), torch.from_numpy(indices))
+
+
+def read_images(
+    steps: Iterable[StepPlan], read: Callable[[int], T], threads: int
+) -> Generator[tuple[StepPlan, list[T]], None, None]:
+    """Each step with what `read` makes of its indices, on `threads` threads side by side."""
+
+    def read_part(indices: NDArray[np.int64]) -> list[T]:
+        return [read(index) for index in indices]
+
+    with Threads(threads) as pool:
+        for step in steps:
+            parts = pool.map(read_part, np.array_split(step.indices, threads))
+            yield step, [one for part in parts for one in part]
 
 
 class Buffers:

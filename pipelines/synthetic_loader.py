@@ -12,7 +12,7 @@ from pipelines.plan import StepPlan
 class SyntheticSource:
     """`num_images` images that exist in name only, of ImageNet's typical size, with labels in turn."""
 
-    has_names = False
+    has_names, note = False, None
 
     def __init__(self, num_images: int, num_classes: int):
         self.classes = [f"{label:08d}" for label in range(num_classes)]

@@ -34,10 +34,11 @@ from pipelines.loader import Batch, DataConfig
 from pipelines.plan import StepPlan
 from pipelines.shared_memory import Need, free_and_size
 from pipelines.sources.errors import DataError
-from pipelines.stages import HostBatch, host_batch, normalise, to_device
+from pipelines.stages import HostBatch, host_batch, normalise, read_images, to_device
 from pipelines.threads import PATIENCE_S, in_background
 
 BATCHES_AHEAD = 2  # of each worker
+MEMORY_BYTES = 32 << 20  # that a worker keeps for an image; larger ones, of 11 megapixels, are rare
 LARGEST_REDUCTION = 64  # of one resize on a GPU, whose kernel keeps the weights of a pixel in 48 KiB: 94 is its end
 
 
@@ -45,12 +46,14 @@ class DecodingSource(Protocol):
     """What this backend needs of a source: `FolderSource` and `BetonSource` have it."""
 
     labels: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    plain: NDArray[np.bool_]
 
-    def read(self, index: int) -> NDArray[np.uint8]:
-        """The stored bytes of image `index`."""
+    def read_sound(self, index: int) -> NDArray[np.uint8]:
+        """The stored bytes of image `index`, which is not damaged."""
 
-    def decode(self, index: int) -> Tensor:
-        """Image `index` as RGB, (3, H, W) uint8."""
+    def decode(self, index: int, memory: NDArray[np.uint8] | None = None) -> Tensor:
+        """Image `index` as RGB, (3, H, W) uint8; in `memory` (M,) where it fits."""
 
 
 def render(image: Tensor, box: tuple[int, int, int, int], flip: bool, size: int) -> Tensor:
@@ -89,13 +92,16 @@ class _Batches(Dataset):
 
     def __init__(self, source: DecodingSource, need: Need):
         self.source, self._need = source, need
+        # Where images are decoded to: the system would clear fresh memory for each first.
+        largest = 3 * int(source.sizes.astype(np.int64).prod(1).max())
+        self._memory = np.empty(min(largest, MEMORY_BYTES), np.uint8)
 
     def __getitem__(self, work: tuple[StepPlan, int]) -> tuple[Tensor, NDArray[np.int64]] | DataError:
         step, size = work
         try:
             images = self._empty(len(step.indices), size, size, 3)
             for image, index, box, flip in zip(images, step.indices, step.boxes.tolist(), step.flips, strict=True):
-                image.copy_(render(self.source.decode(index), box, flip, size))
+                image.copy_(render(self.source.decode(index, self._memory), box, flip, size))
         except DataError as error:
             return error  # raised in the training process; the DataLoader would wrap it into a page of text
         return images, step.indices
@@ -250,19 +256,21 @@ def _end(iterator: Any) -> None:
 class TorchvisionGpuExecutor:
     """Decodes a folder or a .beton file on the GPU (nvJPEG), a batch at a time.
 
-        thread 1:    steps of the plan -> bytes of the batch
-        thread 2:                                            -> GPU: decode whole images, cut, resize, flip, normalise
+        threads:     steps of the plan -> bytes of the batch
+        thread:                                              -> GPU: decode whole images, cut, resize, flip, normalise
 
     Args:
         source: the images. device, dtype: of the batches (on a CPU the CPU's decoder does the same).
+        workers: threads that read; 0 is one.
     """
 
-    def __init__(self, source: DecodingSource, device: torch.device, dtype: torch.dtype):
+    def __init__(self, source: DecodingSource, device: torch.device, dtype: torch.dtype, workers: int):
         self._source, self._device, self._dtype = source, device, dtype
+        self._threads = max(1, workers)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
-        encoded = in_background(self._read(steps), ahead=2)
+        encoded = in_background(read_images(steps, self._read, self._threads), ahead=2)
         with closing(in_background(self._decode(encoded, image_size), ahead=1)) as batches:
             for batch in batches:
                 for tensor in batch[:2] if self._stream else ():
@@ -273,9 +281,11 @@ class TorchvisionGpuExecutor:
     def close(self) -> None:
         """Nothing: no thread outlives a run."""
 
-    def _read(self, steps: Iterable[StepPlan]) -> Generator[tuple[StepPlan, list[Tensor]], None, None]:
-        for step in steps:
-            yield step, [torch.from_numpy(self._source.read(index).copy()) for index in step.indices]
+    def _read(self, index: int) -> Tensor:
+        """The bytes (N,) of a plain JPEG, else the pixels (3, H, W)."""
+        if self._source.plain[index]:
+            return torch.from_numpy(self._source.read_sound(index).copy())
+        return self._source.decode(index)
 
     def _decode(
         self, encoded: Generator[tuple[StepPlan, list[Tensor]], None, None], size: int
@@ -297,8 +307,10 @@ class TorchvisionGpuExecutor:
 
     def _decode_batch(self, step: StepPlan, data: list[Tensor]) -> list[Tensor]:
         """Whole images (3, H, W) uint8 on the device."""
+        encoded = [one for one in data if one.ndim == 1]
         try:
-            return decode_jpeg(data, ImageReadMode.RGB, device=self._device)
+            decoded = iter(decode_jpeg(encoded, ImageReadMode.RGB, device=self._device) if encoded else [])
         except RuntimeError:
-            # Not all are JPEGs, nvJPEG can't do one of them (CMYK), or one is damaged, which this will name.
+            # nvJPEG can't do one of them, or it has changed since it was found sound, which this will name.
             return [self._source.decode(index).to(self._device) for index in step.indices]
+        return [next(decoded) if one.ndim == 1 else one.to(self._device) for one in data]

@@ -41,7 +41,7 @@ FILES = tuple(f"{split}{suffix}" for split in SPLITS for suffix in (".beton", ".
 _locks: list[int] = []
 
 
-def make_dataset(src: Path, out: Path, options: Options, on_bad: str, workers: int) -> None:
+def make_dataset(src: Path, out: Path, options: Options, on_bad: str, workers: int, strict: bool = False) -> None:
     """Convert `src` into `out`.
 
     Raises:
@@ -57,9 +57,12 @@ def make_dataset(src: Path, out: Path, options: Options, on_bad: str, workers: i
             _compare(out, src, wanted)
             return
         load_ffcv()
-        source = open_source(src)
+        source = open_source(src, strict)
         counts = ", ".join(f"{len(source.splits[split].labels):,} {split}" for split in SPLITS)
         print(f"{src}: {source.kind}, {len(source.classes):,} classes, {counts} images", flush=True)
+        for folder, left_out in source.left_out.items():
+            if note := left_out.note(folder):
+                print(note, flush=True)
         partial = out / PARTIAL
         try:
             with writing(partial):
@@ -233,6 +236,7 @@ def main(
     quality: int = 90,
     jpeg_fraction: float = 1.0,
     on_bad: Literal["error", "skip"] = "error",
+    strict: bool = False,
     workers: int | None = None,
 ) -> None:
     """Convert ImageNet to FFCV's format.
@@ -247,6 +251,7 @@ def main(
         quality: reencode: of the JPEGs, up to 100.
         jpeg_fraction: reencode: share of the images that become JPEG; the others become pixels, which load faster.
         on_bad: what to do when images do not decode: error lists all of them and writes nothing, skip leaves them out.
+        strict: files among the images that are none by their names are an error; else a line names them.
         workers: processes; by default one for each core.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
@@ -261,7 +266,7 @@ def main(
                 raise DataError(f"{name} {value}: it must be from {low} to {high}")
         options = Options(mode, max_size, quality, jpeg_fraction)
         signal.signal(signal.SIGTERM, _stop)
-        make_dataset(src, out, options, on_bad, workers)
+        make_dataset(src, out, options, on_bad, workers, strict)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -49,7 +49,8 @@ class Config:
 
     # --- data ---
     data: Annotated[Path | None, arg(aliases=("-d",))] = None
-    """Folder with train.beton and val.beton (tools.make_dataset), or with train/CLASS/*.JPEG and val/CLASS/*.JPEG."""
+    """Folder with train.beton and val.beton (tools.make_dataset), or with train/CLASS/*.JPEG and val/CLASS/*.JPEG (and
+    other formats that Pillow reads)."""
     backend: Literal["auto", "dali", "ffcv", "torchvision", "synthetic"] = "auto"
     """What reads the data; auto: DALI on a GPU if installed, else FFCV for .beton files, else torchvision; synthetic
     reads nothing and shows the upper bound."""
@@ -71,6 +72,8 @@ class Config:
     """Lowest and highest width / height of a training crop."""
     flip: float = 0.5
     """Probability of a horizontal flip in training."""
+    strict: bool = False
+    """Files among the images that are none by their names are an error; else one line counts and names them."""
     exact_decode: bool = False
     """Decode training images pixel by pixel even where FFCV's backend could decode them at half their size."""
     dali_full_decode: float | None = None

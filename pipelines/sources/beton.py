@@ -6,18 +6,22 @@ Everything but the pages is read at the start and checked against the file, and 
 there is one: FFCV itself trusts every byte. The pages are mapped into memory, which the processes of a machine share.
 """
 
+import hashlib
 import json
 import mmap
+import os
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines import native
+from pipelines.sources.checked import Checked
 from pipelines.sources.errors import DataError
+from pipelines.sources.images import BadImage, Examined, examine
 
 VERSION = 2
 DATASET_FILE = "dataset.json"
@@ -52,16 +56,16 @@ class BetonSource:
         classes: names, sorted; the label is the position in this list. has_names: False where they are numbers.
         labels: (N,) int64. sizes: (N, 2) int32, height and width in pixels.
         offsets, lengths: (N,) int64, where the bytes of each image are in `data`.
-        is_raw: (N,) bool, whether they are height × width × 3 pixels rather than a JPEG.
+        is_raw: (N,) bool, whether they are height × width × 3 pixels rather than a JPEG; plain: whether they are not.
         checksums: (N,) uint64, XXH64 of them, or None.
-        data: (size of the file,) uint8, the mapped file.
+        data: (size of the file,) uint8, the mapped file. note: None; the converter has said what it left out.
 
     Raises:
         DataError: no such file, another format or version, or a file that is not whole.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self.note = Path(path), None
         try:
             # Not np.memmap: this mapping is also asked to read ahead (`will_need`).
             with open(self.path, "rb") as file:
@@ -77,6 +81,7 @@ class BetonSource:
         self.labels = labels.astype(np.int64)
         self.sizes = np.stack([images["height"], images["width"]], 1).astype(np.int32)
         self.is_raw = images["mode"] == RAW
+        self.plain = ~self.is_raw
         self.offsets, self.lengths = self._find_bytes(images, allocations)
         if self.labels.min() < 0:
             raise self._damaged(f"label {self.labels.min()}")
@@ -103,22 +108,53 @@ class BetonSource:
             raise self.damaged_image(index, "its bytes are not those that were converted")
         return stored
 
-    def decode(self, index: int) -> Tensor:
-        """Image `index` by torchvision, (3, H, W) uint8.
+    def read_sound(self, index: int) -> NDArray[np.uint8]:
+        """As `read`, of an image that is whole: where there are no checksums, all of its codes have been read once.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        stored = self.read(index)
+        if self.checksums is None and not self.is_raw[index]:
+            try:
+                self._checked.check(index, stored, tuple(self.sizes[index]))
+            except BadImage as error:
+                raise self.damaged_image(index, str(error)) from error
+        return stored
+
+    @cached_property
+    def _checked(self) -> Checked:
+        path = self.path.resolve()
+        key = hashlib.sha256(os.fsencode(path)).hexdigest()
+        as_it_is = f"{key} {self.index_checksum()} {path.stat().st_mtime_ns}"
+        return Checked(f"{path.stem}-{key[:16]}", hashlib.sha256(as_it_is.encode()).hexdigest(), len(self))
+
+    def examine(self, index: int, with_pixels: bool = True, memory: NDArray[np.uint8] | None = None) -> Examined:
+        """Read all of image `index`; see `images.examine`.
 
         Raises:
             DataError: its bytes have changed, or it does not decode.
         """
-        stored = self.read(index)
+        stored, (height, width) = self.read(index), self.sizes[index].tolist()
         if self.is_raw[index]:
-            return torch.from_numpy(stored.reshape(*self.sizes[index], 3).copy()).permute(2, 0, 1)
+            return Examined(height, width, stored.reshape(height, width, 3), None)
         try:
-            image = decode_jpeg(torch.from_numpy(stored.copy()), ImageReadMode.RGB)  # PyTorch wants writable memory
-        except RuntimeError as error:
-            raise self.damaged_image(index, str(error).splitlines()[0]) from error
-        if image.shape[1:] != tuple(self.sizes[index]):
+            seen = examine(stored, with_pixels, memory)
+        except BadImage as error:
+            raise self.damaged_image(index, str(error)) from error
+        if (seen.height, seen.width) != (height, width):
             raise self.damaged_image(index, "its size is not the one in the index")
-        return image
+        return seen
+
+    def decode(self, index: int, memory: NDArray[np.uint8] | None = None) -> Tensor:
+        """Image `index` as RGB, (3, H, W) uint8; in `memory` (M,) where it fits.
+
+        Raises:
+            DataError: as `examine`.
+        """
+        pixels = self.examine(index, memory=memory).pixels
+        # PyTorch wants memory that can be written to, as the mapped file's can't.
+        return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
 
     def will_need(self, indices: NDArray[np.int64]) -> None:
         """Ask the system to read the bytes of these images (N,) from the disk, without waiting for them."""

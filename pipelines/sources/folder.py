@@ -1,4 +1,4 @@
-"""Images in ImageNet's folder layout: ROOT/CLASS/*.JPEG.
+"""Images in folders, as `listing` finds them: ROOT/CLASS/*.JPEG.
 
 The plan needs the height and width of every image. They are read once from the files' headers and kept under
 `$XDG_CACHE_HOME/dcd` (`~/.cache/dcd`), outside the dataset, which is often read-only.
@@ -9,21 +9,23 @@ import hashlib
 import os
 import sys
 import zipfile
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from pipelines.cache import cache_folder
+from pipelines.sources.checked import Checked
 from pipelines.sources.errors import DataError
+from pipelines.sources.images import BadImage, Examined, examine, has_native, read_header
+from pipelines.sources.listing import list_images
 from pipelines.threads import Threads
 
-EXTENSIONS = (".jpeg", ".jpg", ".png")
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+HEADER = np.dtype([("size", np.int32, 2), ("plain", np.bool_)])
 HEADER_THREADS = 32  # reading headers waits for the disk, not for the processor
 
 
@@ -32,26 +34,34 @@ class FolderSource:
 
     Args:
         root: the folder of the class folders, e.g. `imagenet/train`.
+        strict: files in it that are no images are an error.
 
     Attributes:
         classes: the class folders' names, sorted; the label is the position in this list.
         labels: (N,) int64; images are sorted by class, then by name.
         sizes: (N, 2) int32, height and width in pixels as stored (EXIF rotation is ignored).
+        plain: (N,) bool, whether the file is a JPEG that all decoders read alike (`images.Header`).
+        note: one line about what was left out, or None.
 
     Raises:
-        DataError: no such folder, no classes, a class with no images, files that are no images.
+        DataError: what `list_images` raises, files that are no images.
     """
 
     has_names = True
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, strict: bool = False):
         self.root = Path(root)
-        self.classes, names, labels, fingerprint = list_images(self.root)
-        self.labels = np.array(labels, dtype=np.int64)
+        has_native()  # compiled here, once, not by each worker
+        listing = list_images(self.root)
+        if strict:
+            listing.left_out.refuse(self.root)
+        self.classes, self.labels = listing.classes, np.array(listing.labels, np.int64)
+        self.note = listing.left_out.note(self.root)
         # One array of bytes instead of a list of strings: forked workers share it without copying.
-        self._names = np.array([os.fsencode(name) for name in names])
-        self.is_raw = np.zeros(len(labels), bool)  # all are encoded images
-        self.sizes = _cached_sizes(self.root, names, fingerprint)
+        self._names = np.array([os.fsencode(name) for name in listing.names])
+        self._fingerprint = hashlib.sha256(f"{INDEX_VERSION}{listing.fingerprint}".encode()).hexdigest()
+        headers = _cached_headers(self.root, listing.names, self._fingerprint)
+        self.sizes, self.plain = headers["size"], headers["plain"]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,6 +84,23 @@ class FolderSource:
         except OSError as error:
             raise self.damaged_image(index, str(error)) from error
 
+    def read_sound(self, index: int) -> NDArray[np.uint8]:
+        """The bytes of file `index`, of which all codes have been read once: for decoders that don't notice damage.
+
+        Raises:
+            DataError: the file does not read, or is damaged.
+        """
+        data = self.read(index)
+        try:
+            self._checked.check(index, data, tuple(self.sizes[index]))
+        except BadImage as error:
+            raise self.damaged_image(index, str(error)) from error
+        return data
+
+    @cached_property
+    def _checked(self) -> Checked:
+        return Checked(_cache_name(self.root), self._fingerprint, len(self))
+
     def will_need(self, indices: NDArray[np.int64]) -> None:
         """Nothing: threads and processes read the files of a batch side by side."""
 
@@ -81,97 +108,88 @@ class FolderSource:
         """The error for an image that can't be used."""
         return DataError(f"{self.path(index)} does not decode ({reason}): replace or remove this file")
 
-    def decode(self, index: int) -> Tensor:
-        """Image `index` as RGB, (3, H, W) uint8.
+    def examine(self, index: int, with_pixels: bool = True, memory: NDArray[np.uint8] | None = None) -> Examined:
+        """Read all of image `index`; see `images.examine`.
 
         Raises:
             DataError: the file is gone, does not decode, or is not of the size in the index.
         """
-        encoded = torch.from_numpy(self.read(index))
         try:
-            image = decode_image(encoded, mode=ImageReadMode.RGB)  # of bytes: torchvision takes paths in UTF-8 only
-        except RuntimeError as error:
-            raise self.damaged_image(index, str(error).splitlines()[0]) from error
-        if image.shape[1:] != tuple(self.sizes[index]):
+            seen = examine(self.read(index), with_pixels, memory)
+        except BadImage as error:
+            raise self.damaged_image(index, str(error)) from error
+        if (seen.height, seen.width) != tuple(self.sizes[index]):
             with contextlib.suppress(OSError):
                 _index_path(self.root).unlink()
             raise DataError(
                 f"{self.path(index)} has changed since it was indexed: start again to index the folder anew"
             )
-        return (image.int() >> 8).byte() if image.dtype == torch.uint16 else image  # a PNG of 16 bits
+        return seen
+
+    def decode(self, index: int, memory: NDArray[np.uint8] | None = None) -> Tensor:
+        """Image `index` as RGB, (3, H, W) uint8; in `memory` (M,) where it fits.
+
+        Raises:
+            DataError: as `examine`.
+        """
+        return torch.from_numpy(self.examine(index, memory=memory).pixels).permute(2, 0, 1)
 
 
-def list_images(root: Path) -> tuple[list[str], list[str], list[int], str]:
-    """Classes, names ("CLASS/FILE"), labels and a fingerprint of the listing."""
-    if not root.is_dir():
-        raise DataError(f"no folder {root}: it must hold CLASS/*.JPEG, or be converted to {root.name}.beton")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if not classes:
-        raise DataError(f"{root} holds no class folders: it must look like {root}/CLASS/*.JPEG")
-    names, labels = [], []
-    fingerprint = hashlib.sha256(f"{INDEX_VERSION}".encode())
-    for label, name in enumerate(classes):
-        files = sorted(entry.name for entry in os.scandir(root / name) if entry.name.lower().endswith(EXTENSIONS))
-        if not files:
-            raise DataError(
-                f"class {name} has no images in {root / name}: add some (.JPEG, .jpg, .png) or remove the folder"
-            )
-        names += [f"{name}/{file}" for file in files]
-        labels += [label] * len(files)
-        # A folder's time changes when a file in it is added, removed or renamed.
-        fingerprint.update(
-            f"{name}\0{os.stat(root / name).st_mtime_ns}\0{len(files)}\0".encode(errors="surrogateescape")
-        )
-    return classes, names, labels, fingerprint.hexdigest()
+def _cache_name(root: Path) -> str:
+    return f"{root.name}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}"
 
 
 def _index_path(root: Path) -> Path:
-    return cache_folder() / f"{root.name}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
+    return cache_folder() / f"{_cache_name(root)}.npz"
 
 
-def _cached_sizes(root: Path, names: list[str], fingerprint: str) -> np.ndarray:
-    """The sizes of all images: from the index where it fits the listing, else from the headers, then kept."""
+def _cached_headers(root: Path, names: list[str], fingerprint: str) -> NDArray:
+    """The headers (N,) of dtype `HEADER`: from the index where it fits the listing, else from the files, then kept."""
     index = _index_path(root)
     try:
         with np.load(index) as stored:
-            if str(stored["fingerprint"]) == fingerprint and len(stored["sizes"]) == len(names):
-                return stored["sizes"]
+            headers = stored["headers"]
+            if str(stored["fingerprint"]) == fingerprint and headers.dtype == HEADER and len(headers) == len(names):
+                return headers
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         pass  # no index, or one that another version wrote: made anew below
-    sizes = _read_sizes(root, names)
+    headers = _read_headers(root, names)
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
         temporary = index.with_suffix(f".{os.getpid()}.tmp")
         with open(temporary, "wb") as file:
-            np.savez(file, fingerprint=np.array(fingerprint), sizes=sizes)
+            np.savez(file, fingerprint=np.array(fingerprint), headers=headers)
         os.replace(temporary, index)
     except OSError as error:
         print(
             f"warning: cannot keep the image sizes in {index} ({error}); they are read again at each start",
             file=sys.stderr,
         )
-    return sizes
+    return headers
 
 
-def _read_sizes(root: Path, names: list[str]) -> np.ndarray:
+def _read_headers(root: Path, names: list[str]) -> NDArray:
     if len(names) > 100_000:
         print(f"reading the sizes of {len(names):,} images in {root} (once)", file=sys.stderr)
 
-    def read(name: str) -> tuple[int, int] | str:
+    def read(name: str) -> tuple[tuple[int, int], bool] | str:
         try:
-            with Image.open(root / name) as image:  # reads the header only
-                return image.height, image.width
-        except Exception as error:  # Pillow raises half a dozen types for damaged files
-            return f"{root / name}: {type(error).__name__}"
+            header = read_header(root / name)
+            return (header.height, header.width), header.plain
+        except BadImage as error:
+            return f"{root / name} ({error})"
+        except OSError as error:
+            return f"{root / name} ({error.strerror})"
 
-    def read_many(part: list[str]) -> list[tuple[int, int] | str]:
+    def read_many(part: list[str]) -> list[tuple[tuple[int, int], bool] | str]:
         return [read(name) for name in part]
 
     parts = [names[start : start + 1024] for start in range(0, len(names), 1024)]
     with Threads(HEADER_THREADS) as threads:
-        found = [size for part in threads.map(read_many, parts) for size in part]
-    bad = [size for size in found if isinstance(size, str)]
+        found = [header for part in threads.map(read_many, parts) for header in part]
+    bad = [header for header in found if isinstance(header, str)]
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise DataError(f"{len(bad)} files are no images; replace or remove them: {', '.join(bad[:5])}{more}")
-    return np.array(found, dtype=np.int32)
+        count = "1 file is no image" if len(bad) == 1 else f"{len(bad)} files are no images"
+        raise DataError(f"{count}; mend, replace or remove what is listed: {', '.join(bad[:5])}{more}")
+    return np.array(found, HEADER)

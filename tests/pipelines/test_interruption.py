@@ -43,7 +43,7 @@ def block_decoder():
 
 def on_gpu(config):
     source = build_loader(config, "train")._source
-    executor = torchvision_loader.TorchvisionGpuExecutor(source, torch.device("cpu"), torch.float32)
+    executor = torchvision_loader.TorchvisionGpuExecutor(source, torch.device("cpu"), torch.float32, 2)
     return Loader(source, executor, config, True, 0, 1)
 
 def open_train(config):

@@ -84,7 +84,7 @@ def test_the_executor_for_a_gpu_does_on_a_cpu_what_the_other_does(photos, data):
     config = DataConfig(getattr(photos, data), "torchvision", batch_size=4, workers=0, input_size=64)
     other = build_loader(config, "train")
     source = BetonSource(config.root / "train.beton")
-    executor = TorchvisionGpuExecutor(source, torch.device("cpu"), torch.float32)
+    executor = TorchvisionGpuExecutor(source, torch.device("cpu"), torch.float32, 2)
     loader = Loader(source, executor, config, training=True, rank=0, world_size=1)
     for batch, expected in zip(loader, other, strict=True):
         assert torch.equal(batch.indices, expected.indices) and torch.equal(batch.labels, expected.labels)

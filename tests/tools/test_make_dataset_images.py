@@ -13,7 +13,8 @@ from PIL import Image
 from pipelines import native
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
-from tools.conversion.images import MAX_PIXELS, BadImage, Options, convert
+from pipelines.sources.images import MAX_PIXELS, BadImage
+from tools.conversion.images import Options, convert
 from tools.make_dataset import make_dataset
 
 REENCODE = Options("reencode", max_size=40)

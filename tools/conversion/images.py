@@ -4,7 +4,6 @@ FFCV ignores that a decoder failed and trains on whatever was in the buffer, so 
 """
 
 import io
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,18 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines import native
 from pipelines.sources.beton import JPEG, RAW
+from pipelines.sources.images import BadImage, examine
 
-MAX_PIXELS = 178_956_970  # beyond it Pillow speaks of a decompression bomb
-MAX_SIDE = 65_535  # the format has 16 bits
 FALLBACK_QUALITY = 95  # of what has to be re-encoded in verbatim mode, at full chroma
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow would start other programs for some others
-NOT_RGB = "Unsupported color conversion request"  # libjpeg, of CMYK and YCCK
-
-
-class BadImage(ValueError):
-    """An image that can't be converted; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -58,64 +49,17 @@ class Stored:
 def convert(data: NDArray[np.uint8], index: int, options: Options) -> Stored:
     """Check image `index` of the dataset, `data` (bytes,), and make of it what is stored.
 
-    EXIF rotation is ignored, as torchvision and FFCV do.
-
     Raises:
         BadImage: it does not decode, or is too large.
     """
-    if not len(data):
-        raise BadImage("the file is empty")
-    odd = pixels = None
-    if data[:2].tobytes() == b"\xff\xd8":
-        try:
-            height, width = native.jpeg_size(data)
-            _check_size(height, width)
-            if options.mode == "verbatim":
-                native.check_jpeg(data)
-            else:
-                pixels = native.decode_jpeg(data)
-        except native.DecodeError as error:
-            if str(error) != NOT_RGB:  # a damaged file, which Pillow might take
-                raise BadImage(str(error)) from error
-            pixels, odd = _read_with_pillow(data)
-    else:
-        pixels, odd = _read_with_pillow(data)
+    seen = examine(data, with_pixels=options.mode == "reencode")
     if options.mode == "reencode":
-        return _reencode(pixels, odd, options, options.as_jpeg(index))
-    if pixels is None:
-        return Stored(JPEG, height, width, data, None)
+        return _reencode(seen.pixels, seen.odd, options, options.as_jpeg(index))
+    if seen.pixels is None:
+        return Stored(JPEG, seen.height, seen.width, data, None)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=FALLBACK_QUALITY, subsampling="4:4:4")
-    return Stored(JPEG, *pixels.shape[:2], np.frombuffer(buffer.getvalue(), np.uint8), odd)
-
-
-def _check_size(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels are more than {MAX_PIXELS:,}: a decompression bomb")
-    if max(height, width) > MAX_SIDE:
-        raise BadImage(f"{width} x {height} pixels: the format holds at most {MAX_SIDE:,} a side")
-
-
-def _read_with_pillow(data: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], str]:
-    """(RGB pixels (H, W, 3), what it is)."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of half a bomb
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(image.height, image.width)
-                what = f"{image.format}, {image.mode}"
-                if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-                    raise BadImage(f"{what}: pixels of 32 bits have no known range")
-                if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255 rather than scale
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                return np.asarray(image.convert("RGB")), what
-    except BadImage:
-        raise
-    except Exception as error:  # Pillow raises half a dozen types for damaged files
-        if isinstance(error, MemoryError):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadImage("not an image that Pillow knows" if "cannot identify" in reason else reason) from error
+    Image.fromarray(seen.pixels).save(buffer, "JPEG", quality=FALLBACK_QUALITY, subsampling="4:4:4")
+    return Stored(JPEG, seen.height, seen.width, np.frombuffer(buffer.getvalue(), np.uint8), seen.odd)
 
 
 def _reencode(pixels: NDArray[np.uint8], odd: str | None, options: Options, as_jpeg: bool) -> Stored:

@@ -6,10 +6,9 @@ the order in which they are stored, a task at a time; a task is a few dozen imag
 
 import csv
 import os
-import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.sources.errors import DataError
-from pipelines.sources.folder import EXTENSIONS, list_images
+from pipelines.sources.images import EXTENSIONS
+from pipelines.sources.listing import LeftOut, Listing, list_images
 
 IMAGES_PER_TASK = 64
 SPLITS = ("train", "val")
@@ -56,15 +56,22 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """An ImageNet. kind: its form. classes: sorted; a label is a position in them. splits: train and val."""
+    """An ImageNet. kind: its form. classes: sorted; a label is a position in them. splits: train and val.
+
+    left_out: what lies among the images and is none, by its folder.
+    """
 
     kind: str
     classes: list[str]
     splits: dict[str, Split]
+    left_out: dict[Path, LeftOut] = field(default_factory=dict)
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, strict: bool = False) -> Source:
     """List the images of the ImageNet below `path`.
+
+    Args:
+        strict: what would be left out is an error.
 
     Raises:
         DataError: it has no known form, a part is missing or damaged, or train and val differ in their classes.
@@ -77,6 +84,8 @@ def open_source(path: Path) -> Source:
     for open_form in (_open_folders, open_tars, _open_kaggle, open_shards):
         source = open_form(path)
         if source is not None:
+            for folder, left_out in source.left_out.items() if strict else ():
+                left_out.refuse(folder)
             return source
     raise DataError(f"{path} holds no ImageNet in a known form: it must hold {KNOWN}")
 
@@ -132,10 +141,11 @@ def _open_folders(path: Path) -> Source | None:
     """ImageFolder: train/CLASS/*.JPEG and val/CLASS/*.JPEG."""
     if not check_parts(path, {f"{split}/": (path / split).is_dir() for split in SPLITS}):
         return None
-    train_classes, train = _class_folders(path, "train")
-    val_classes, val = _class_folders(path, "val")
-    check_classes(path, train_classes, val_classes)
-    return Source("ImageFolder", train_classes, {"train": train, "val": val})
+    listings = {split: list_images(path / split) for split in SPLITS}
+    check_classes(path, listings["train"].classes, listings["val"].classes)
+    splits = {split: _folder_split(path, split, listing) for split, listing in listings.items()}
+    left_out = {path / split: listing.left_out for split, listing in listings.items()}
+    return Source("ImageFolder", listings["train"].classes, splits, left_out)
 
 
 def _open_kaggle(path: Path) -> Source | None:
@@ -143,7 +153,8 @@ def _open_kaggle(path: Path) -> Source | None:
     data = Path("ILSVRC/Data/CLS-LOC") if (path / "ILSVRC").is_dir() else Path("Data/CLS-LOC")
     if not check_parts(path, {f"{data}/{split}/": (path / data / split).is_dir() for split in SPLITS}):
         return None
-    classes, train = _class_folders(path, f"{data}/train")
+    listing = list_images(path / data / "train")
+    classes, train = listing.classes, _folder_split(path, f"{data}/train", listing)
     solution = "LOC_val_solution.csv"
     tables = [folder / solution for folder in (path, path / "ILSVRC", path.absolute().parent)]
     table = next((file for file in tables if file.is_file()), None)
@@ -167,9 +178,8 @@ def _open_kaggle(path: Path) -> Source | None:
     return Source("Kaggle", classes, {"train": train, "val": val})
 
 
-def _class_folders(path: Path, split: str) -> tuple[list[str], Split]:
-    classes, names, labels, _ = list_images(path / split)
-    return classes, _file_split(path, [f"{split}/{name}" for name in names], labels)
+def _folder_split(path: Path, folder: str, listing: Listing) -> Split:
+    return _file_split(path, [f"{folder}/{name}" for name in listing.names], listing.labels)
 
 
 def _file_split(path: Path, names: list[str], labels: list[int]) -> Split:
@@ -183,12 +193,9 @@ def _largest(path: Path, names: list[str]) -> int:
 
     def size(name: str) -> int:
         try:
-            found = os.stat(path / name)
+            return os.stat(path / name).st_size
         except OSError:
             return 0  # reading it will say what is wrong, and list it
-        if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{path / name} is no file: remove it")  # a pipe would be waited for
-        return found.st_size
 
     def largest(part: list[str]) -> int:
         return max(map(size, part))

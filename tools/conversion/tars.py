@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines.sources.errors import DataError
-from pipelines.sources.folder import EXTENSIONS
+from pipelines.sources.images import EXTENSIONS
 from tools.conversion.inputs import Source, Split, check_classes, check_parts, tasks_of
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"

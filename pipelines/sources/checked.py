@@ -1,0 +1,59 @@
+"""Which images of a dataset have been found sound, for decoders that take damage for an image (DALI, nvJPEG).
+
+To read all codes of a JPEG takes a tenth of a loader's time. So each image is read so once, by whoever reads it first,
+and that it is sound is kept for every later epoch and run in a file that the processes of a machine share.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.cache import cache_folder
+from pipelines.sources.images import BadImage, examine
+
+
+class Checked:
+    """The images of one dataset that are known to be sound.
+
+    Args:
+        name: of the file. fingerprint: 64 hexadecimal digits; another one than the file's begins anew.
+        count: of the images.
+    """
+
+    def __init__(self, name: str, fingerprint: str, count: int):
+        path, head = cache_folder() / f"{name}.checked", bytes.fromhex(fingerprint)
+        try:
+            if not _begins_with(path, head, len(head) + count):
+                temporary = path.with_suffix(f".{os.getpid()}.tmp")
+                with open(temporary, "wb") as file:
+                    file.write(head)
+                    file.truncate(len(head) + count)
+                os.replace(temporary, path)
+            self._sound = np.memmap(path, np.bool_, "r+", offset=len(head), shape=count)
+        except (OSError, ValueError) as error:
+            print(f"warning: images are checked again in every run: cannot keep {path} ({error})", file=sys.stderr)
+            self._sound = np.zeros(count, np.bool_)
+
+    def check(self, index: int, data: NDArray[np.uint8], size: tuple[int, int]) -> None:
+        """Read image `index`, its bytes `data` (N,), where nobody has yet; it should be of `size`, (height, width).
+
+        Raises:
+            BadImage: it is damaged.
+        """
+        if self._sound[index]:
+            return
+        seen = examine(data, with_pixels=False)
+        if (seen.height, seen.width) != size:
+            raise BadImage(f"{seen.width} x {seen.height} pixels instead of {size[1]} x {size[0]}")
+        self._sound[index] = True
+
+
+def _begins_with(path: Path, head: bytes, size: int) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(head)) == head and os.fstat(file.fileno()).st_size == size
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,156 @@
+"""One image, from its bytes to RGB pixels: the one verdict on what is an image, for the converter and every loader.
+
+JPEGs are read by `native.cpp`, for which damage is an error where other decoders go on with grey; what it can't turn
+into RGB (CMYK) and every other format is Pillow's. EXIF rotation is ignored.
+"""
+
+import contextlib
+import io
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from pipelines import native
+from pipelines.sources.errors import DataError
+
+MAX_PIXELS = 178_956_970  # beyond it Pillow speaks of a decompression bomb
+MAX_SIDE = 65_535  # .beton files have 16 bits
+NOT_RGB = "Unsupported color conversion request"  # libjpeg, of CMYK and YCCK
+
+Image.init()
+# Of Pillow's, those that need no other program and hold pixels of 8 or 16 bits
+_WANTED = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
+EXTENSIONS = tuple(sorted(end for end, name in Image.registered_extensions().items() if name in _WANTED))
+
+# A file is an image or it is none: warnings of odd metadata or of many pixels are for nobody.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+# Text and colour profiles may be as long as an image: Pillow refuses a PNG with more than 1 MB of them.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+
+class BadImage(ValueError):
+    """No image, or one that can't be read; the message says why, in one line."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What an image is. height, width in pixels. pixels: (H, W, 3) uint8 RGB, or None where they were not needed.
+
+    odd: why a plain JPEG decoder could not take it ("PNG, RGBA"), or None.
+    """
+
+    height: int
+    width: int
+    pixels: NDArray[np.uint8] | None
+    odd: str | None
+
+
+def examine(data: NDArray[np.uint8], with_pixels: bool = True, memory: NDArray[np.uint8] | None = None) -> Examined:
+    """Read all of the image `data` (N,).
+
+    Args:
+        with_pixels: without them a JPEG is read in half the time, with the same verdict.
+        memory: see `native.decode_jpeg`.
+
+    Raises:
+        BadImage: it is damaged, too large, or no image.
+    """
+    if not len(data):
+        raise BadImage("the file is empty")
+    if data[:2].tobytes() != b"\xff\xd8" or not has_native():
+        return _examine_by_pillow(data)
+    try:
+        height, width = native.jpeg_size(data)
+        _check_size(height, width)
+        if with_pixels:
+            return Examined(height, width, native.decode_jpeg(data, memory), None)
+        native.check_jpeg(data)
+        return Examined(height, width, None, None)
+    except native.DecodeError as error:
+        if str(error) != NOT_RGB:  # a damaged file, which Pillow might take
+            raise BadImage(str(error)) from error
+        return _examine_by_pillow(data)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of an image says. height, width in pixels.
+
+    plain: whether it is a JPEG that all decoders read alike: grey, or YCbCr. They differ in CMYK without Adobe's
+        marker, in JPEGs that hold RGB, and in every other format.
+    """
+
+    height: int
+    width: int
+    plain: bool
+
+
+def read_header(path: str) -> Header:
+    """The header of the image in a file.
+
+    Raises:
+        BadImage: it is no image, or too large. OSError: the file can't be read.
+    """
+    with open(path, "rb") as file, _open_by_pillow(file) as image:
+        is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+        return Header(image.height, image.width, is_jpeg and not _holds_rgb(image))
+
+
+def _holds_rgb(image: Image.Image) -> bool:
+    """Whether a JPEG stores red, green and blue instead of YCbCr, by libjpeg's rules."""
+    if len(image.layer) != 3 or "jfif" in image.info:
+        return False
+    if "adobe_transform" in image.info:
+        return image.info["adobe_transform"] == 0
+    return bytes(layer[0] for layer in image.layer) == b"RGB"
+
+
+@lru_cache
+def has_native() -> bool:
+    """Whether JPEGs can be judged; else it is said once, and Pillow reads them."""
+    try:
+        native.checksum(np.zeros(1, np.uint8))
+    except DataError as error:
+        print(f"warning: JPEGs are read by Pillow, which takes some damaged ones for images: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} pixels are more than {MAX_PIXELS:,}: a decompression bomb")
+    if max(height, width) > MAX_SIDE:
+        raise BadImage(f"{width} x {height} pixels: .beton files hold at most {MAX_SIDE:,} a side")
+
+
+def _examine_by_pillow(data: NDArray[np.uint8]) -> Examined:
+    with _open_by_pillow(io.BytesIO(data)) as image:
+        odd = f"{image.format}, {image.mode}"
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255 rather than scale
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        pixels = np.array(image.convert("RGB"))
+        return Examined(*pixels.shape[:2], pixels, odd)
+
+
+@contextlib.contextmanager
+def _open_by_pillow(file: BinaryIO) -> Iterator[Image.Image]:
+    """An image of which the header is read. What Pillow raises, here or in the block, becomes `BadImage`."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            _check_size(image.height, image.width)
+            if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+                raise BadImage(f"{image.format}, {image.mode}: pixels of 32 bits have no known range")
+            yield image
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # half a dozen types for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadImage("not an image that Pillow knows" if "cannot identify" in reason else reason) from error
