@@ -66,7 +66,7 @@ def test_shards_of_one_split_alone(shards, copied):
     src = copied(shards)
     for file in (src / "data").glob("validation-*"):
         file.unlink()
-    refused(src, "holds train-*.parquet but no validation-*.parquet")
+    refused(src, "holds data/train-*.parquet but no validation-*.parquet")
 
 
 def test_classes_that_differ_and_classes_without_images(folder, copied):
@@ -218,6 +218,88 @@ def test_every_row_is_read_once_whatever_the_size_of_row_groups(images, tmp_path
         assert everything(found) == {i: data for i, (_, _, data) in enumerate(expected)}
         assert max(len(task.indices) for task in found.reader.tasks) <= 4
         assert np.array_equal(np.sort(np.concatenate([t.indices for t in found.reader.tasks])), range(len(expected)))
+
+
+@pytest.fixture
+def few_shards(images, tmp_path, make_shards):
+    """The folder of train-0000{0,1}-of-00002.parquet and validation-0000{0,1}-of-00002.parquet, to be spoilt."""
+    make_shards(tmp_path / "src" / "data", images)
+    return tmp_path / "src" / "data"
+
+
+TRAIN = "train-00000-of-00002", "train-00001-of-00002"
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_shard_that_is_missing(few_shards, split):
+    (few_shards / f"{split}-00001-of-00002.parquet").unlink()
+    refused(few_shards.parent, "no file", f"data/{split}-00001-of-00002.parquet")
+    refused(few_shards, f"{split}-00001-of-00002.parquet")
+
+
+def test_a_shard_that_is_there_twice(few_shards):
+    one, other = (few_shards / f"{name}.parquet" for name in TRAIN)
+    hashed = few_shards / f"{TRAIN[1]}-1234abcd5678ef90.parquet"  # of another revision
+    shutil.copy(other, hashed)
+    refused(few_shards.parent, TRAIN[1], hashed.name, "the same part")
+    other.unlink()
+    one.rename(few_shards / f"{TRAIN[0]}-0123456789abcdef.parquet")
+    everything_is_there(few_shards.parent)
+
+
+def everything_is_there(src):
+    assert {split: len(found.labels) for split, found in open_source(src).splits.items()} == {"train": 36, "val": 12}
+
+
+def test_shards_of_two_revisions(few_shards):
+    shutil.copy(few_shards / f"{TRAIN[1]}.parquet", few_shards / "train-00002-of-00003.parquet")
+    refused(few_shards.parent, f"{TRAIN[0]}.parquet", "train-00002-of-00003.parquet", "revisions")
+
+
+def test_a_hashed_name_is_missed_by_its_number(few_shards):
+    (few_shards / f"{TRAIN[0]}.parquet").rename(few_shards / f"{TRAIN[0]}-0123456789abcdef.parquet")
+    (few_shards / f"{TRAIN[1]}.parquet").unlink()
+    refused(few_shards.parent, f"data/{TRAIN[1]}-*.parquet")
+
+
+def test_shards_that_count_from_1_and_a_number_that_is_none(few_shards):
+    one, other = (few_shards / f"{name}.parquet" for name in TRAIN)
+    shutil.copy(other, few_shards / "train-00002-of-00002.parquet")
+    refused(few_shards.parent, "train-00002-of-00002.parquet is none of 2 files")
+    one.unlink()
+    everything_is_there(few_shards.parent)
+
+
+def test_names_without_numbers_are_read_but_not_beside_others(few_shards):
+    one, other = (few_shards / f"{name}.parquet" for name in TRAIN)
+    one.rename(few_shards / "train-a.parquet")
+    refused(few_shards.parent, "train-a.parquet has no number", other.name)
+    other.rename(few_shards / "train-b.parquet")
+    everything_is_there(few_shards.parent)
+    shutil.copy(few_shards / "train-a.parquet", few_shards / "._train-00000-of-00001.parquet")
+    everything_is_there(few_shards.parent)
+
+
+@pytest.mark.parametrize(
+    "place", [f"{TRAIN[1]}.parquet.incomplete", "../.cache/huggingface/download/data/x.y.incomplete"]
+)
+def test_a_download_that_broke_off_is_named(few_shards, place):
+    one, other = (few_shards / f"{name}.parquet" for name in TRAIN)
+    left = few_shards / place
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.touch()
+    everything_is_there(few_shards.parent)  # it was begun anew, and finished
+    other.unlink()
+    refused(few_shards.parent, f"no file {other}", left.name, "broke off")
+    one.rename(few_shards / "train-a.parquet")
+    refused(few_shards.parent, left.name, "broke off", "remove")
+    (few_shards / "train-a.parquet").unlink()
+    refused(few_shards.parent, left.name, "broke off")
+
+
+def test_evaluation_shards_of_two_names(few_shards):
+    shutil.copy(few_shards / "validation-00000-of-00002.parquet", few_shards / "val-00000-of-00001.parquet")
+    refused(few_shards.parent, "data/validation-*.parquet and data/val-*.parquet")
 
 
 def test_damaged_shards_and_shards_of_something_else(shards, copied):

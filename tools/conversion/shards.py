@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.sources.errors import DataError
-from tools.conversion.inputs import Source, Split, check_classes, check_parts
+from tools.conversion.inputs import Source, Split, check_classes
+from tools.conversion.shard_files import find_shards
 
-PREFIXES = {"train": ("train-",), "val": ("validation-", "val-", "valid-")}
 COLUMNS = ("label", "image.bytes", "image.path")
 WNID = re.compile(r"n\d{8}")
 SUFFIX = re.compile(r"_n\d{8}(?=\.\w+$)")  # what Hugging Face adds to the names of files
@@ -63,14 +63,9 @@ class _Listing:
 
 
 def open_shards(path: Path) -> Source | None:
-    """The shards in `path` or `path`/data, or None where there are none."""
-    folder = path if any(path.glob("*.parquet")) else path / "data"
-    files = {
-        split: sorted(file for file in folder.glob("*.parquet") if file.name.startswith(prefixes))
-        for split, prefixes in PREFIXES.items()
-    }
-    parts = {"train-*.parquet": bool(files["train"]), "validation-*.parquet": bool(files["val"])}
-    if not check_parts(folder, parts):
+    """The shards below `path`, or None where there are none."""
+    files = find_shards(path)
+    if files is None:
         return None
     listings = {split: _list_rows(path, files[split]) for split in files}
     classes, positions = _find_classes(path, listings)
