@@ -302,6 +302,27 @@ def test_evaluation_shards_of_two_names(few_shards):
     refused(few_shards.parent, "data/validation-*.parquet and data/val-*.parquet")
 
 
+@pytest.mark.parametrize("inside", ["", "data"])
+@pytest.mark.parametrize("val", ["validation", "val", "valid"])
+def test_shards_in_a_folder_for_each_split(images, few_shards, tmp_path, inside, val):
+    """With any names."""
+    src = tmp_path / "folders"
+    for split, name in (("train", "train"), ("validation", val)):
+        (src / inside / name).mkdir(parents=True)
+        for number in range(2):
+            file = few_shards / f"{split}-{number:05d}-of-00002.parquet"
+            shutil.copy(file, src / inside / name / (f"{number:04d}.parquet" if val == "val" else file.name))
+    source = open_source(src)
+    assert source.kind == "Hugging Face"
+    for split, expected in images.items():
+        assert everything(source.splits[split]) == {i: data for i, (_, _, data) in enumerate(expected)}
+    shutil.copy(few_shards / "train-00000-of-00002.parquet", src)
+    refused(src, "train-*.parquet", "train/*.parquet", "leave only one")
+    (src / "train-00000-of-00002.parquet").unlink()
+    shutil.rmtree(src / inside / val)
+    refused(src, "train/*.parquet but no validation")
+
+
 def test_damaged_shards_and_shards_of_something_else(shards, copied):
     import pyarrow as pa
     from pyarrow import parquet

@@ -24,7 +24,7 @@ SPLITS = ("train", "val")
 KNOWN = (
     "train/ and val/ with a folder for each class; ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and "
     "ILSVRC2012_devkit_t12.tar.gz; ILSVRC/Data/CLS-LOC and LOC_val_solution.csv (Kaggle); or train-*.parquet and "
-    "validation-*.parquet (Hugging Face)"
+    "validation-*.parquet, or folders of these names (Hugging Face)"
 )
 
 
@@ -81,7 +81,7 @@ def open_source(path: Path, strict: bool = False) -> Source:
 
     if not path.is_dir():
         raise DataError(f"no folder {path}: SRC must be a folder that holds {KNOWN}")
-    for open_form in (_open_folders, open_tars, _open_kaggle, open_shards):
+    for open_form in (open_shards, _open_folders, open_tars, _open_kaggle):  # shards may lie in train/ and val/
         source = open_form(path)
         if source is not None:
             for folder, left_out in source.left_out.items() if strict else ():

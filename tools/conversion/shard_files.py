@@ -16,7 +16,7 @@ NUMBERED = re.compile(r"((?:.*-)?)(\d{1,6})-of-(\d{1,6})((?:-[0-9a-f]+)?)\.parqu
 
 
 def find_shards(path: Path) -> dict[str, list[Path]] | None:
-    """The shards of each split, sorted: `train-*.parquet`, `validation-*.parquet` in `path` or `path`/data.
+    """The shards of each split, sorted: `train-*.parquet` or `train/*.parquet` in `path` or `path`/data.
 
     Returns:
         None where there are none.
@@ -44,7 +44,7 @@ def find_shards(path: Path) -> dict[str, list[Path]] | None:
 
 def _search(path: Path, names: tuple[str, ...], suffix: str) -> dict[str, list[Path]]:
     """The files of a split with this suffix, by the patterns that they fit."""
-    patterns = [f"{folder}{name}{rest}{suffix}" for folder in ("", "data/") for name in names for rest in ("-*",)]
+    patterns = [f"{folder}{name}{rest}{suffix}" for folder in ("", "data/") for name in names for rest in ("-*", "/*")]
     found = {pattern: sorted(file for file in path.glob(pattern) if not is_hidden(file.name)) for pattern in patterns}
     return {pattern: files for pattern, files in found.items() if files}
 
