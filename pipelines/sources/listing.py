@@ -111,6 +111,15 @@ def list_images(root: Path) -> Listing:
     return Listing(classes, names, labels, walk.fingerprint(), walk.left_out)
 
 
+def list_folder(root: Path) -> tuple[list[str], list[str]]:
+    """(folders, files) in `root` itself, each sorted, without what is hidden.
+
+    Raises:
+        DataError: as `list_images`, of what lies there.
+    """
+    return _Walk(root).entries("")
+
+
 def _class_folders(root: Path, walk: "_Walk") -> dict[str, list[str]]:
     """{class: its images} of a folder of class folders."""
     folders, files = walk.entries("")

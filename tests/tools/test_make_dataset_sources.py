@@ -1,6 +1,7 @@
 """Sources that are not as they should be, and the liberties that each form has."""
 
 import io
+import re
 import shutil
 import tarfile
 
@@ -99,6 +100,74 @@ def test_kaggles_table_is_found_and_needed(kaggle, copied):
     refused(src, "no columns ImageId and PredictionString")
     table.unlink()
     refused(src, "no file", "LOC_val_solution.csv")
+
+
+def val_as(source):
+    return {source.splits["val"].name(i): label for i, label in enumerate(source.splits["val"].labels.tolist())}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.encode("utf-8-sig"),
+        lambda text: text.replace(",", ", ").encode(),
+        lambda text: text.replace(",", " ,\t").replace("\n", "\r\n").encode(),
+        lambda text: "\n".join(re.sub("^(ILSVRC[^,]*)", r"\1.JPEG", line) for line in text.split("\n")).encode(),
+        lambda text: (
+            "PredictionString,Usage,ImageId\n" + re.sub("(?m)^(ILSVRC.*),(.*)$", r'"\2",x,"\1"', text)
+        ).encode(),
+        lambda text: (text + "\n,\n\n").encode(),
+    ],
+)
+def test_kaggles_table_as_other_programs_save_it(kaggle, copied, change):
+    src = copied(kaggle)
+    expected = val_as(open_source(src))
+    table = src / "LOC_val_solution.csv"
+    table.write_bytes(change(table.read_text()))
+    assert val_as(open_source(src)) == expected and len(expected) == 12
+
+
+def test_a_table_with_holes(kaggle, copied):
+    src = copied(kaggle)
+    table = src / "LOC_val_solution.csv"
+    lines = table.read_text().splitlines()
+    name = lines[3].split(",")[0]
+    for row, words in (
+        (f"{name},", ("no class for", name)),
+        (f"{name},  ", ("no class for", name)),
+        (name, ("no class for", name)),
+        (",n01440764 1 2 3 4", ()),  # its image has no row then
+        (f"{lines[3]}\n{name},n99999999 1 2", ("two classes for", name)),
+    ):
+        table.write_text("\n".join([*lines[:3], row, *lines[4:]]))
+        refused(src, "LOC_val_solution.csv", *words)
+    table.write_text("\n".join(lines).replace(",n01440764", ",n01440765"))
+    refused(src, "differ in 2 classes", "n01440764")
+    table.write_bytes("\n".join(lines).encode("utf-16"))
+    refused(src, "LOC_val_solution.csv", "download it again")
+
+
+def test_kaggles_evaluation_images_in_class_folders(kaggle, images, copied):
+    src = copied(kaggle)
+    (src / "LOC_val_solution.csv").unlink()
+    val = src / "ILSVRC/Data/CLS-LOC/val"
+    for wnid, name, _ in images["val"]:
+        (val / wnid).mkdir(exist_ok=True)
+        (val / name).rename(val / wnid / name)
+    (val / ".DS_Store").touch()
+    (val / "._ILSVRC2012_val_00000001.JPEG").touch()
+    assert everything(open_source(src).splits["val"]) == {i: data for i, (_, _, data) in enumerate(images["val"])}
+    shutil.rmtree(val / WNIDS[1])
+    refused(src, "differ in 1 classes", WNIDS[1])
+
+
+def test_kaggles_evaluation_images_that_are_sorted_in_part(kaggle, images, copied):
+    src = copied(kaggle)
+    wnid, name, _ = images["val"][0]
+    val = src / "ILSVRC/Data/CLS-LOC/val"
+    (val / wnid).mkdir()
+    (val / name).rename(val / wnid / name)
+    refused(src, f"{val} holds both", wnid)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tars

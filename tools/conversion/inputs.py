@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipelines.sources.errors import DataError
 from pipelines.sources.images import EXTENSIONS
-from pipelines.sources.listing import LeftOut, Listing, list_images
+from pipelines.sources.listing import LeftOut, Listing, class_name, is_image, list_folder, list_images
 
 IMAGES_PER_TASK = 64
 SPLITS = ("train", "val")
@@ -141,51 +141,89 @@ def _open_folders(path: Path) -> Source | None:
     """ImageFolder: train/CLASS/*.JPEG and val/CLASS/*.JPEG."""
     if not check_parts(path, {f"{split}/": (path / split).is_dir() for split in SPLITS}):
         return None
-    listings = {split: list_images(path / split) for split in SPLITS}
-    check_classes(path, listings["train"].classes, listings["val"].classes)
-    splits = {split: _folder_split(path, split, listing) for split, listing in listings.items()}
-    left_out = {path / split: listing.left_out for split, listing in listings.items()}
-    return Source("ImageFolder", listings["train"].classes, splits, left_out)
+    return _of_files("ImageFolder", path, {split: (split, list_images(path / split)) for split in SPLITS})
 
 
 def _open_kaggle(path: Path) -> Source | None:
     """Kaggle's download: class folders for train, one folder and a table of labels for val."""
-    data = Path("ILSVRC/Data/CLS-LOC") if (path / "ILSVRC").is_dir() else Path("Data/CLS-LOC")
+    data = "ILSVRC/Data/CLS-LOC" if (path / "ILSVRC").is_dir() else "Data/CLS-LOC"
     if not check_parts(path, {f"{data}/{split}/": (path / data / split).is_dir() for split in SPLITS}):
         return None
-    listing = list_images(path / data / "train")
-    classes, train = listing.classes, _folder_split(path, f"{data}/train", listing)
-    solution = "LOC_val_solution.csv"
-    tables = [folder / solution for folder in (path, path / "ILSVRC", path.absolute().parent)]
-    table = next((file for file in tables if file.is_file()), None)
+    train, val = list_images(path / data / "train"), _list_kaggle_val(path, path / data / "val")
+    return _of_files("Kaggle", path, {"train": (f"{data}/train", train), "val": (f"{data}/val", val)})
+
+
+def _list_kaggle_val(path: Path, folder: Path) -> Listing:
+    """Kaggle's evaluation images, in `folder`."""
+    folders, files = list_folder(folder)
+    if folders and files:
+        raise DataError(f"{folder} holds both files and folders, {files[0]} and {folders[0]}: leave only one kind")
+    if folders:  # sorted by one of the scripts that go about
+        return list_images(folder)
+    table = next((file for file in _kaggle_tables(path) if file.is_file()), None)
     if table is None:
-        raise DataError(f"no file {tables[0]}: it names the classes of {path / data}/val; Kaggle has it beside ILSVRC")
-    with open(table, newline="", errors="surrogateescape") as file:
-        rows = csv.DictReader(file)
-        if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
-            raise DataError(f"{table} has no columns ImageId and PredictionString: download it again")
-        wnids = {row["ImageId"]: (row["PredictionString"] or "").split(" ")[0] for row in rows}
-    folder = path / data / "val"
-    files = [entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS)]
-    unknown = sorted(file for file in files if Path(file).stem not in wnids)
+        table = _kaggle_tables(path)[0]
+        raise DataError(f"no file {table}: it names the classes of {folder}; Kaggle has it beside ILSVRC")
+    wnids = _read_solution(table)
+    left_out = LeftOut()
+    for file in files:
+        if not is_image(file):
+            left_out.add(file)
+    files = [file for file in files if is_image(file)]
+    unknown = next((file for file in files if Path(file).stem not in wnids), None)
     if unknown:
-        raise DataError(f"{table} has no class for {folder / unknown[0]}: download it again, or remove the image")
-    images = sorted((wnids[Path(file).stem], file) for file in files)
-    check_classes(path, classes, [wnid for wnid, _ in images])
-    positions = {wnid: label for label, wnid in enumerate(classes)}
-    labels = [positions[wnid] for wnid, _ in images]
-    val = _file_split(path, [f"{data}/val/{file}" for _, file in images], labels)
-    return Source("Kaggle", classes, {"train": train, "val": val})
+        raise DataError(f"{table} has no class for {folder / unknown}: download it again, or remove the image")
+    images = sorted((class_name(wnids[Path(file).stem]), file) for file in files)
+    classes = sorted({wnid for wnid, _ in images})
+    labels = [classes.index(wnid) for wnid, _ in images]
+    return Listing(classes, [file for _, file in images], labels, "", left_out)
 
 
-def _folder_split(path: Path, folder: str, listing: Listing) -> Split:
-    return _file_split(path, [f"{folder}/{name}" for name in listing.names], listing.labels)
+def _kaggle_tables(path: Path) -> list[Path]:
+    """Where the table of labels may lie."""
+    return [folder / "LOC_val_solution.csv" for folder in (path, path / "ILSVRC", path.absolute().parent)]
 
 
-def _file_split(path: Path, names: list[str], labels: list[int]) -> Split:
-    """A split of one file for each image, in the dataset's order; `names` are paths below `path`."""
-    files = np.array([os.fsencode(name) for name in names])
-    return Split(np.array(labels, np.int64), files, _largest(path, names), FileReader(path, files))
+def _of_files(kind: str, path: Path, listings: dict[str, tuple[str, Listing]]) -> Source:
+    """A source of one file for each image. listings: of each split, its folder below `path` and what lies there."""
+    check_classes(path, listings["train"][1].classes, listings["val"][1].classes)
+    splits = {}
+    for split, (folder, listing) in listings.items():
+        names = [f"{folder}/{name}" for name in listing.names]
+        files = np.array([os.fsencode(name) for name in names])
+        labels = np.array(listing.labels, np.int64)
+        splits[split] = Split(labels, files, _largest(path, names), FileReader(path, files))
+    left_out = {path / folder: listing.left_out for folder, listing in listings.values()}
+    return Source(kind, listings["train"][1].classes, splits, left_out)
+
+
+def _read_solution(table: Path) -> dict[str, str]:
+    """{name of an image, without its ending: class} of Kaggle's table, which programs for tables may have saved anew.
+
+    Raises:
+        DataError: it is no such table, an image has no class, or two.
+    """
+    wnids: dict[str, str] = {}
+    try:
+        with open(table, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            rows = csv.reader(file)
+            header = [name.strip() for name in next(rows, [])]
+            if not {"ImageId", "PredictionString"} <= set(header):
+                raise DataError(f"{table} has no columns ImageId and PredictionString: download it again")
+            for row in rows:
+                cells = dict(zip(header, row, strict=False))
+                image, prediction = cells.get("ImageId", "").strip(), cells.get("PredictionString", "").split()
+                if not any(cells.values()):
+                    continue  # an empty line
+                name = image[: -len(Path(image).suffix)] if image.lower().endswith(EXTENSIONS) else image
+                if not prediction or wnids.setdefault(name, prediction[0]) != prediction[0]:
+                    problem = "two classes" if prediction else "no class"
+                    raise DataError(
+                        f"{table} has {problem} for {image or 'an image without a name'}: download it again"
+                    )
+    except csv.Error as error:
+        raise DataError(f"{table} is no table ({error}): download it again") from error
+    return wnids
 
 
 def _largest(path: Path, names: list[str]) -> int:
