@@ -1,6 +1,7 @@
 """Sources that are not as they should be, and the liberties that each form has."""
 
 import io
+import os
 import re
 import shutil
 import tarfile
@@ -43,6 +44,16 @@ def everything(split):
 def test_no_folder_and_no_known_form(tmp_path):
     refused(tmp_path / "no", "no folder", "ILSVRC2012_img_train.tar")
     refused(tmp_path, "no ImageNet in a known form", "LOC_val_solution.csv", "train-*.parquet")
+
+
+@pytest.mark.parametrize("name", ["imagenet-object-localization-challenge.zip", "ImageNet.TAR.GZ", "images.tgz"])
+def test_archives_that_are_to_be_unpacked(tmp_path, folder, name):
+    (tmp_path / name).touch()
+    refused(tmp_path, f"holds {name}", "unpack it")
+    refused(tmp_path / name, f"{name} is an archive", "unpack it")
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(folder / split)
+    assert open_source(tmp_path).kind == "ImageFolder"
 
 
 @pytest.mark.parametrize("split, other", [("train", "val"), ("val", "train")])
@@ -184,7 +195,13 @@ EVIL = {
     "outside": member(tarfile.REGTYPE, "a/../../x.JPEG"),
     "symbolic link": member(tarfile.SYMTYPE, link="/etc/passwd"),
     "hard link": member(tarfile.LNKTYPE, link="n01440764.tar"),
+    "outside at the end": member(tarfile.REGTYPE, "a/.."),
+    "folder outside": member(tarfile.DIRTYPE, "../a"),
+    "two lines": member(tarfile.REGTYPE, "a\nb.JPEG"),
     "device": member(tarfile.CHRTYPE),
+    "block device": member(tarfile.BLKTYPE),
+    "sparse": member(tarfile.GNUTYPE_SPARSE),
+    "unknown": member(b"Z"),
     "pipe": member(tarfile.FIFOTYPE),
 }
 
@@ -204,7 +221,123 @@ def test_members_that_no_honest_archive_holds_are_refused(tars, copied, evil, pl
             inner = tarfile.TarInfo("n99999999.tar")
             inner.size = len(buffer.getvalue())
             archive.addfile(inner, io.BytesIO(buffer.getvalue()))
-    refused(src, f"ILSVRC2012_img_{split}.tar", EVIL[evil].name, "download it again")
+    refused(src, f"ILSVRC2012_img_{split}.tar", repr(EVIL[evil].name), "download it again")
+
+
+def tar_of(*members, format=tarfile.GNU_FORMAT):
+    """The bytes of an archive of these (name or TarInfo, data)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
+        for info, data in members:
+            info = member(tarfile.REGTYPE, info) if isinstance(info, str) else info
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def with_size(data, field, header=0):
+    """An archive whose header at `header` has these 12 bytes for its size, and the right checksum."""
+    block = bytearray(data[header : header + 512])
+    block[124:136] = field
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return data[:header] + bytes(block) + data[header + 512 :]
+
+
+def pax(**headers):
+    """An archive of two images, the first with these attributes, whatever its header says."""
+    first = member(tarfile.REGTYPE, "x.JPEG")
+    first.pax_headers = headers
+    return tar_of((first, b"x" * 600), ("y.JPEG", b"y" * 600), format=tarfile.PAX_FORMAT)
+
+
+TWO = tar_of(("x.JPEG", b"x" * 600), ("y.JPEG", b"y" * 600))
+LONG = tar_of(("x" * 200 + ".JPEG", b"x"), ("y.JPEG", b"y"))  # three blocks for the first name, then its header
+HOSTILE = {
+    "negative size": with_size(TWO, b"\xff" * 12),
+    "a size that leads back": with_size(TWO, b"\xff" * 10 + b"\xf8\x00"),
+    "a size of 2 ** 80": with_size(TWO, b"\x80\x04" + bytes(10)),
+    "a size of 8 GiB": with_size(TWO, b"7" * 11 + b"\0"),
+    "a size that is no number": with_size(TWO, b"x" * 12),
+    "a size that is too small": with_size(TWO, b"%011o\0" % 3),
+    "more bytes than the size of the second": TWO.replace(b"y" * 600, b"y" * 1200),
+    "a name of 2 ** 80 bytes": with_size(LONG, b"\x80\x04" + bytes(10)),
+    "a name of 8 GiB": with_size(LONG, b"7" * 11 + b"\0"),
+    "a name of -1 bytes": with_size(LONG, b"\xff" * 12),
+    "names without end": tar_of((member(b"L", "x"), b"")) [:512] * 3000 + bytes(1024),
+    "PAX: a negative size": pax(size="-1"),
+    "PAX: a size that leads back": pax(size="-2048"),
+    "PAX: an enormous size": pax(size=str(2**70)),
+    "PAX: a size that is no number": pax(size="many"),
+    "PAX: a smaller size": pax(size="3"),
+    "PAX: a path outside": pax(path="../x.JPEG"),
+    "PAX: an absolute path": pax(path="/x.JPEG"),
+    "PAX: a path of two lines": pax(path="a\nb.JPEG"),
+    "PAX: a path with a NUL": pax(path="a\0b.JPEG"),
+    "PAX: an empty path": pax(path=""),
+    "PAX: a sparse file": pax(**{"GNU.sparse.map": "0,1", "GNU.sparse.size": "99999"}),
+    "PAX: a sparse file of no size": pax(**{"GNU.sparse.size": "many"}),
+    "PAX: a sparse file of version 1": pax(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
+    "an archive in an archive": tar_of(("x.JPEG", b"x"), ("y.tar", TWO)),
+    "a name twice": tar_of(("x.JPEG", b"x"), ("y.JPEG", b"y"), ("x.JPEG", b"z")),
+    "a name twice, in folders": tar_of(("a/x.JPEG", b"x"), ("b/x.JPEG", b"z")),
+    "nothing but hidden files": tar_of(("._x.JPEG", b"x"), ("__MACOSX/x.JPEG", b"x")),
+    "no end": TWO[:3072],
+    "something behind the end": TWO[:4096] + TWO,
+    "zeros in place of the second": TWO[:1536] + bytes(1 << 17),
+    "zeros in place of a header": TWO[:1536] + bytes(512) + TWO[2048:],
+    "rubbish in place of a header": TWO[:1536] + b"r" * 512 + TWO[2048:],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_archives_that_no_honest_program_has_written(tars, copied, what):
+    """As a class of train, between two others."""
+    src = copied(tars)
+    honest = (member(tarfile.REGTYPE, f"{WNIDS[0]}.tar"), TWO), (member(tarfile.REGTYPE, f"{WNIDS[2]}.tar"), TWO)
+    train = tar_of(honest[0], (f"{WNIDS[1]}.tar", HOSTILE[what]), honest[1])
+    (src / "ILSVRC2012_img_train.tar").write_bytes(train)
+    refused(src, f"ILSVRC2012_img_train.tar/{WNIDS[1]}.tar", "download it again")
+
+
+@pytest.mark.parametrize("what", [what for what in HOSTILE if "hidden" not in what and "in an archive" not in what])
+def test_the_same_of_the_outer_archive(tars, copied, what):
+    src = copied(tars)
+    train = HOSTILE[what].replace(b".JPEG", b".tar\0")
+    (src / "ILSVRC2012_img_train.tar").write_bytes(train)
+    refused(src, "ILSVRC2012_img_train.tar", "download it again")
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
+def test_an_archive_that_is_cut_anywhere(tars, copied, name):
+    """Between two members, too, where tarfile sees nothing but an end."""
+    src = copied(tars)
+    whole = (src / name).read_bytes()
+    headers = [at for at in range(0, len(whole), 512) if whole[at + 257 : at + 262] == b"ustar"]
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    for cut in [*headers, *(at + 100 for at in headers), end]:
+        (src / name).write_bytes(whole[:cut])
+        refused(src, name, "download it again")
+
+
+def test_names_of_any_bytes_and_hidden_files_in_archives(tars, copied):
+    """Classes and images; what a Mac or a file manager has added is passed over."""
+    src = copied(tars)
+    hidden = ["._x.JPEG", ".DS_Store", "__MACOSX/x.JPEG", ".ipynb_checkpoints/x.JPEG", "@eaDir/x.JPEG", "a/.b/c.JPEG"]
+    hidden += ["$RECYCLE.BIN/x.JPEG", "lost+found/x.JPEG"]
+    image = os.fsdecode(b"\xff\xfe.JPEG")
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        first = member(tarfile.SYMTYPE, "._link.JPEG", "/etc/passwd")
+        inner = tar_of((first, b""), *[(name, b"hidden") for name in hidden], (image, b"the image"), format=format)
+        outer = [(f"{wnid}.tar", inner) for wnid in WNIDS]
+        outer += [(f"__MACOSX/._{WNIDS[0]}.tar", b"hidden"), (f"._{WNIDS[0]}.tar", b"hidden"), (".tar", b"hidden")]
+        (src / "ILSVRC2012_img_train.tar").write_bytes(tar_of(*outer, format=format))
+        split = open_source(src).splits["train"]
+        assert everything(split) == {i: b"the image" for i in range(3)}
+        assert split.names[0] == b"ILSVRC2012_img_train.tar/n01440764.tar/\xff\xfe.JPEG"
+    with tarfile.open(src / "ILSVRC2012_img_val.tar", "a") as archive:
+        archive.addfile(member(tarfile.REGTYPE, "._ILSVRC2012_val_00000001.JPEG"))
+    assert len(open_source(src).splits["val"].labels) == 12
 
 
 @pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"])

@@ -21,6 +21,7 @@ from pipelines.sources.listing import LeftOut, Listing, class_name, is_image, li
 
 IMAGES_PER_TASK = 64
 SPLITS = ("train", "val")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 KNOWN = (
     "train/ and val/ with a folder for each class; ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and "
     "ILSVRC2012_devkit_t12.tar.gz; ILSVRC/Data/CLS-LOC and LOC_val_solution.csv (Kaggle); or train-*.parquet and "
@@ -79,6 +80,8 @@ def open_source(path: Path, strict: bool = False) -> Source:
     from tools.conversion.shards import open_shards
     from tools.conversion.tars import open_tars
 
+    if path.is_file() and path.name.lower().endswith(ARCHIVES):
+        raise DataError(f"{path} is an archive: unpack it, and name the folder")
     if not path.is_dir():
         raise DataError(f"no folder {path}: SRC must be a folder that holds {KNOWN}")
     for open_form in (open_shards, _open_folders, open_tars, _open_kaggle):  # shards may lie in train/ and val/
@@ -87,6 +90,9 @@ def open_source(path: Path, strict: bool = False) -> Source:
             for folder, left_out in source.left_out.items() if strict else ():
                 left_out.refuse(folder)
             return source
+    packed = sorted(entry.name for entry in os.scandir(path) if entry.name.lower().endswith(ARCHIVES))
+    if packed:
+        raise DataError(f"{path} holds {packed[0]} and no ImageNet in a known form: unpack it there")
     raise DataError(f"{path} holds no ImageNet in a known form: it must hold {KNOWN}")
 
 

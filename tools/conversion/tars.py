@@ -9,18 +9,21 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines.sources.errors import DataError
-from pipelines.sources.images import EXTENSIONS
+from pipelines.sources.listing import LeftOut, is_hidden, is_image
 from tools.conversion.inputs import Source, Split, check_classes, check_parts, tasks_of
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+MAX_META = 1 << 26  # bytes of a file of the development kit; they are 70 and 200 kB
+MAX_HEADER = 1 << 20  # bytes that tarfile may read at a time: names and lists of attributes, never an image
+MAX_END = 1 << 16  # of zeros behind the last member; tar itself writes up to 10,240 bytes
 VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
@@ -72,9 +75,13 @@ class _Window(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER:  # a header may claim any size, of itself, too
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
         left = max(0, self._size - self._at)
+        if not left:
+            return b""
         self._file.seek(self._start + self._at)
-        data = self._file.read(left if size < 0 else min(size, left))
+        data = self._file.read(min(size, left))
         self._at += len(data)
         return data
 
@@ -84,11 +91,12 @@ def open_tars(path: Path) -> Source | None:
     if not check_parts(path, {name: (path / name).is_file() for name in (TRAIN, VAL, DEVKIT)}):
         return None
     wnids = _devkit_classes(path / DEVKIT)
-    train, val = _train_members(path / TRAIN), _val_members(path / VAL, wnids)
+    left_out = LeftOut()
+    train, val = _train_members(path / TRAIN, left_out), _val_members(path / VAL, wnids)
     classes = sorted({wnid for wnid, _, _, _ in train})
     check_classes(path, classes, [wnid for wnid, _, _, _ in val])
     splits = {"train": _split(path / TRAIN, classes, train), "val": _split(path / VAL, classes, val)}
-    return Source("official tars", classes, splits)
+    return Source("official tars", classes, splits, {path / TRAIN: left_out})
 
 
 Member = tuple[str, bytes, int, int]  # class, name inside the archive, offset, size
@@ -107,19 +115,21 @@ def _split(path: Path, classes: list[str], members: list[Member]) -> Split:
     )
 
 
-def _train_members(path: Path) -> list[Member]:
-    members, seen = [], set()
+def _train_members(path: Path, left_out: LeftOut) -> list[Member]:
+    """The images of all classes; what is none is added to `left_out`."""
+    members = []
     with open(path, "rb") as file, _bar(path) as bar:
         for outer in _walk(path, file, 0, path.stat().st_size):
             name = Path(outer.name).name
             if not name.endswith(".tar"):
-                raise DataError(f"{path} holds {outer.name} instead of one .tar for each class: download it again")
+                raise DataError(f"{path} holds {outer.name!r} instead of one .tar for each class: download it again")
             wnid, before = name.removesuffix(".tar"), len(members)
-            if wnid in seen:
-                raise DataError(f"{path} holds {name} twice: download it again")
-            seen.add(wnid)
             for member in _walk(path, file, outer.offset_data, outer.size, f"/{outer.name}"):
-                if member.name.lower().endswith(EXTENSIONS):
+                if member.name.lower().endswith(".tar"):
+                    raise DataError(f"{path}/{outer.name} holds another archive, {member.name!r}: download it again")
+                if not is_image(member.name):
+                    left_out.add(f"{name}/{member.name}")
+                else:
                     inner = os.fsencode(f"{name}/{Path(member.name).name}")
                     members.append((wnid, inner, outer.offset_data + member.offset_data, member.size))
             if len(members) == before:
@@ -139,7 +149,7 @@ def _val_members(path: Path, wnids: list[str]) -> list[Member]:
             number = int(match[1]) if match else 0
             if not 1 <= number <= len(wnids) or number in seen:
                 raise DataError(
-                    f"{path} holds {member.name}, which is no new one of the {len(wnids):,} images that {DEVKIT} "
+                    f"{path} holds {member.name!r}, which is no new one of the {len(wnids):,} images that {DEVKIT} "
                     f"knows: download both again"
                 )
             seen.add(number)
@@ -150,29 +160,55 @@ def _val_members(path: Path, wnids: list[str]) -> list[Member]:
 
 
 def _walk(path: Path, file: io.BufferedReader, start: int, size: int, inside: str = "") -> Iterator[tarfile.TarInfo]:
-    """The files of the archive that takes `size` bytes of `file` from `start`.
+    """The files of the archive that takes `size` bytes of `file` from `start`. Hidden ones are passed over.
 
     Raises:
         DataError: it is damaged, or holds what no honest archive of images does.
     """
     try:
-        with tarfile.open(fileobj=_Window(file, start, size), mode="r:") as archive:
+        window, names = _Window(file, start, size), set()
+        with tarfile.open(fileobj=window, mode="r:") as archive:
+            before = 0
             while (member := archive.next()) is not None:
                 archive.members = []  # which would otherwise keep every header
-                if member.name.startswith("/") or ".." in Path(member.name).parts:
-                    raise DataError(f"{path}{inside} holds the path {member.name!r}, outside it: download it again")
-                if member.isdir():
+                name, parts = member.name, PurePosixPath(member.name).parts
+                if member.size < 0 or not before < member.offset_data <= archive.offset:  # it could lead back for ever
+                    raise tarfile.ReadError(f"{name!r} has a size of {member.size:,} bytes")
+                if member.isreg() and member.offset_data + member.size > size:
+                    raise tarfile.ReadError("unexpected end of data")
+                before = member.offset_data
+                if any(letter < " " for letter in name):
+                    raise DataError(f"{path}{inside} holds {name!r}, which is no name: download it again")
+                if name.startswith("/") or ".." in parts:
+                    raise DataError(f"{path}{inside} holds the path {name!r}, which leads out of it: download it again")
+                if member.isdir() or any(map(is_hidden, parts)):
                     continue
-                if not member.isreg() or member.issparse():
+                if not (parts and member.isreg()) or member.issparse():
                     raise DataError(
-                        f"{path}{inside} holds {member.name!r}, a link, device or other thing that is no file: "
+                        f"{path}{inside} holds {name!r}, a link, device or other thing that is no file: "
                         f"download it again"
                     )
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("unexpected end of data")
+                if parts[-1] in names:
+                    raise DataError(f"{path}{inside} holds {parts[-1]!r} twice: download it again")
+                names.add(parts[-1])
                 yield member
-    except (tarfile.TarError, EOFError) as error:
+            _check_end(window, archive.offset, size)
+    except DataError:
+        raise
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:  # tarfile lets some pass
         raise DataError(f"{path}{inside} is damaged or no tar archive ({error}): download it again") from error
+
+
+def _check_end(window: _Window, offset: int, size: int) -> None:
+    """tarfile takes whatever is no header for the end of an archive: a cut, and the holes of a broken download.
+
+    Raises:
+        ReadError: something else than zeros begins at `offset`, or more of them than an archive ends with.
+    """
+    window.seek(offset)
+    rest = window.read(MAX_END + 1)
+    if not tarfile.BLOCKSIZE <= len(rest) <= MAX_END or any(rest):
+        raise tarfile.ReadError(f"it ends in the middle, after {offset:,} of {size:,} bytes")
 
 
 def _devkit_classes(path: Path) -> list[str]:
@@ -181,7 +217,10 @@ def _devkit_classes(path: Path) -> list[str]:
 
     try:
         with tarfile.open(path, "r:gz") as archive:
-            files = {name: archive.extractfile(f"ILSVRC2012_devkit_t12/{name}").read() for name in (META, GROUND_TRUTH)}
+            files = {
+                name: archive.extractfile(f"ILSVRC2012_devkit_t12/{name}").read(MAX_META)
+                for name in (META, GROUND_TRUTH)
+            }
         synsets = np.atleast_1d(loadmat(io.BytesIO(files[META]), squeeze_me=True)["synsets"])
         wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
         return [wnids[int(number)] for number in files[GROUND_TRUTH].split()]
