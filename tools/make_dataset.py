@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import features
 
+from dcd.engine.folder_sync import sync_folder
 from pipelines import native
 from pipelines.sources.beton import DATASET_FILE, BetonSource
 from pipelines.sources.errors import DataError
@@ -185,7 +186,7 @@ def _record(source: Source, src: Path, partial: Path, options: dict[str, Any], f
         temporary.write_text(text)
         sync(temporary)
         temporary.rename(partial / DATASET_FILE)
-        sync(partial)
+        sync_folder(partial)
 
 
 def _versions() -> dict[str, str]:
@@ -206,7 +207,7 @@ def _publish(out: Path) -> None:
         for name in (*FILES, DATASET_FILE):
             if (partial / name).exists():  # else an earlier start has renamed it
                 (partial / name).rename(out / name)
-        sync(out)
+        sync_folder(out)
         partial.rmdir()
     for number, handler in kept.items():
         signal.signal(number, handler)

@@ -5,7 +5,6 @@ checkpoints/last.1.pth    the one before it, and so on: `--keep` in all
 checkpoints/best.pth      that of the best evaluation
 """
 
-import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from dcd.checkpoint_file import CheckpointError, DamagedCheckpointError, read_file
 from dcd.engine.config import ConfigError
-
-NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # some network file systems sync files only
+from dcd.engine.folder_sync import sync_folder
 
 
 class CheckpointWriter:
@@ -79,7 +77,7 @@ class CheckpointWriter:
             if is_best:
                 _link(generation(self._folder, 0), self._folder / "best.tmp")
                 os.replace(self._folder / "best.tmp", self._folder / "best.pth")
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
             self.failure = None
         except OSError as error:
             for name in ("last.tmp", "best.tmp"):
@@ -124,18 +122,6 @@ def _link(path: Path, other: Path) -> None:
         shutil.copyfile(path, other)
         with open(other, "rb") as file:
             os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let the disk have the names of the files, too."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in NO_FOLDER_SYNC:
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def load_newest(folder: Path, architecture: dict, say: Callable[[str], None]) -> tuple[dict, Path] | None:

@@ -11,6 +11,7 @@ else in the file (header, fields, metadata, allocation table) is written by FFCV
 """
 
 import contextlib
+import errno
 import gc
 import multiprocessing
 import os
@@ -39,6 +40,13 @@ MAX_PAGE_SIZE = 1 << 31  # FFCV holds it in 32 bits
 AHEAD = 4  # tasks for each worker between the first that is not placed and the last that is begun
 STOPS = (signal.SIGINT, signal.SIGTERM)
 QUEUED = 2  # tasks given to a worker at a time, so that it need not wait for the next
+
+ADVICE = {  # by the reason for which something can't be written
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there, or name another folder"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "name a folder that can be written to"),
+    errno.EFBIG: "its file system, or ulimit -f, allows no such large file; name another folder",
+    errno.EIO: "its disk or network fails; look after it, or name another folder",
+}
 
 ROW = np.dtype(
     [("index", "i8"), ("mode", "u1"), ("height", "u2"), ("width", "u2"), ("bytes", "i8"), ("checksum", "u8")]
@@ -120,8 +128,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"cannot write {path} ({reason}): make room there, or name another folder") from error
+        advice = ADVICE.get(error.errno, "name another folder")
+        raise DataError(f"cannot write {path} ({error.strerror or error}): {advice}") from error
 
 
 class _Layout:
@@ -206,7 +214,7 @@ def _finish(writer: Any, labels: NDArray[np.int64], rows: NDArray, places: NDArr
 
 
 def sync(path: Path) -> None:
-    """Have the disk keep a file or folder. A full one may only show here."""
+    """Have the disk keep a file. A full one may only show here."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

@@ -1,0 +1,23 @@
+"""Names of files that last: a folder, synced."""
+
+import errno
+import os
+from pathlib import Path
+
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # CIFS, some FUSE and other file systems sync files only
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk keep the names of the files in `folder`, where its file system can be asked to.
+
+    Raises:
+        OSError: the disk can't keep them.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
