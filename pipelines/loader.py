@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.fingerprint import fingerprint
 from pipelines.plan import CenterCrop, EpochPlan, RandomCrop, StepPlan
 from pipelines.sources.errors import DataError
 
@@ -54,6 +55,9 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What image `index` is called in a message."""
+
+    def particulars(self) -> dict[str, str]:
+        """Its part of `fingerprint`."""
 
 
 class Executor(Protocol):
@@ -176,6 +180,10 @@ class Loader:
     def name(self, index: int) -> str:
         """What image `index` of the dataset is called in a message."""
         return self._source.name(index)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What tells the images from others, see `pipelines.fingerprint`; before `relabel`."""
+        return fingerprint(self._source)
 
     def _steps_left(self) -> list[int]:
         """Steps in which this rank has images: in the last step of an evaluation some ranks may have none."""

@@ -25,6 +25,10 @@ class SyntheticSource:
     def name(self, index: int) -> str:
         return f"synthetic image {index}"
 
+    def particulars(self) -> dict[str, str]:
+        """None."""
+        return {}
+
 
 class SyntheticExecutor:
     """Hands out the same normally distributed images, resident on the device, with the labels of the plan."""

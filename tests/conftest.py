@@ -2,6 +2,7 @@
 tests marked `gpu` are skipped."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,26 @@ def exact_float32():
     yield
     torch.backends.cudnn.allow_tf32 = convolutions
     torch.set_float32_matmul_precision(products)
+
+
+@pytest.fixture
+def main(capsys, exact_float32):
+    """What `train_dist.py` prints, run in this process; the last line is the error where it ends with one."""
+    import train_dist
+    from build_run import errors_in_one_line
+
+    def call(*args) -> str:
+        try:
+            with errors_in_one_line():
+                train_dist.main([*map(str, args)])
+        except SystemExit as error:
+            return f"{capsys.readouterr().out}{error.code}"
+        return capsys.readouterr().out
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Whole runs on data with other classes than the weights have: evaluated by name, refused, or fine-tuned."""
 
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,6 @@ import torch
 import torch.nn.functional as F
 
 import dcd
-import train_dist
-from build_run import errors_in_one_line
 from pipelines.loader import DataConfig, build_loader
 from tests.test_train_dist import SMALL, last, part_of, read, run
 
@@ -42,24 +39,6 @@ def weight(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weight") / "three.pth"
     torch.save({"model": new_model().state_dict(), "classes": NAMES}, path)
     return path
-
-
-@pytest.fixture
-def main(capsys, exact_float32):
-    """What `train_dist.py` prints, run in this process; the last line is the error where it ends with one."""
-
-    def call(*args) -> str:
-        try:
-            with errors_in_one_line():
-                train_dist.main([*map(str, args)])
-        except SystemExit as error:
-            return f"{capsys.readouterr().out}{error.code}"
-        return capsys.readouterr().out
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def test_a_subset_is_evaluated_by_name(tiny, without_first, weight, main, tmp_path):

@@ -27,6 +27,7 @@ from dcd.engine.moving_average import MovingAverage
 from dcd.engine.optim import autocast_dtype, build_optimizer, learning_rate
 from dcd.engine.run_log import RunLog
 from dcd.engine.safe_step import SafeStep
+from dcd.engine.same_data import check_same_data
 from dcd.engine.step_timer import NO_TIMER, StepListener
 from dcd.engine.watchdog import WAITING, Watchdog
 
@@ -100,6 +101,7 @@ class Trainer:
             )
         self._forward = torch.compile(self._parallel) if config.compile else self._parallel
         self._metrics = Metrics(device)
+        self._data = self.train_loader.fingerprint()  # and what is known from checkpoints of other forms of the data
         self._records: list[StepRecord] = []  # since the last line of the log
         self._writer = CheckpointWriter(self.checkpoint_path().parent, config.keep, self.log.say)
         self._last_save, self._saved = time.monotonic(), (-1, -1)  # when, and of which epoch and step
@@ -417,6 +419,7 @@ class Trainer:
         state = {
             "architecture": self.config.architecture,
             "classes": self.eval_loader.class_names,  # what the outputs mean; None where the data does not say
+            "data": self._data,  # which images it was trained on
             "config": self.config.to_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -456,12 +459,16 @@ class Trainer:
 
         Raises:
             ConfigError: it lies in the middle of an epoch that another seed or batch size has laid out.
-            CheckpointError: it is of other classes than the data.
+            CheckpointError: it is of other classes or training images than the data.
         """
         saved = Classes(state["architecture"]["num_classes"], state.get("classes"))
-        note = check_same(saved, Classes(len(self.eval_loader.classes), self.eval_loader.class_names))
-        if note:
+        notes = [
+            check_same(saved, Classes(len(self.eval_loader.classes), self.eval_loader.class_names)),
+            check_same_data(state.get("data"), self._data),
+        ]
+        for note in filter(None, notes):
             self.log.say(note)
+        self._data = {**(state.get("data") or {}), **self._data}
         seed = state["random_state"]["seed"]
         if state["step"] and (seed, state["steps_per_epoch"]) != (self.config.seed, self.steps_per_epoch):
             raise ConfigError(

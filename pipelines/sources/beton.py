@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import native
+from pipelines.fingerprint import digest
 from pipelines.sources.checked import Checked
 from pipelines.sources.errors import DataError
 from pipelines.sources.images import BadImage, Examined, examine
@@ -95,6 +96,10 @@ class BetonSource:
     def name(self, index: int) -> str:
         """Image `index` as an error names it."""
         return f"image {index} of {self.path}"
+
+    def particulars(self) -> dict[str, str]:
+        """The bytes of all images, where there are checksums, for `pipelines.fingerprint`."""
+        return {} if self.checksums is None else {"bytes": digest(self.checksums)}
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """The bytes of image `index`, a view of the mapped file, compared with their checksum.

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.cache import cache_folder
+from pipelines.fingerprint import digest
 from pipelines.sources.checked import Checked
 from pipelines.sources.errors import DataError
 from pipelines.sources.images import BadImage, Examined, examine, has_native, read_header
@@ -70,6 +71,10 @@ class FolderSource:
         """Image `index` as a message names it."""
         return str(self.path(index))
 
+    def particulars(self) -> dict[str, str]:
+        """The names of the files below the root, for `pipelines.fingerprint`."""
+        return {"names of files": digest(self._names)}
+
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self._names[index])
 
@@ -82,7 +87,8 @@ class FolderSource:
         try:
             return np.fromfile(self.path(index), np.uint8)
         except OSError as error:
-            raise self.damaged_image(index, str(error)) from error
+            reason = error.strerror or error
+            raise DataError(f"cannot read {self.path(index)} ({reason}): put the file back and start again") from error
 
     def read_sound(self, index: int) -> NDArray[np.uint8]:
         """The bytes of file `index`, of which all codes have been read once: for decoders that don't notice damage.

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcd
+from dcd.checkpoint_file import CheckpointError
 from dcd.engine import moving_average
 from dcd.engine.config import Config, ConfigError
 from dcd.engine.distributed import Ranks
@@ -237,7 +238,7 @@ def test_going_on_with_other_options(tmp_path):
         ConfigError, match="middle of an epoch of 4 steps with --seed 0, this run has 4 steps and --seed 1"
     ):
         build(tmp_path, images=16 * 4, seed=1).resume(state)
-    with pytest.raises(ConfigError, match="this run has 5 steps"):
+    with pytest.raises(CheckpointError, match="of other training images .64 there, 80 here.: use the same data"):
         build(tmp_path, images=16 * 5).resume(state)
     with pytest.raises(ConfigError, match="was it --no-norm-decay"):
         build(tmp_path, images=16 * 4, norm_decay=False).resume(state)
