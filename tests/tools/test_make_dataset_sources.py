@@ -124,9 +124,7 @@ def val_as(source):
         lambda text: text.replace(",", ", ").encode(),
         lambda text: text.replace(",", " ,\t").replace("\n", "\r\n").encode(),
         lambda text: "\n".join(re.sub("^(ILSVRC[^,]*)", r"\1.JPEG", line) for line in text.split("\n")).encode(),
-        lambda text: (
-            "PredictionString,Usage,ImageId\n" + re.sub("(?m)^(ILSVRC.*),(.*)$", r'"\2",x,"\1"', text)
-        ).encode(),
+        lambda text: re.sub("(?m)^(.*),(.*)$", r'"\2",x,"\1"', text).encode(),  # columns in another order, quoted
         lambda text: (text + "\n,\n\n").encode(),
     ],
 )
@@ -147,7 +145,7 @@ def test_a_table_with_holes(kaggle, copied):
         (f"{name},", ("no class for", name)),
         (f"{name},  ", ("no class for", name)),
         (name, ("no class for", name)),
-        (",n01440764 1 2 3 4", ()),  # its image has no row then
+        (",n01440764 1 2 3 4", ("a row without an image",)),
         (f"{lines[3]}\n{name},n99999999 1 2", ("two classes for", name)),
     ):
         table.write_text("\n".join([*lines[:3], row, *lines[4:]]))
@@ -156,6 +154,13 @@ def test_a_table_with_holes(kaggle, copied):
     refused(src, "differ in 2 classes", "n01440764")
     table.write_bytes("\n".join(lines).encode("utf-16"))
     refused(src, "LOC_val_solution.csv", "download it again")
+
+
+def test_an_image_that_kaggles_table_names_and_is_not_there(kaggle, images, copied):
+    src = copied(kaggle)
+    _, name, _ = images["val"][5]
+    (src / "ILSVRC/Data/CLS-LOC/val" / name).unlink()
+    refused(src, f"no image {name.removesuffix('.JPEG')}", "LOC_val_solution.csv")
 
 
 def test_kaggles_evaluation_images_in_class_folders(kaggle, images, copied):

@@ -179,6 +179,9 @@ def _list_kaggle_val(path: Path, folder: Path) -> Listing:
     unknown = next((file for file in files if Path(file).stem not in wnids), None)
     if unknown:
         raise DataError(f"{table} has no class for {folder / unknown}: download it again, or remove the image")
+    absent = min(wnids.keys() - {Path(file).stem for file in files}, default=None)
+    if absent:
+        raise DataError(f"{folder} has no image {absent}, which {table} names: put it there, or remove its row")
     images = sorted((class_name(wnids[Path(file).stem]), file) for file in files)
     classes = sorted({wnid for wnid, _ in images})
     labels = [classes.index(wnid) for wnid, _ in images]
@@ -217,16 +220,15 @@ def _read_solution(table: Path) -> dict[str, str]:
             if not {"ImageId", "PredictionString"} <= set(header):
                 raise DataError(f"{table} has no columns ImageId and PredictionString: download it again")
             for row in rows:
-                cells = dict(zip(header, row, strict=False))
-                image, prediction = cells.get("ImageId", "").strip(), cells.get("PredictionString", "").split()
+                cells = dict(zip(header, map(str.strip, row), strict=False))
+                image, prediction = cells.get("ImageId", ""), cells.get("PredictionString", "").split()
                 if not any(cells.values()):
-                    continue  # an empty line
+                    continue
+                if not image or not prediction:
+                    raise DataError(f"{table} has no class for {image or 'a row without an image'}: download it again")
                 name = image[: -len(Path(image).suffix)] if image.lower().endswith(EXTENSIONS) else image
-                if not prediction or wnids.setdefault(name, prediction[0]) != prediction[0]:
-                    problem = "two classes" if prediction else "no class"
-                    raise DataError(
-                        f"{table} has {problem} for {image or 'an image without a name'}: download it again"
-                    )
+                if wnids.setdefault(name, prediction[0]) != prediction[0]:
+                    raise DataError(f"{table} has two classes for {image}: download it again")
     except csv.Error as error:
         raise DataError(f"{table} is no table ({error}): download it again") from error
     return wnids
