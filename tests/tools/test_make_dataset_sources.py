@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines.sources.errors import DataError
+from pipelines.sources.listing import LeftOut
 from tools.conversion.inputs import open_source
 from tools.conversion.shards import ROWS_PER_TASK
 
@@ -380,7 +381,9 @@ def test_long_names_folders_and_other_files_in_a_class_archive(tars, images, cop
             outer.addfile(found, io.BytesIO(buffer.getvalue()))
     from tools.conversion import tars as module
 
-    members = module._train_members(src / "ILSVRC2012_img_train.tar")
+    left_out = LeftOut()
+    members = module._train_members(src / "ILSVRC2012_img_train.tar", left_out)
+    assert left_out.kinds == {"no extension": 1} and left_out.first == "n00000001.tar/n00000001/README"
     assert [(wnid, path) for wnid, path, _, _ in members] == [("n00000001", f"n00000001.tar/{name}".encode())]
     split = module._split(src / "ILSVRC2012_img_train.tar", ["n00000001"], members)
     assert everything(split) == {0: b"the image"}
