@@ -20,6 +20,7 @@
 #include <cstring>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <jpeglib.h>
@@ -179,6 +180,22 @@ static void blend_rows(const uint8_t *const *rows, const float *weights, int cou
     for (int k = 4; k < count; k++) blend<1, true>(rows + k, weights + k, width, line);
 }
 
+// Whether libjpeg may cut columns away at less than full size: 4:4:4, 4:2:0, 4:2:2, 4:4:0, 4:1:1 and grey. At 1/2 and
+// 1/4 it gives chroma a larger inverse transform where that leaves less to upsample, but jpeg_crop_scanline counts the
+// columns of chroma by the sampling alone. In these layouts what is still upsampled has the transform of brightness; in
+// others (4x2, 2x4, two kinds of chroma) part of the columns would never be written.
+static bool can_shrink(const jpeg_decompress_struct &info) {
+    if (info.num_components == 1) return true;
+    if (info.num_components != 3) return false;
+    const jpeg_component_info &brightness = info.comp_info[0], &blue = info.comp_info[1], &red = info.comp_info[2];
+    if (blue.h_samp_factor != red.h_samp_factor || blue.v_samp_factor != red.v_samp_factor) return false;
+    for (const auto &[across, down] : {std::pair{1, 1}, {2, 2}, {2, 1}, {1, 2}, {4, 1}})
+        if (brightness.h_samp_factor == across * blue.h_samp_factor &&
+            brightness.v_samp_factor == down * blue.v_samp_factor)
+            return true;
+    return false;
+}
+
 // ------------------------------------------------------------------------------------------------------------- render
 
 struct Job {  // as in native.py
@@ -295,8 +312,9 @@ class Renderer {
         }
         info.out_color_space = JCS_EXT_RGBX;
         // A smaller inverse transform, where the box still has as many pixels as the output in both directions.
+        const int smallest = exact || !can_shrink(info) ? 1 : 8;
         int scale = 1;
-        while (!exact && scale < 8 && std::min(job.box_h, job.box_w) >= 2 * scale * out.side) scale *= 2;
+        while (scale < smallest && std::min(job.box_h, job.box_w) >= 2 * scale * out.side) scale *= 2;
         info.scale_num = 1, info.scale_denom = scale;
         jpeg_start_decompress(&info);
 
