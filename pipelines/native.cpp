@@ -319,7 +319,7 @@ class Renderer {
         jpeg_start_decompress(&info);
 
         const float shrink = 1.0f / scale;
-        const int end_row = std::min(int(info.output_height), -(-(job.top + job.box_h) / scale));
+        const int end_row = std::min(int(info.output_height), (job.top + job.box_h + scale - 1) / scale);
         const int end_column = std::min(int(info.output_width), (job.left + job.box_w + scale - 1) / scale);
         JDIMENSION offset = std::max(0, job.left / scale - MARGIN);
         JDIMENSION width = std::min(int(info.output_width), end_column + MARGIN) - offset;

@@ -135,6 +135,17 @@ def test_a_smaller_decode_is_near_or_exact_for_every_sampling(layout):
             assert (exact != fast).any() == bool(near)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_smaller_decode_keeps_the_last_row_and_column_of_a_box(axis):
+    """A ramp, whose brightness says which pixels were taken."""
+    ramp = np.uint8(np.linspace(0, 255, 304) + np.zeros((304, 1)))
+    data = jpeg(ramp.T if axis == 0 else ramp, quality=100)
+    for start in range(8):
+        for side in (144, 72, 36):
+            exact, fast = (render(data, (start, start, 288, 288), side, exact=way) for way in (True, False))
+            assert np.abs(exact - fast).max() < 1.5
+
+
 def test_raw_pixels():
     pixels = texture(40, 70)
     data = np.ascontiguousarray(pixels).reshape(-1)
