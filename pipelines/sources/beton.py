@@ -42,6 +42,7 @@ FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 INT_FIELD, IMAGE_FIELD = 1, 2  # type numbers
+MOST_CLASSES = 1_000_000  # each gets a name
 JPEG, RAW = 0, 1  # modes of an image
 FIELD_TYPES = {0: np.dtype("<f8"), INT_FIELD: np.dtype("<i8"), IMAGE_FIELD: IMAGE}
 
@@ -73,6 +74,10 @@ class BetonSource:
                 self._mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except FileNotFoundError as error:
             raise DataError(f"no file {self.path}: make it with python -m tools.make_dataset SRC OUT") from error
+        except OSError as error:
+            raise DataError(
+                f"cannot read {self.path} ({error.strerror}): name a .beton file that can be read"
+            ) from error
         except ValueError as error:
             raise self._damaged("it is empty") from error
         self.data = np.frombuffer(self._mapping, np.uint8)
@@ -84,8 +89,9 @@ class BetonSource:
         self.is_raw = images["mode"] == RAW
         self.plain = ~self.is_raw
         self.offsets, self.lengths = self._find_bytes(images, allocations)
-        if self.labels.min() < 0:
-            raise self._damaged(f"label {self.labels.min()}")
+        for label in (self.labels.min(), self.labels.max()):
+            if not 0 <= label < MOST_CLASSES:
+                raise self._damaged(f"label {label}, which is not in [0, {MOST_CLASSES:,})")
         self.classes, self.has_names = [str(label) for label in range(self.labels.max() + 1)], False
         self.checksums: NDArray[np.uint64] | None = None
         self._use_record()
@@ -205,21 +211,32 @@ class BetonSource:
         allocations = self._read("allocation table", ALLOCATION, count, table)
         return metadata[str(IMAGE_FIELD)], metadata[str(INT_FIELD)], np.sort(allocations, order="ptr")
 
+    def _check_places(self, allocations: NDArray, num_images: int) -> None:
+        """One place for each image, none empty, between metadata and allocation table, none over another."""
+        (_, start), (stop, _) = self._index_parts
+        if len(allocations) != num_images:
+            raise self._damaged(f"{len(allocations):,} places in its allocation table for {num_images:,} images")
+        places, sizes = allocations["ptr"], allocations["size"]
+        inside = (start <= places) & (places < stop)
+        inside &= (sizes > 0) & (sizes <= stop - places)  # unsigned: of no meaning where the place is beyond the stop
+        if not inside.all():
+            wrong = inside.argmin()
+            raise self._damaged(f"{sizes[wrong]:,} bytes at {places[wrong]:,} can't be an image's")
+        if (places[:-1] + sizes[:-1] > places[1:]).any():
+            raise self._damaged("images whose bytes overlap")
+
     def _find_bytes(self, images: NDArray, allocations: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(offsets, lengths): FFCV keeps the length of an image in the allocation table alone."""
-        at = np.searchsorted(allocations["ptr"], images["data_ptr"])
-        found = at < len(allocations)
-        at = np.where(found, at, 0)
-        found &= len(allocations) > 0
-        if found.any():
-            entries = allocations[at]
-            found &= entries["ptr"] == images["data_ptr"]
-            found &= (entries["ptr"] < len(self.data)) & (entries["size"] <= len(self.data) - entries["ptr"])
-            pixels = self.sizes.astype(np.uint64).prod(1)
-            found &= np.where(self.is_raw, entries["size"] == 3 * pixels, images["mode"] == JPEG)
-            found &= pixels > 0
+        self._check_places(allocations, len(images))
+        at = np.searchsorted(allocations["ptr"], images["data_ptr"]).clip(max=len(images) - 1)
+        entries = allocations[at]
+        pixels = self.sizes.astype(np.uint64).prod(1)
+        found = (entries["ptr"] == images["data_ptr"]) & (pixels > 0)
+        found &= np.where(self.is_raw, entries["size"] == 3 * pixels, images["mode"] == JPEG)
         if not found.all():
             raise self._damaged(f"its index of image {found.argmin()} is wrong")
+        if len(np.unique(at)) < len(at):
+            raise self._damaged("two images with the same bytes")
         return entries["ptr"].astype(np.int64), entries["size"].astype(np.int64)
 
     def index_checksum(self) -> str:
@@ -235,12 +252,17 @@ class BetonSource:
             expected_bytes, expected_index = int(split["bytes"]), str(split["index_xxh64"])
             expected_checksums = str(split["checksums_xxh64"])
             self.classes, self.has_names = [str(name) for name in dataset["classes"]], True
-            self.checksums = np.load(self.path.with_name(split["checksums"]))
+            checksums = np.load(self.path.with_name(split["checksums"]), mmap_mode="r")  # no more than the file holds
+            if not (
+                isinstance(checksums, np.ndarray) and checksums.dtype == np.uint64 and checksums.shape == (len(self),)
+            ):
+                raise ValueError(f"not one checksum for each of {len(self):,} images")
+            self.checksums = np.array(checksums)
         except FileNotFoundError as error:
             if Path(error.filename) == path:
                 return
             raise DataError(f"no file {error.filename}, which {path} names: convert the dataset again") from error
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             reason = f"{path} or the checksums that it names do not read ({error})"
             raise DataError(f"{reason}: convert the dataset again") from error
         if len(self.data) != expected_bytes:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines import native
 from pipelines.loader import DataConfig, build_loader
-from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, BetonSource
+from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, JPEG, RAW, BetonSource
 from pipelines.sources.errors import DataError
+from tests.betons import PAGES, Beton
 
 
 @pytest.fixture
@@ -144,7 +146,8 @@ def test_damaged_checksums_and_records_are_refused(copy):
     checksums.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
     with pytest.raises(DataError, match=r"val\.checksums\.npy is damaged"):
         BetonSource(path)
-    for text in ("", "{", "[]", "{}", json_intact.replace('"splits"', '"parts"')):
+    endless = json_intact.replace('"bytes": ', '"bytes": 1e999, "": ')
+    for text in ("", "{", "[]", "{}", json_intact.replace('"splits"', '"parts"'), "[" * 100_000, endless):
         record.write_text(text)
         with pytest.raises(DataError, match=r"dataset\.json .*do not read"):
             BetonSource(path)
@@ -154,11 +157,128 @@ def test_damaged_checksums_and_records_are_refused(copy):
         BetonSource(path)
 
 
+@pytest.mark.parametrize("array", [np.zeros(11, np.uint64), np.zeros(12, np.int64), np.zeros((12, 1), np.uint64)])
+def test_checksums_that_are_not_one_for_each_image_are_refused(copy, array):
+    np.save(copy / "val.checksums.npy", array)
+    record = json.loads((copy / "dataset.json").read_text())
+    record["splits"]["val"]["checksums_xxh64"] = native.hex_checksum(array)
+    (copy / "dataset.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match="not one checksum for each of 12 images"):
+        BetonSource(copy / "val.beton")
+
+
+def test_checksums_that_claim_to_be_endless_are_refused_without_the_memory(copy):
+    header = {"descr": "<u8", "fortran_order": False, "shape": (2**45,)}
+    with open(copy / "val.checksums.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(DataError, match=r"dataset\.json .*do not read"):
+        BetonSource(copy / "val.beton")
+
+
 def test_fewer_classes_than_labels_are_refused(copy):
     record = json.loads((copy / "dataset.json").read_text())
     record["classes"] = ["china"]
     (copy / "dataset.json").write_text(json.dumps(record))
     refused(copy / "val.beton", "label 1 of 1 classes")
+
+
+def enormous(beton, value):
+    """What may hold an unsigned 64-bit number, each set to `value` in turn."""
+    beton.header["num_samples"] = value
+    yield
+    beton.header["num_samples"] = 3
+    table, beton.header["alloc_table_ptr"] = int(beton.header["alloc_table_ptr"][0]), value
+    yield
+    beton.header["alloc_table_ptr"] = table
+    for image in range(3):
+        place = int(beton.table["ptr"][image])
+        beton.move(image, value)
+        yield
+        beton.move(image, place)
+        beton.table["size"][image] = value
+        yield
+        beton.rows["image"]["mode"] = JPEG
+        yield
+        beton.rows["image"]["mode"] = RAW
+        beton.table["size"][image] = 12
+        beton.rows["label"][image] = np.uint64(value).astype(np.int64)
+        yield
+        beton.rows["label"][image] = 0
+
+
+# Sums and products of these with what a .beton file holds wrap around 32, 63 or 64 bits.
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "value", [2**31, 2**32, 2**58, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 // 24 + 1, 2**64 - 12, 2**64 - 1]
+)
+def test_numbers_that_overflow_are_refused(tmp_path, value):
+    beton = Beton()
+    assert BetonSource(beton.write(tmp_path / "a.beton")).lengths.tolist() == [12, 12, 12]
+    for _ in enormous(beton, value):
+        refused(beton.write(tmp_path / "a.beton"), "is damaged")
+    assert len(BetonSource(beton.write(tmp_path / "a.beton"))) == 3
+
+
+def into(image, place):
+    return lambda beton: beton.move(image, place)
+
+
+def set_to(part, name, value, at=0):
+    return lambda beton: getattr(beton, part)[name].__setitem__(at, value)
+
+
+def image_to(name, value):
+    return lambda beton: beton.rows["image"][name].__setitem__(1, value)
+
+
+def one_more(beton):
+    beton.table = np.concatenate([beton.table, beton.table[:1]])
+
+
+def one_less(beton):
+    beton.table = beton.table[:2]
+
+
+WRONG = {
+    "an image in the header": (into(0, 0), "12 bytes at 0 "),
+    "an image in the fields": (into(0, 40), "12 bytes at 40 "),
+    "an image in the metadata": (into(0, PAGES - 1), "can't be an image's"),
+    "an image in the allocation table": (into(2, PAGES + 36), "can't be an image's"),
+    "an image that ends in the allocation table": (into(2, PAGES + 25), "can't be an image's"),
+    "images that overlap": (into(1, PAGES + 11), "overlap"),
+    "an image over another": (into(1, PAGES), "overlap"),
+    "two images with the same bytes": (image_to("data_ptr", PAGES), "same bytes"),
+    "an entry twice": (one_more, "4 places .* for 3 images"),
+    "an entry too few": (one_less, "2 places .* for 3 images"),
+    "an empty image": (set_to("table", "size", 0, 1), "0 bytes at"),
+    "an image without height": (image_to("height", 0), "index of image 1"),
+    "an image without width": (image_to("width", 0), "index of image 1"),
+    "an enormous image": (image_to("width", 65535), "index of image 1"),
+    "an unknown mode": (image_to("mode", 2), "index of image 1"),
+    "no fields": (set_to("header", "num_fields", 0), "types"),
+    "a field": (set_to("header", "num_fields", 1), "types"),
+    "65,535 fields": (set_to("header", "num_fields", 65535), "list of fields"),
+    "a label below 0": (set_to("rows", "label", -1, 1), "label -1"),
+    "an enormous label": (set_to("rows", "label", 10**6, 1), "label 1000000"),
+    "fewer images than it has": (set_to("header", "num_samples", 2), "3 places .* for 2 images"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("what", WRONG)
+def test_a_file_made_wrong_is_refused(tmp_path, what):
+    make_wrong, reason = WRONG[what]
+    beton = Beton()
+    make_wrong(beton)
+    refused(beton.write(tmp_path / "a.beton"), reason)
+
+
+def test_no_images_and_a_folder_are_refused(tmp_path):
+    beton = Beton()
+    beton.header["num_samples"], beton.table = 0, beton.table[:0]
+    refused(beton.write(tmp_path / "a.beton"), "holds no images")
+    (tmp_path / "b.beton").mkdir()
+    refused(tmp_path / "b.beton", "directory")
 
 
 def test_a_missing_file_names_the_converter(tmp_path):
