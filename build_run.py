@@ -22,6 +22,7 @@ from dcd.engine.trainer import DivergedError, Trainer
 from dcd.engine.verdict import Setting
 from pipelines.loader import DataConfig, Loader, build_loader
 from pipelines.plan import CenterCrop, RandomCrop
+from pipelines.sources.beton_shards import find_betons
 from pipelines.sources.errors import DataError
 
 SETUP_TIMEOUT_S = 1800.0
@@ -204,7 +205,7 @@ def find_setting(config: Config, ranks: Ranks) -> Setting:
         cores=len(os.sched_getaffinity(0)),
         world_size=ranks.world_size,
         backend=config.backend,
-        converted=config.data is not None and (config.data / "train.beton").exists(),
+        converted=config.data is not None and bool(find_betons(config.data, "train")),
         exact_decode=config.exact_decode,
         mixed=autocast_dtype(config.amp, ranks.device) is not None,
         compiled=config.compile,

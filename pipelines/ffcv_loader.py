@@ -50,10 +50,9 @@ class FfcvExecutor:
     def _prepare(self, steps: Iterable[StepPlan]) -> Generator[tuple[StepPlan, NDArray], None, None]:
         """Each step with its jobs (N,) of `native.JOB`."""
         source = self._source
-        address = source.data.ctypes.data
         for step in steps:
             jobs = np.zeros(len(step.indices), native.JOB)
-            jobs["data"] = address + source.offsets[step.indices]
+            jobs["data"] = source.addresses(step.indices)
             jobs["size"] = source.lengths[step.indices]
             jobs["image_size"] = source.sizes[step.indices]
             jobs["box"], jobs["flip"] = step.boxes, step.flips

@@ -77,7 +77,8 @@ class Executor(Protocol):
 class DataConfig:
     """How the data is read. Sizes are in pixels, epochs count from 0.
 
-    root: folder that holds `train` and `val`, or `train.beton` and `val.beton`; not needed by the synthetic backend.
+    root: folder that holds `train` and `val`, or `train.beton` and `val.beton`, or the shards of these; not needed by
+        the synthetic backend.
     backend: "auto" is DALI on a GPU where it is installed, else FFCV for .beton files, else torchvision.
     batch_size: images in a step over all ranks. workers: threads or processes of this rank that decode; with 0
         torchvision reads in the training process.
@@ -271,7 +272,7 @@ def _open_source(config: DataConfig, split: str) -> Source:
 
         images = config.synthetic_images if split == "train" else config.synthetic_images // 10
         return SyntheticSource(images, config.synthetic_classes)
-    from pipelines.sources.beton import BetonSource
+    from pipelines.sources.beton_shards import open_betons
     from pipelines.sources.folder import FolderSource
 
     if config.root is None:
@@ -279,13 +280,13 @@ def _open_source(config: DataConfig, split: str) -> Source:
             "no data: --data must name a folder that holds train and val, or train.beton and val.beton "
             "(or use --backend synthetic)"
         )
-    beton = Path(config.root) / f"{split}.beton"
-    if beton.exists():
-        return BetonSource(beton)
+    source = open_betons(config.root, split)
+    if source is not None:
+        return source
     if config.backend == "ffcv":
         raise DataError(
-            f"no file {beton}: convert the dataset with python -m tools.make_dataset SRC OUT, "
-            "or use --backend torchvision"
+            f"no file {Path(config.root) / split}.beton: convert the dataset with python -m tools.make_dataset "
+            "SRC OUT, or use --backend torchvision"
         )
     return FolderSource(Path(config.root) / split, config.strict)
 
@@ -293,8 +294,8 @@ def _open_source(config: DataConfig, split: str) -> Source:
 def _choose_backend(source: Source, device: torch.device) -> str:
     """DALI decodes on a GPU; on a CPU our own threads are the fastest, and they read .beton files."""
     from pipelines.dali_loader import is_installed
-    from pipelines.sources.beton import BetonSource
+    from pipelines.sources.folder import FolderSource
 
     if device.type == "cuda" and is_installed():
         return "dali"
-    return "ffcv" if isinstance(source, BetonSource) else "torchvision"
+    return "torchvision" if isinstance(source, FolderSource) else "ffcv"

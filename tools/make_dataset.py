@@ -5,41 +5,34 @@
 
 OUT then holds train.beton, val.beton, the checksums of their images and dataset.json. Until all of it is there, all of
 it lies in OUT/.partial; an interrupted conversion leaves nothing else, and the next one begins anew.
+
+    python -m tools.make_dataset SRC OUT --shards 16          in 16 parts; the next one does those that are missing
+    python -m tools.make_dataset SRC OUT --only 3/16          part 3 alone, counted from 0, beside others like it
+    python -m tools.make_dataset SRC OUT --join               when all parts are there, they become one dataset
+
+A part is a shard of train, a shard of val, and until the join a record, part-00003-of-00016.json.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from PIL import features
-
-from dcd.engine.folder_sync import sync_folder
-from pipelines import native
-from pipelines.sources.beton import DATASET_FILE, BetonSource
+from pipelines.sources.beton import DATASET_FILE
 from pipelines.sources.errors import DataError
 from tools.conversion.images import Options
 from tools.conversion.inputs import SPLITS, Source, open_source
-from tools.conversion.writer import Written, load_ffcv, sync, write_split, writing
-
-FORMAT = 1
-PARTIAL = ".partial"
-FILES = tuple(f"{split}{suffix}" for split in SPLITS for suffix in (".beton", ".checksums.npy"))
-
-# The lock on OUT, in a list for `_unlock`.
-_locks: list[int] = []
+from tools.conversion.join import check_files, find_parts, join_parts, made_of, read_part
+from tools.conversion.lock import locked
+from tools.conversion.parts import MAX_PARTS, Part, fingerprint
+from tools.conversion.record import PARTIAL, dataset_record, file_record, publish, relevant, write_record
+from tools.conversion.writer import Written, load_ffcv, write_split, writing
 
 
 def make_dataset(src: Path, out: Path, options: Options, on_bad: str, workers: int, strict: bool = False) -> None:
@@ -48,74 +41,150 @@ def make_dataset(src: Path, out: Path, options: Options, on_bad: str, workers: i
     Raises:
         DataError: anything that a user can mend.
     """
-    if src.resolve() in (out.resolve(), *out.resolve().parents):
-        raise DataError(f"{out} lies in {src}: name a folder outside the source, which is never written to")
-    wanted = {**_recorded(options), "on_bad": on_bad}
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    _make_folder(src, out)
+    wanted = {**relevant(options), "on_bad": on_bad}
+    with locked(out):
         if _is_finished(out):
             _compare(out, src, wanted)
             return
+        for part in find_parts(out)[:1]:
+            raise DataError(f"{out} holds {part.record}: go on with --shards {part.count}, or name another folder")
         load_ffcv()
-        source = open_source(src, strict)
-        counts = ", ".join(f"{len(source.splits[split].labels):,} {split}" for split in SPLITS)
-        print(f"{src}: {source.kind}, {len(source.classes):,} classes, {counts} images", flush=True)
-        for folder, left_out in source.left_out.items():
-            if note := left_out.note(folder):
-                print(note, flush=True)
+        source = _open(src, strict)
         partial = out / PARTIAL
         try:
-            with writing(partial):
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-            found = _convert(source, partial, options, on_bad, workers)
-            _record(source, src, partial, wanted, found)
-            _publish(out)
+            found = _convert(source, partial, SPLITS, options, on_bad, workers)
+            _check_bad(_count_bad(found, on_bad))
+            files = _file_records(partial, SPLITS, found)
+            write_record(partial / DATASET_FILE, dataset_record(source, src, wanted, files))
+            publish(partial, out, [*_names(SPLITS), DATASET_FILE])
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        _report(out, found)
+        _report(out, SPLITS, DATASET_FILE, found)
 
 
-def _recorded(options: Options) -> dict[str, Any]:
-    """The options that matter to the images."""
-    return asdict(options) if options.mode == "reencode" else {"mode": options.mode}
+def make_parts(
+    src: Path, out: Path, options: Options, on_bad: str, workers: int, parts: Sequence[Part], strict: bool = False
+) -> None:
+    """Convert these parts of `src` into shards in `out`, but for those that are there; and join them, if they are all.
+
+    Processes may do so side by side, on one machine or many. A part with a bad image fails, and the next one is begun.
+
+    Raises:
+        DataError: anything that a user can mend.
+    """
+    _make_folder(src, out)
+    count = parts[0].count
+    wanted = {**relevant(options), "on_bad": on_bad}
+    with locked(out, shared=True):
+        if _is_finished(out):
+            _compare(out, src, {**wanted, "shards": count})
+            return
+        for part in find_parts(out):
+            if part.count != count:
+                raise DataError(f"{out} holds {part.record}: go on with --shards {part.count}, or name another folder")
+        load_ffcv()
+        source = _open(src, strict)
+        with writing(out / PARTIAL):
+            (out / PARTIAL).mkdir(exist_ok=True)
+        listing = fingerprint(source)
+        _check_bad(sum(_make_part(source, src, out, part, wanted, listing, options, workers) for part in parts))
+    if len(parts) == count:
+        join_parts(src, out, on_bad, count)
 
 
-def _unlock() -> None:
-    """In a forked worker: it must not go on holding the lock when its parent is killed."""
-    while _locks:
-        os.close(_locks.pop())
+def _make_part(
+    source: Source,
+    src: Path,
+    out: Path,
+    part: Part,
+    wanted: dict[str, Any],
+    listing: str,
+    options: Options,
+    workers: int,
+) -> int:
+    """Convert one part, unless it is there; the number of bad images that keep it from being written."""
+    partial = out / PARTIAL / part.name
+    stems = [part.stem(split) for split in SPLITS]
+    with locked(partial.with_suffix(".lock")):
+        if (partial / part.record).exists():  # only its renaming was left
+            publish(partial, out, [*_names(stems), part.record])
+        if _is_part_there(out, part, wanted, listing):
+            print(f"part {part} is there already", flush=True)
+            return 0
+        try:
+            piece = part.of(source)
+            found = _convert(piece, partial, stems, options, wanted["on_bad"], workers)
+            if bad := _count_bad(found, wanted["on_bad"]):
+                print(f"part {part} is not written", file=sys.stderr)
+                return bad
+            record = dataset_record(piece, src, wanted, _file_records(partial, stems, found))
+            record["listing"] = listing
+            write_record(partial / part.record, record)
+            publish(partial, out, [*_names(stems), part.record])
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    _report(out, stems, part.record, found)
+    return 0
 
 
-os.register_at_fork(after_in_child=_unlock)
+def _is_part_there(out: Path, part: Part, wanted: dict[str, Any], listing: str) -> bool:
+    """Whether `out` holds the part, whole. One that is damaged is to be made again.
 
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep other conversions out of `out`. The lock goes with the process, however that ends."""
-    folder = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    Raises:
+        DataError: it was made from something else, or otherwise, or is not of our making.
+    """
+    record = read_part(out, part)
+    if record is None:
+        foreign = [name for name in _names([part.stem(split) for split in SPLITS]) if (out / name).exists()]
+        if foreign:
+            raise DataError(f"{out} holds {foreign[0]} but no {part.record}: remove it, or name another folder")
+        return False
+    if made_of(record) != made_of({"listing": listing, "options": wanted}):
+        raise DataError(
+            f"{out} holds part {part} of other images or by other options (see {part.record}): remove {part.files}, "
+            f"or name another folder"
+        )
+    left_out = sum(len(record["splits"][split]["skipped"]) for split in SPLITS)
+    if left_out and wanted["on_bad"] == "error":
+        raise DataError(f"part {part} in {out} leaves out {left_out} images: use --on-bad skip, or remove {part.files}")
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(folder)
-        raise DataError(f"another conversion is writing to {out}: wait for it, or name another folder") from error
-    except OSError:
-        pass  # some network file systems can't lock a folder
-    _locks.append(folder)
-    try:
-        yield
-    finally:
-        _unlock()
+        check_files(out, record)
+    except DataError as error:
+        print(f"part {part} is converted again: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _make_folder(src: Path, out: Path) -> None:
+    if src.resolve() in (out.resolve(), *out.resolve().parents):
+        raise DataError(f"{out} lies in {src}: name a folder outside the source, which is never written to")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def _open(src: Path, strict: bool) -> Source:
+    source = open_source(src, strict)
+    counts = ", ".join(f"{len(source.splits[split].labels):,} {split}" for split in SPLITS)
+    print(f"{src}: {source.kind}, {len(source.classes):,} classes, {counts} images", flush=True)
+    for folder, left_out in source.left_out.items():
+        if note := left_out.note(folder):
+            print(note, flush=True)
+    return source
+
+
+def _names(stems: Sequence[str]) -> list[str]:
+    """The files of a dataset or part, but for its record."""
+    return [f"{stem}{suffix}" for stem in stems for suffix in (".beton", ".checksums.npy")]
 
 
 def _is_finished(out: Path) -> bool:
     """Whether `out` holds a dataset. One that was interrupted when only its renaming was left is renamed now."""
     if (out / PARTIAL / DATASET_FILE).exists():
-        _publish(out)
+        publish(out / PARTIAL, out, [*_names(SPLITS), DATASET_FILE])
     if (out / DATASET_FILE).exists():
         return True
-    foreign = [name for name in FILES if (out / name).exists()]
+    foreign = [name for name in _names(SPLITS) if (out / name).exists()]
     if foreign:
         raise DataError(f"{out} holds {foreign[0]} but no {DATASET_FILE}: remove it, or name another folder")
     return False
@@ -137,92 +206,62 @@ def _compare(out: Path, src: Path, wanted: dict[str, Any]) -> None:
     print(f"{out} is there already")
 
 
-def _convert(source: Source, partial: Path, options: Options, on_bad: str, workers: int) -> dict[str, Written]:
-    """Write both splits; then name every image that is bad."""
+def _convert(
+    source: Source, folder: Path, stems: Sequence[str], options: Options, on_bad: str, workers: int
+) -> dict[str, Written]:
+    """Write both splits into the new folder `folder`; then name every image that is bad."""
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
     found: dict[str, Written] = {}
     useless = False  # once an image is bad that may not be, the others are checked, and no longer written
-    for name in SPLITS:
-        beton = partial / f"{name}.beton"
-        found[name] = write_split(source.splits[name], beton, options, workers, on_bad == "error", useless)
-        useless = useless or (on_bad == "error" and bool(found[name].bad))
-    bad = [image for written in found.values() for image in written.bad]
-    for name, reason in bad:
-        print(f"bad image: {name}: {reason}", file=sys.stderr)
-    if bad and on_bad == "error":
-        count = "1 image does" if len(bad) == 1 else f"{len(bad):,} images do"
-        raise DataError(f"{count} not decode: replace what is listed, or leave it out with --on-bad skip")
+    for split, stem in zip(SPLITS, stems, strict=True):
+        beton = folder / f"{stem}.beton"
+        found[split] = write_split(source.splits[split], beton, options, workers, on_bad == "error", useless)
+        useless = useless or (on_bad == "error" and bool(found[split].bad))
+    for written in found.values():
+        for name, reason in written.bad:
+            print(f"bad image: {name}: {reason}", file=sys.stderr)
     return found
 
 
-def _record(source: Source, src: Path, partial: Path, options: dict[str, Any], found: dict[str, Written]) -> None:
-    """Write the checksums and, last, dataset.json, which says that all is there."""
-    splits = {}
-    for name, written in found.items():
-        beton, checksums = partial / f"{name}.beton", partial / f"{name}.checksums.npy"
-        with writing(checksums):
-            np.save(checksums, written.checksums)
-            sync(checksums)
-        splits[name] = {
-            "file": beton.name,
-            "images": len(written.checksums),
-            "bytes": beton.stat().st_size,
-            "index_xxh64": BetonSource(beton).index_checksum(),
-            "checksums": checksums.name,
-            "checksums_xxh64": native.hex_checksum(written.checksums),
-            "reencoded": [{"name": name, "reason": reason} for name, reason in written.odd],
-            "skipped": [{"name": name, "reason": reason} for name, reason in written.bad],
-        }
-    dataset = {
-        "format": FORMAT,
-        "classes": source.classes,
-        "source": {"kind": source.kind, "path": str(src.resolve())},
-        "options": options,
-        "splits": splits,
-        "versions": _versions(),
+def _count_bad(found: dict[str, Written], on_bad: str) -> int:
+    """The images that keep the files from being used."""
+    return sum(len(written.bad) for written in found.values()) if on_bad == "error" else 0
+
+
+def _check_bad(bad: int) -> None:
+    """Raises:
+    DataError: there are bad images.
+    """
+    if bad:
+        count = "1 image does" if bad == 1 else f"{bad:,} images do"
+        raise DataError(f"{count} not decode: replace what is listed, or leave it out with --on-bad skip")
+
+
+def _file_records(folder: Path, stems: Sequence[str], found: dict[str, Written]) -> dict[str, Any]:
+    return {
+        split: file_record(folder / f"{stem}.beton", found[split]) for split, stem in zip(SPLITS, stems, strict=True)
     }
-    text = json.dumps(dataset, indent=2) + "\n"
-    temporary = partial / f"{DATASET_FILE}.tmp"
-    with writing(partial / DATASET_FILE):
-        temporary.write_text(text)
-        sync(temporary)
-        temporary.rename(partial / DATASET_FILE)
-        sync_folder(partial)
 
 
-def _versions() -> dict[str, str]:
-    packages = ("dcd-trainer", "ffcv", "numpy", "pillow", "opencv-python-headless", "opencv-python", "pyarrow", "scipy")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    versions["libjpeg-turbo of pillow"] = features.version("libjpeg_turbo") or "none"
-    return versions
-
-
-def _publish(out: Path) -> None:
-    """Rename everything in the partial folder into `out`, dataset.json last."""
-    partial = out / PARTIAL
-    kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    with writing(out):
-        for name in (*FILES, DATASET_FILE):
-            if (partial / name).exists():  # else an earlier start has renamed it
-                (partial / name).rename(out / name)
-        sync_folder(out)
-        partial.rmdir()
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-def _report(out: Path, found: dict[str, Written]) -> None:
-    size = sum((out / name).stat().st_size for name in FILES) / 2**30
-    counts = " and ".join(f"{len(written.checksums):,} {name}" for name, written in found.items())
-    print(f"wrote {counts} images, {size:.1f} GiB, to {out}")
+def _report(out: Path, stems: Sequence[str], record: str, found: dict[str, Written]) -> None:
+    size = sum((out / name).stat().st_size for name in _names(stems)) / 2**30
+    counts = " and ".join(f"{len(found[split].checksums):,} {stem}" for split, stem in zip(SPLITS, stems, strict=True))
+    print(f"wrote {counts} images, {size:.1f} GiB, to {out}", flush=True)
     for what, images in (
         ("re-encoded as RGB", [image for written in found.values() for image in written.odd]),
         ("skipped", [image for written in found.values() for image in written.bad]),
     ):
         if images:
-            print(f"{what}: {len(images):,}, listed in {out / DATASET_FILE}")
+            print(f"{what}: {len(images):,}, listed in {out / record}")
+
+
+def _part(only: str, shards: int | None) -> Part:
+    part = Part.parse(only)
+    if shards not in (None, part.count):
+        raise DataError(f"--only {only} is a part of {part.count}, not of --shards {shards}: leave out --shards")
+    return part
 
 
 def _stop(number: int, _: object) -> None:
@@ -239,6 +278,9 @@ def main(
     on_bad: Literal["error", "skip"] = "error",
     strict: bool = False,
     workers: int | None = None,
+    shards: int | None = None,
+    only: str | None = None,
+    join: bool = False,
 ) -> None:
     """Convert ImageNet to FFCV's format.
 
@@ -254,24 +296,42 @@ def main(
         on_bad: what to do when images do not decode: error lists all of them and writes nothing, skip leaves them out.
         strict: files among the images that are none by their names are an error; else a line names them.
         workers: processes; by default one for each core.
+        shards: convert in N parts, and write each split in N files; the same command goes on with those that are
+            missing. The images and their order are those of one file.
+        only: K/N: convert part K of N alone, K from 0 to N - 1 as in the files' names, beside other processes that do
+            the other parts: --only $SLURM_ARRAY_TASK_ID/16 in a Slurm array of 0-15.
+        join: convert nothing: check that all parts are there and whole, and write dataset.json.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    stopped = "nothing is left of this conversion; the same command begins it anew"
+    if shards is not None or only is not None or join:
+        stopped = "the parts that are finished stay; the same command goes on with what is missing"
     try:
         for name, value, low, high in (
             ("--max-size", max_size, 1, 16_384),
             ("--quality", quality, 1, 100),
             ("--jpeg-fraction", jpeg_fraction, 0, 1),
             ("--workers", workers, 1, 4096),
+            ("--shards", shards, 1, MAX_PARTS),
         ):
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise DataError(f"{name} {value}: it must be from {low} to {high}")
         options = Options(mode, max_size, quality, jpeg_fraction)
         signal.signal(signal.SIGTERM, _stop)
-        make_dataset(src, out, options, on_bad, workers, strict)
+        if join and only is not None:
+            raise DataError("--join and --only: join when all parts are converted")
+        if join:
+            join_parts(src, out, on_bad, shards)
+        elif only is not None:
+            make_parts(src, out, options, on_bad, workers, [_part(only, shards)], strict)
+        elif shards is not None:
+            make_parts(src, out, options, on_bad, workers, [Part(number, shards) for number in range(shards)], strict)
+        else:
+            make_dataset(src, out, options, on_bad, workers, strict)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("error: stopped: nothing is left of this conversion; the same command begins it anew")
+        sys.exit(f"error: stopped: {stopped}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ KNOWN = (
 
 
 class Reader(Protocol):
-    """Reads the bytes of images. It is made in one process and used in others, which are forked."""
+    """Reads the bytes of images. It is made in one process and used in others, which are forked.
+
+    A task is the indices of its images (N,), or has them as `indices`.
+    """
 
     tasks: list[Any]
 
@@ -44,12 +47,14 @@ class Split:
     labels: (N,) int64.
     names: (N,) bytes, the path of each image inside the source. An array, which forked processes share.
     largest: bytes of the largest image, or None where only reading tells.
+    first: place of its first image in the dataset, of which it may be a part.
     """
 
     labels: NDArray[np.int64]
     names: NDArray[np.bytes_]
     largest: int | None
     reader: Reader
+    first: int = 0
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.names[index])

@@ -351,7 +351,7 @@ def _convert_task(
         try:
             if isinstance(data, OSError):
                 raise BadImage(data.strerror or str(data))
-            image = convert(data, index, options)
+            image = convert(data, split.first + index, options)
             if image.data.nbytes > page_size:
                 raise BadImage(f"its {image.data.nbytes:,} bytes are more than a page of {page_size:,}")
         except BadImage as error:

@@ -1,0 +1,154 @@
+"""A split in several .beton files, its shards, read as one: `train-00000-of-00016.beton` …, images in their order.
+
+The index of an image does not depend on the number of shards, so neither does the plan.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.fingerprint import digest
+from pipelines.sources.beton import DATASET_FILE, BetonSource
+from pipelines.sources.errors import DataError
+from pipelines.sources.images import Examined
+
+# What of a source is an array with a row for each image
+COLUMNS = ("labels", "sizes", "is_raw", "plain", "offsets", "lengths", "checksums")
+
+
+def shard_name(split: str, number: int, count: int) -> str:
+    """What shard `number` of `count`, from 0 on, is called, without a suffix."""
+    return f"{split}-{number:05d}-of-{count:05d}"
+
+
+def find_betons(root: str | Path, split: str) -> list[Path]:
+    """The files of a split in the folder `root`: one, or its shards in order; none where there is none.
+
+    Raises:
+        DataError: a shard is missing, or it is there twice: in shards of two numbers, or in one file as well.
+    """
+    root = Path(root)
+    names = re.compile(rf"{re.escape(split)}-(\d{{5}})-of-(\d{{5}})\.beton")
+    matches = filter(None, (names.fullmatch(file.name) for file in root.glob(f"{split}-*.beton")))
+    found = {(int(match[2]), int(match[1])) for match in matches}
+    whole = root / f"{split}.beton"
+    sets = [f"{count} shards" for count in sorted({count for count, _ in found})]
+    if whole.exists():
+        sets.insert(0, whole.name)
+    if len(sets) > 1:
+        raise DataError(f"{root} holds {split} twice, as {' and as '.join(sets)}: remove what is not wanted")
+    if not found:
+        return [whole] if whole.exists() else []
+    ((count, _), *_) = found
+    missing = [shard_name(split, number, count) for number in range(count) if (count, number) not in found]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"no file {root / missing[0]}.beton{more}, of {count} shards: convert what is missing")
+    return [root / f"{shard_name(split, number, count)}.beton" for number in range(count)]
+
+
+def open_betons(root: str | Path, split: str) -> "BetonSource | BetonShards | None":
+    """The split in `root`, or None where it is not in .beton files.
+
+    Raises:
+        DataError: see `find_betons` and `BetonSource`.
+    """
+    files = find_betons(root, split)
+    if not files:
+        return None
+    return BetonShards(files) if files[0].stem != split else BetonSource(files[0])
+
+
+class BetonShards:
+    """One split in several files, with the attributes and methods of `BetonSource`, but for `data`.
+
+    Args:
+        files: all shards, in order; `dataset.json` must lie beside them: only with it is a split whole.
+
+    Attributes:
+        offsets: (N,) int64, where the bytes of each image are in its own file.
+
+    Raises:
+        DataError: see `BetonSource`; or no dataset.json.
+    """
+
+    has_names, note = True, None
+
+    def __init__(self, files: list[Path]):
+        record = files[0].with_name(DATASET_FILE)
+        try:
+            dataset = json.loads(record.read_text())
+        except FileNotFoundError as error:
+            raise DataError(
+                f"no file {record}: the shards beside it are no dataset until python -m tools.make_dataset SRC OUT "
+                f"--join has found all of them"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{record} does not read ({error}): convert the dataset again") from error
+        self._shards = [BetonSource(file, dataset) for file in files]
+        self.classes = self._shards[0].classes
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        self._starts = self._ends - [len(shard) for shard in self._shards]
+        for column in COLUMNS:
+            whole = np.concatenate([getattr(shard, column) for shard in self._shards])
+            setattr(self, column, whole)
+            for shard, part in zip(self._shards, np.split(whole, self._ends[:-1]), strict=True):
+                setattr(shard, column, part)  # so that nothing is kept twice
+        self._memory = np.array([shard.data.ctypes.data for shard in self._shards], np.uint64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _find(self, index: int) -> tuple[BetonSource, int]:
+        """The shard that holds image `index`, and the index there."""
+        number = np.searchsorted(self._ends, index, "right")
+        return self._shards[number], index - self._starts[number]
+
+    def name(self, index: int) -> str:
+        """Image `index` as an error names it: by its place in its shard."""
+        shard, inner = self._find(index)
+        return shard.name(inner)
+
+    def particulars(self) -> dict[str, str]:
+        """See `BetonSource.particulars`: those of one file."""
+        return {"bytes": digest(self.checksums)}
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """See `BetonSource.read`."""
+        shard, inner = self._find(index)
+        return shard.read(inner)
+
+    def read_sound(self, index: int) -> NDArray[np.uint8]:
+        """See `BetonSource.read_sound`."""
+        shard, inner = self._find(index)
+        return shard.read_sound(inner)
+
+    def examine(self, index: int, with_pixels: bool = True, memory: NDArray[np.uint8] | None = None) -> Examined:
+        """See `BetonSource.examine`."""
+        shard, inner = self._find(index)
+        return shard.examine(inner, with_pixels, memory)
+
+    def decode(self, index: int, memory: NDArray[np.uint8] | None = None) -> Tensor:
+        """See `BetonSource.decode`."""
+        shard, inner = self._find(index)
+        return shard.decode(inner, memory)
+
+    def damaged_image(self, index: int, reason: str) -> DataError:
+        """See `BetonSource.damaged_image`."""
+        shard, inner = self._find(index)
+        return shard.damaged_image(inner, reason)
+
+    def addresses(self, indices: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Where in memory the bytes of these images (N,) begin."""
+        numbers = np.searchsorted(self._ends, indices, "right")
+        return self._memory[numbers] + self.offsets[indices].astype(np.uint64)
+
+    def will_need(self, indices: NDArray[np.int64]) -> None:
+        """See `BetonSource.will_need`."""
+        numbers = np.searchsorted(self._ends, indices, "right")
+        for number in np.unique(numbers):
+            self._shards[number].will_need(indices[numbers == number] - self._starts[number])
