@@ -56,7 +56,7 @@ class Part:
     @property
     def files(self) -> str:
         """All its files, as a shell takes them."""
-        return f"*-{shard_name('', self.number, self.count)[1:]}.*"
+        return f"{shard_name('*', self.number, self.count)}.*"
 
     def stem(self, split: str) -> str:
         return shard_name(split, self.number, self.count)
