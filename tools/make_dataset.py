@@ -149,7 +149,7 @@ def _is_part_there(out: Path, part: Part, wanted: dict[str, Any], listing: str) 
     if left_out and wanted["on_bad"] == "error":
         raise DataError(f"part {part} in {out} leaves out {left_out} images: use --on-bad skip, or remove {part.files}")
     try:
-        check_files(out, record)
+        check_files(out, part, record)
     except DataError as error:
         print(f"part {part} is converted again: {error}", file=sys.stderr)
         return False

@@ -54,7 +54,7 @@ class BetonSource:
     Args:
         path: the file. `dataset.json` beside it adds the names of the classes and the checksums; without it the
             classes are called by their numbers, and damage to the bytes of an image is noticed by the decoder alone.
-        dataset: what that holds, where it has been read already.
+        record: another file in its stead, and what it holds, read already.
 
     Attributes:
         classes: names, sorted; the label is the position in this list. has_names: False where they are numbers.
@@ -68,7 +68,7 @@ class BetonSource:
         DataError: no such file, another format or version, or a file that is not whole.
     """
 
-    def __init__(self, path: str | Path, dataset: dict[str, Any] | None = None):
+    def __init__(self, path: str | Path, record: tuple[Path, dict[str, Any]] | None = None):
         self.path, self.note = Path(path), None
         try:
             # Not np.memmap: this mapping is also asked to read ahead (`will_need`).
@@ -96,7 +96,7 @@ class BetonSource:
                 raise self._damaged(f"label {label}, which is not in [0, {MOST_CLASSES:,})")
         self.classes, self.has_names = [str(label) for label in range(self.labels.max() + 1)], False
         self.checksums: NDArray[np.uint64] | None = None
-        self._use_record(dataset)
+        self._use_record(record)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -251,11 +251,11 @@ class BetonSource:
         """XXH64 of everything but the pages, 32 hexadecimal digits."""
         return "".join(native.hex_checksum(self.data[start:stop]) for start, stop in self._index_parts)
 
-    def _use_record(self, dataset: dict[str, Any] | None) -> None:
+    def _use_record(self, record: tuple[Path, dict[str, Any]] | None) -> None:
         """Compare the file with dataset.json and take the classes and checksums from there."""
-        path = self.path.with_name(DATASET_FILE)
+        path = record[0] if record else self.path.with_name(DATASET_FILE)
         try:
-            dataset = dataset or json.loads(path.read_text())
+            dataset = record[1] if record else json.loads(path.read_text())
             files = (file for split in dataset["splits"].values() for file in split.get("shards", [split]))
             split = {file["file"]: file for file in files}[self.path.name]
             expected_bytes, expected_index = int(split["bytes"]), str(split["index_xxh64"])

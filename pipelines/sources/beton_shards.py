@@ -89,7 +89,7 @@ class BetonShards:
             ) from error
         except (OSError, ValueError) as error:
             raise DataError(f"{record} does not read ({error}): convert the dataset again") from error
-        self._shards = [BetonSource(file, dataset) for file in files]
+        self._shards = [BetonSource(file, (record, dataset)) for file in files]
         self.classes = self._shards[0].classes
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         self._starts = self._ends - [len(shard) for shard in self._shards]

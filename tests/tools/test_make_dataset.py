@@ -214,12 +214,12 @@ def test_after_a_kill_the_next_start_makes_the_same_files(monkeypatch, folder, v
     assert all((out / name).read_bytes() == (verbatim / name).read_bytes() for name in FILES)
 
 
-def run_main(errors, *arguments):
+def run_main(errors, *arguments, **options):
     """The command, in a process that has been forked; the file `errors` gets what it says at its end."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in the background
     try:
-        main(*arguments)
+        main(*arguments, **options)
     except SystemExit as end:
         errors.write_text(str(end.code))
         raise SystemExit(1) from end

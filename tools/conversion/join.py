@@ -51,12 +51,15 @@ def made_of(record: dict[str, Any]) -> dict[str, Any]:
     return {"listing": record["listing"], "options": options}
 
 
-def check_files(out: Path, record: dict[str, Any]) -> None:
+def check_files(out: Path, part: Part, record: dict[str, Any]) -> None:
     """Raises:
     DataError: a file of the part is missing, or is not whole.
     """
-    for split in SPLITS:
-        BetonSource(out / record["splits"][split]["file"], record)
+    try:
+        for split in SPLITS:
+            BetonSource(out / f"{part.stem(split)}.beton", (out / part.record, record))
+    except DataError as error:
+        raise DataError(str(error).removesuffix(": convert the dataset again")) from error  # this part will do
 
 
 def join_parts(src: Path, out: Path, on_bad: str, count: int | None = None) -> None:
@@ -103,7 +106,7 @@ def _read_parts(out: Path, count: int | None) -> dict[Part, dict[str, Any]]:
             if record is None:
                 missing.append(f"{part}")
                 continue
-            check_files(out, record)
+            check_files(out, part, record)
             records[part] = record
         except DataError as error:
             problems.append(f"part {part}: {error}")
