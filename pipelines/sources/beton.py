@@ -175,10 +175,13 @@ class BetonSource:
 
     def will_need(self, indices: NDArray[np.int64]) -> None:
         """Ask the system to read the bytes of these images (N,) from the disk, without waiting for them."""
-        starts = self.offsets[indices] // mmap.PAGESIZE * mmap.PAGESIZE
-        lengths = self.offsets[indices] + self.lengths[indices] - starts
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            self._mapping.madvise(mmap.MADV_WILLNEED, start, length)
+        for offset, length in zip(self.offsets[indices].tolist(), self.lengths[indices].tolist(), strict=True):
+            self.will_read(offset, length)
+
+    def will_read(self, offset: int, length: int) -> None:
+        """Ask for `length` bytes of the file from `offset` on."""
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self._mapping.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
 
     def damaged_image(self, index: int, reason: str) -> DataError:
         """The error for an image that can't be used."""

@@ -89,8 +89,11 @@ class BetonShards:
             ) from error
         except (OSError, ValueError) as error:
             raise DataError(f"{record} does not read ({error}): convert the dataset again") from error
-        self._shards = [BetonSource(file, (record, dataset)) for file in files]
-        self.classes = self._shards[0].classes
+        self._shards: list[BetonSource] = []
+        for file in files:
+            shard = BetonSource(file, (record, dataset))
+            self.classes = shard.classes = self._shards[0].classes if self._shards else shard.classes
+            self._shards.append(shard)
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         self._starts = self._ends - [len(shard) for shard in self._shards]
         for column in COLUMNS:
@@ -150,5 +153,6 @@ class BetonShards:
     def will_need(self, indices: NDArray[np.int64]) -> None:
         """See `BetonSource.will_need`."""
         numbers = np.searchsorted(self._ends, indices, "right")
-        for number in np.unique(numbers):
-            self._shards[number].will_need(indices[numbers == number] - self._starts[number])
+        columns = (numbers, self.offsets[indices], self.lengths[indices])
+        for number, offset, length in zip(*(column.tolist() for column in columns), strict=True):
+            self._shards[number].will_read(offset, length)
