@@ -49,8 +49,8 @@ class Config:
 
     # --- data ---
     data: Annotated[Path | None, arg(aliases=("-d",))] = None
-    """Folder with train.beton and val.beton (tools.make_dataset), or with train/CLASS/*.JPEG and val/CLASS/*.JPEG (and
-    other formats that Pillow reads)."""
+    """Folder with train.beton and val.beton or their shards (tools.make_dataset), or with train/CLASS/*.JPEG and
+    val/CLASS/*.JPEG, or other formats that Pillow reads."""
     backend: Literal["auto", "dali", "ffcv", "torchvision", "synthetic"] = "auto"
     """What reads the data; auto: DALI on a GPU if installed, else FFCV for .beton files, else torchvision; synthetic
     reads nothing and shows the upper bound."""
