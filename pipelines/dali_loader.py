@@ -22,6 +22,7 @@ from pipelines.dali_probe import decoder_options, why_no_box_decode
 from pipelines.loader import MEAN, STD, Batch
 from pipelines.plan import StepPlan
 from pipelines.sources.beton import BetonSource
+from pipelines.sources.beton_shards import BetonShards
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
 from pipelines.stages import HostBatch, host_batch, read_images, to_device
@@ -60,7 +61,7 @@ class DaliExecutor:
 
     def __init__(
         self,
-        source: BetonSource | FolderSource,
+        source: BetonSource | BetonShards | FolderSource,
         device: torch.device,
         dtype: torch.dtype,
         workers: int,

@@ -19,6 +19,7 @@ from pipelines import native
 from pipelines.loader import MEAN, STD, Batch
 from pipelines.plan import StepPlan
 from pipelines.sources.beton import BetonSource
+from pipelines.sources.beton_shards import BetonShards
 from pipelines.stages import Buffers, HostBatch, host_batch, to_device
 from pipelines.threads import in_background
 
@@ -26,7 +27,7 @@ BATCHES_AHEAD = 2
 
 
 class FfcvExecutor:
-    """Decodes a `BetonSource`, JPEG or raw, on the CPU.
+    """Decodes .beton files, JPEG or raw, on the CPU.
 
     Args:
         source: the images. device, dtype: of the batches.
@@ -34,7 +35,14 @@ class FfcvExecutor:
         exact: see `native.render`.
     """
 
-    def __init__(self, source: BetonSource, device: torch.device, dtype: torch.dtype, workers: int, exact: bool):
+    def __init__(
+        self,
+        source: BetonSource | BetonShards,
+        device: torch.device,
+        dtype: torch.dtype,
+        workers: int,
+        exact: bool,
+    ):
         self._source, self._device, self._dtype = source, device, dtype
         self._threads, self._exact = max(1, workers), exact
         self._buffers = Buffers(pinned=device.type == "cuda")

@@ -47,8 +47,7 @@ def make_dataset(src: Path, out: Path, options: Options, on_bad: str, workers: i
         if _is_finished(out):
             _compare(out, src, wanted)
             return
-        for part in find_parts(out)[:1]:
-            raise DataError(f"{out} holds {part.record}: go on with --shards {part.count}, or name another folder")
+        _refuse_parts(out)
         load_ffcv()
         source = _open(src, strict)
         partial = out / PARTIAL
@@ -80,9 +79,7 @@ def make_parts(
         if _is_finished(out):
             _compare(out, src, {**wanted, "shards": count})
             return
-        for part in find_parts(out):
-            if part.count != count:
-                raise DataError(f"{out} holds {part.record}: go on with --shards {part.count}, or name another folder")
+        _refuse_parts(out, count)
         load_ffcv()
         source = _open(src, strict)
         with writing(out / PARTIAL):
@@ -154,6 +151,15 @@ def _is_part_there(out: Path, part: Part, wanted: dict[str, Any], listing: str) 
         print(f"part {part} is converted again: {error}", file=sys.stderr)
         return False
     return True
+
+
+def _refuse_parts(out: Path, count: int | None = None) -> None:
+    """Raises:
+    DataError: `out` holds parts of another number than `count`.
+    """
+    for part in find_parts(out):
+        if part.count != count:
+            raise DataError(f"{out} holds {part.record}: go on with --shards {part.count}, or name another folder")
 
 
 def _make_folder(src: Path, out: Path) -> None:
@@ -293,7 +299,8 @@ def main(
         max_size: reencode: longest side in pixels of what is stored; smaller images keep their size.
         quality: reencode: of the JPEGs, up to 100.
         jpeg_fraction: reencode: share of the images that become JPEG; the others become pixels, which load faster.
-        on_bad: what to do when images do not decode: error lists all of them and writes nothing, skip leaves them out.
+        on_bad: what to do when images do not decode: error lists all of them and writes nothing, or no part that one
+            is in; skip leaves them out.
         strict: files among the images that are none by their names are an error; else a line names them.
         workers: processes; by default one for each core.
         shards: convert in N parts, and write each split in N files; the same command goes on with those that are

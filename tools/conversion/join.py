@@ -22,7 +22,8 @@ RECORDS = re.compile(r"part-(\d{5})-of-(\d{5})\.json")
 def find_parts(out: Path) -> list[Part]:
     """The parts that have a record in `out`, in order."""
     matches = filter(None, (RECORDS.fullmatch(file.name) for file in out.glob("part-*.json")))
-    return sorted((Part(int(match[1]), int(match[2])) for match in matches), key=lambda part: (part.count, part.number))
+    parts = (Part(int(match[1]), int(match[2])) for match in matches)
+    return sorted(part for part in parts if part.number < part.count)
 
 
 def read_part(out: Path, part: Part) -> dict[str, Any] | None:

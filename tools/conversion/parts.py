@@ -21,7 +21,7 @@ from tools.conversion.inputs import SPLITS, Reader, Source, Split, tasks_of
 MAX_PARTS = 256  # whoever reads the shards holds all of them open, of the 1,024 files that are usual
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Part:
     """number: from 0 to count - 1."""
 
