@@ -64,7 +64,7 @@ def open_betons(root: str | Path, split: str) -> "BetonSource | BetonShards | No
 
 
 class BetonShards:
-    """One split in several files, with the attributes and methods of `BetonSource`, but for `data`.
+    """One split in several files, with all that loaders use of a `BetonSource`.
 
     Args:
         files: all shards, in order; `dataset.json` must lie beside them: only with it is a split whole.
@@ -91,16 +91,16 @@ class BetonShards:
             raise DataError(f"{record} does not read ({error}): convert the dataset again") from error
         self._shards: list[BetonSource] = []
         for file in files:
-            shard = BetonSource(file, (record, dataset))
-            self.classes = shard.classes = self._shards[0].classes if self._shards else shard.classes
-            self._shards.append(shard)
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
-        self._starts = self._ends - [len(shard) for shard in self._shards]
+            self._shards.append(BetonSource(file, (record, dataset)))
+            self.classes = self._shards[-1].classes = self._shards[0].classes
+        images = [len(shard) for shard in self._shards]
+        self._ends = np.cumsum(images)
+        self._starts = self._ends - images
         for column in COLUMNS:
             whole = np.concatenate([getattr(shard, column) for shard in self._shards])
             setattr(self, column, whole)
             for shard, part in zip(self._shards, np.split(whole, self._ends[:-1]), strict=True):
-                setattr(shard, column, part)  # so that nothing is kept twice
+                setattr(shard, column, part)  # nothing is kept twice
         self._memory = np.array([shard.data.ctypes.data for shard in self._shards], np.uint64)
 
     def __len__(self) -> int:
