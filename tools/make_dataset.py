@@ -28,7 +28,7 @@ from pipelines.sources.beton import DATASET_FILE
 from pipelines.sources.errors import DataError
 from tools.conversion.images import Options
 from tools.conversion.inputs import SPLITS, Source, open_source
-from tools.conversion.join import check_files, find_parts, join_parts, made_of, read_part
+from tools.conversion.join import check_files, find_parts, join_parts, left_out, made_of, read_part
 from tools.conversion.lock import locked
 from tools.conversion.parts import MAX_PARTS, Part, fingerprint
 from tools.conversion.record import PARTIAL, dataset_record, file_record, publish, relevant, write_record
@@ -142,9 +142,8 @@ def _is_part_there(out: Path, part: Part, wanted: dict[str, Any], listing: str) 
             f"{out} holds part {part} of other images or by other options (see {part.record}): remove {part.files}, "
             f"or name another folder"
         )
-    left_out = sum(len(record["splits"][split]["skipped"]) for split in SPLITS)
-    if left_out and wanted["on_bad"] == "error":
-        raise DataError(f"part {part} in {out} leaves out {left_out} images: use --on-bad skip, or remove {part.files}")
+    if (count := left_out(record)) and wanted["on_bad"] == "error":
+        raise DataError(f"part {part} in {out} leaves out {count} images: use --on-bad skip, or remove {part.files}")
     try:
         check_files(out, part, record)
     except DataError as error:

@@ -87,7 +87,7 @@ class BetonShards:
                 f"no file {record}: the shards beside it are no dataset until python -m tools.make_dataset SRC OUT "
                 f"--join has found all of them"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{record} does not read ({error}): convert the dataset again") from error
         self._shards: list[BetonSource] = []
         for file in files:

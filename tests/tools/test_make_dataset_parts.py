@@ -323,7 +323,10 @@ def test_a_damaged_part_is_named_and_converted_again(folder, copy, three, capsys
 
 def test_a_record_that_does_not_read_is_named(folder, copy):
     record = copy / "part-00001-of-00003.json"
-    for text in ("", "{}", "[]", "3", '{"splits": []}', (copy / "part-00002-of-00003.json").read_text()):
+    whole = record.read_text()
+    changed = [whole.replace(f'"{word}"', '"x"') for word in ("skipped", "images", "versions", "listing", "on_bad")]
+    other = (copy / "part-00002-of-00003.json").read_text()
+    for text in ("", "{}", "[]", "3", "[" * 100_000, '{"splits": []}', other, *changed):
         record.write_text(text)
         join_refused(folder, copy, "part 1/3: ", "part-00001-of-00003.json does not read", "remove *-00001-of-00003.*")
         with pytest.raises(DataError, match="part-00001-of-00003.json does not read"):

@@ -38,10 +38,12 @@ def read_part(out: Path, part: Part) -> dict[str, Any] | None:
         files = [record["splits"][split]["file"] for split in SPLITS]
         if files != [f"{part.stem(split)}.beton" for split in SPLITS]:
             raise ValueError(f"it is that of {files[0]}")
-        made_of(record)
+        made_of(record)  # all that these take is there
+        left_out(record)
+        _joined(path, "error", [record])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} does not read ({error}): remove {part.files}") from error
     return record
 
@@ -50,6 +52,11 @@ def made_of(record: dict[str, Any]) -> dict[str, Any]:
     """What must be the same in all parts. Whether bad images are an error does not matter where there are none."""
     options = {name: value for name, value in record["options"].items() if name != "on_bad"}
     return {"listing": record["listing"], "options": options}
+
+
+def left_out(record: dict[str, Any]) -> int:
+    """Bad images that are not in the part."""
+    return sum(len(record["splits"][split]["skipped"]) for split in SPLITS)
 
 
 def check_files(out: Path, part: Part, record: dict[str, Any]) -> None:
@@ -82,7 +89,7 @@ def join_parts(src: Path, out: Path, on_bad: str, count: int | None = None) -> N
         records = _read_parts(out, count)
         for split in SPLITS:
             find_betons(out, split)  # no other file of the split lies there
-        dataset = _joined(src, on_bad, records)
+        dataset = _joined(src, on_bad, list(records.values()))
         write_record(out / DATASET_FILE, dataset)
         with writing(out):
             for part in records:
@@ -126,24 +133,23 @@ def _read_parts(out: Path, count: int | None) -> dict[Part, dict[str, Any]]:
     return records
 
 
-def _joined(src: Path, on_bad: str, records: dict[Part, dict[str, Any]]) -> dict[str, Any]:
+def _joined(src: Path, on_bad: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     """The dataset's record, of those of its parts."""
-    found = list(records.values())
-    first = found[0]
-    any_skip = "skip" in (on_bad, *(record["options"]["on_bad"] for record in found))
+    first = records[0]
+    any_skip = "skip" in (on_bad, *(record["options"]["on_bad"] for record in records))
     splits = {}
     for split in SPLITS:
-        shards = [record["splits"][split] for record in found]
+        shards = [record["splits"][split] for record in records]
         splits[split] = {"images": sum(shard["images"] for shard in shards), "shards": shards}
     versions: dict[str, set[str]] = {}
-    for record in found:
+    for record in records:
         for package, version in record["versions"].items():
             versions.setdefault(package, set()).add(version)
     return {
         "format": first["format"],
         "classes": first["classes"],
         "source": {"kind": first["source"]["kind"], "path": str(src.resolve())},
-        "options": {**first["options"], "on_bad": "skip" if any_skip else "error", "shards": len(found)},
+        "options": {**first["options"], "on_bad": "skip" if any_skip else "error", "shards": len(records)},
         "splits": splits,
         "versions": {package: ", ".join(sorted(found)) for package, found in versions.items()},  # of all machines
     }
