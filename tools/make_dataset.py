@@ -172,8 +172,8 @@ def _open(src: Path, strict: bool) -> Source:
     source = open_source(src, strict)
     counts = ", ".join(f"{len(source.splits[split].labels):,} {split}" for split in SPLITS)
     print(f"{src}: {source.kind}, {len(source.classes):,} classes, {counts} images", flush=True)
-    for folder, left_out in source.left_out.items():
-        if note := left_out.note(folder):
+    for folder, listed in source.left_out.items():
+        if note := listed.note(folder):
             print(note, flush=True)
     return source
 
