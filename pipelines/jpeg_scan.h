@@ -1,4 +1,4 @@
-// Is a JPEG whole? A walk through its Huffman codes that decodes nothing.
+// Is a JPEG whole? What its bytes tell without being decoded.
 
 #pragma once
 
@@ -16,6 +16,32 @@ static inline uint64_t load64(const uint8_t *p) {
     uint64_t x;
     memcpy(&x, p, 8);
     return x;
+}
+
+static const int SECTOR = 512;  // bytes that a disk loses at once, and a file system then reads as zeros
+
+// Whether a sector of zeros lies in an image whose scans begin at `scan`; behind the image it means nothing.
+static inline bool holds_zeroed_sector(const uint8_t *scan, const uint8_t *end) {
+    for (const uint8_t *probe = scan + SECTOR - 1; probe < end; probe += SECTOR) {  // one of these lies in it
+        if (*probe) continue;
+        const uint8_t *first = probe, *last = probe;
+        while (first > scan && !first[-1]) first--;
+        while (last < end && !*last) last++;
+        if (last - first >= SECTOR) {
+            const uint8_t end_of_image[] = {0xFF, JPEG_EOI};
+            return std::search(scan, first, end_of_image, end_of_image + 2) == first;
+        }
+    }
+    return false;
+}
+
+// Whether a row of zeros stands for coefficients, block after block, as no image has them; where it stands for empty
+// blocks it may be a plain area. Decompression has started.
+static inline bool zeros_are_coefficients(const jpeg_decompress_struct &info) {
+    if (info.progressive_mode || info.arith_code || info.comps_in_scan != info.num_components) return false;
+    for (int component = 0; component < info.comps_in_scan; component++)
+        if (info.ac_huff_tbl_ptrs[info.cur_comp_info[component]->ac_tbl_no]->huffval[0]) return true;
+    return false;
 }
 
 // Walks through the codes without decoding what they say: twice as fast as libjpeg, which looks up 8 bits at a time
@@ -129,7 +155,7 @@ class Scan {
         return marker;
     }
 
-    // Whether `bytes_` holds `count` units of `blocks` blocks each.
+    // Whether `bytes_` holds `count` units of `blocks` blocks each, and no more.
     bool walk(const Codes *const *dc, const Codes *const *ac, int blocks, uint64_t count) const {
         const uint8_t *next = bytes_.data(), *const end = next + size_;
         uint64_t bits = 0;  // `valid` of them, at the top, are read
@@ -166,6 +192,7 @@ class Scan {
                 }
             }
         }
-        return uint64_t(next - bytes_.data()) * 8 - valid <= size_ * 8;
+        const uint64_t used = uint64_t(next - bytes_.data()) * 8 - valid;
+        return used <= size_ * 8 && size_ * 8 - used < 8;  // more is left over: libjpeg has to say what it means
     }
 };

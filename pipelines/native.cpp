@@ -72,12 +72,6 @@ extern "C" uint64_t dcd_xxh64(const uint8_t *p, uint64_t size) {
 
 // --------------------------------------------------------------------------------------------------- libjpeg, guarded
 
-// libjpeg reports damaged data as a warning and goes on with grey; here it is an error, as any other.
-static bool is_damage(int code) {
-    return code == JWRN_HIT_MARKER || code == JWRN_HUFF_BAD_CODE || code == JWRN_JPEG_EOF || code == JWRN_MUST_RESYNC ||
-           code == JWRN_NOT_SEQUENTIAL || code == JWRN_ARITH_BAD_CODE;
-}
-
 class Decoder {
    public:
     jpeg_decompress_struct info;
@@ -87,7 +81,7 @@ class Decoder {
         info.err = jpeg_std_error(&errors_);
         errors_.error_exit = [](j_common_ptr common) { fail(common); };
         errors_.emit_message = [](j_common_ptr common, int level) {
-            if (level < 0 && is_damage(common->err->msg_code)) fail(common);
+            if (level < 0 && is_damage(common)) fail(common);
         };
         info.client_data = this;
         jpeg_create_decompress(&info);
@@ -109,14 +103,36 @@ class Decoder {
 
     // The header, with RGB as the aim; libjpeg refuses what it can't turn into RGB (CMYK) when decoding starts.
     void read_header(const uint8_t *data, uint64_t size) {
+        has_lost_sector_ = false;
         jpeg_mem_src(&info, data, size);
         jpeg_read_header(&info, TRUE);
         info.dct_method = JDCT_ISLOW;
     }
 
+    // Starts decompression.
+    void start() {
+        const uint8_t *const scan = info.src->next_input_byte;
+        has_lost_sector_ = holds_zeroed_sector(scan, scan + info.src->bytes_in_buffer);
+        jpeg_start_decompress(&info);
+        if (has_lost_sector_ && zeros_are_coefficients(info)) {
+            snprintf(message, MESSAGE, "%d bytes of zeros, as a disk leaves them that has lost them", SECTOR);
+            longjmp(escape_, 1);
+        }
+    }
+
    private:
     jpeg_error_mgr errors_;
     jmp_buf escape_;
+    bool has_lost_sector_ = false;  // perhaps; bytes that are left over make it certain
+
+    // libjpeg reports damaged data as a warning and goes on with grey; here it is an error, as any other. Bytes that
+    // are left over when all blocks are read are none by themselves: some programs leave them.
+    static bool is_damage(j_common_ptr common) {
+        const int code = common->err->msg_code;
+        if (code == JWRN_EXTRANEOUS_DATA) return static_cast<Decoder *>(common->client_data)->has_lost_sector_;
+        return code == JWRN_HIT_MARKER || code == JWRN_HUFF_BAD_CODE || code == JWRN_JPEG_EOF ||
+               code == JWRN_MUST_RESYNC || code == JWRN_NOT_SEQUENTIAL || code == JWRN_ARITH_BAD_CODE;
+    }
 
     static void fail(j_common_ptr common) {
         Decoder *decoder = static_cast<Decoder *>(common->client_data);
@@ -316,7 +332,7 @@ class Renderer {
         int scale = 1;
         while (scale < smallest && std::min(job.box_h, job.box_w) >= 2 * scale * out.side) scale *= 2;
         info.scale_num = 1, info.scale_denom = scale;
-        jpeg_start_decompress(&info);
+        decoder_.start();
 
         const float shrink = 1.0f / scale;
         const int end_row = std::min(int(info.output_height), (job.top + job.box_h + scale - 1) / scale);
@@ -414,7 +430,7 @@ extern "C" int dcd_decode(const uint8_t *data, uint64_t size, uint8_t *pixels, c
             info.scale_num = 1, info.scale_denom = pixels ? 1 : 8;
             const uint8_t *next = info.src->next_input_byte;
             const size_t left = info.src->bytes_in_buffer;
-            jpeg_start_decompress(&info);
+            decoder.start();
             if (!pixels && scan.is_whole(info, next, left)) {
                 jpeg_abort_decompress(&info);
                 return;

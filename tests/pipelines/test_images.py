@@ -152,6 +152,41 @@ def with_rows(data: bytes, rows: int) -> bytes:
     return bytes(data)
 
 
+def sectors(data: bytes) -> list[bytes]:
+    """An image with each of its sectors of 512 bytes lost, which then read as zeros."""
+    first = data.index(b"\xff\xda") // 512 + 1
+    return [data[:at] + bytes(512) + data[at + 512 :] for at in range(first * 512, len(data) - 512, 512)]
+
+
+@pytest.mark.parametrize("options", [{"quality": 95}, {"quality": 50}, {"progressive": True, "quality": 90}])
+def test_a_lost_sector_is_noticed_wherever_it_lies(options):
+    whole = saved(NOISE, "JPEG", **options)
+    verdicts = []
+    for damaged in sectors(whole):
+        data = np.frombuffer(damaged, np.uint8)
+        found = []
+        for with_pixels in (True, False):
+            try:
+                examine(data, with_pixels)
+                found.append(None)
+            except BadImage as error:
+                found.append(str(error))
+        assert (found[0] is None) == (found[1] is None), found
+        verdicts.append(found[0])
+    if "progressive" not in options:  # where zeros may stand for nothing that has to be coded
+        assert None not in verdicts and "512 bytes of zeros" in verdicts[0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_zeros_of_a_plain_image_and_behind_one_are_no_damage(mode):
+    plain = saved(Image.new(mode, (2000, 2000)), "JPEG", optimize=True)
+    assert bytes(2000) in plain
+    assert examine(np.frombuffer(plain, np.uint8)).pixels.max() == 0
+    assert examine(np.frombuffer(WHOLE + bytes(4096), np.uint8), with_pixels=False).odd is None
+    longer = WHOLE[:-2] + b"some bytes more than needed" + WHOLE[-2:]  # as some programs leave them
+    assert (examine(np.frombuffer(longer, np.uint8)).pixels == examine(np.frombuffer(WHOLE, np.uint8)).pixels).all()
+
+
 sector = len(WHOLE) // 2 // 512 * 512
 DAMAGE = {
     "a sector of zeros": WHOLE[:sector] + bytes(512) + WHOLE[sector + 512 :],
