@@ -42,18 +42,21 @@ from pipelines.sources.errors import DataError
 from tools.conversion.images import Options
 from tools.make_dataset import make_dataset
 
+RAW_SIDE = 256  # longest side in pixels of the images that are stored as pixels
+
 # Batches at the beginning of an epoch: DALI's iterator has made them during the end of the last one.
 UNCOUNTED = 4
 
 
 @dataclass(frozen=True)
 class Setting:
-    """folder: images in class folders below train/. beton: the same, converted. batch_size images of size × size
-    pixels; `workers` threads or processes; batches on `device`.
+    """folder: images in class folders below train/. beton: the same, converted; raw: the same as pixels, smaller.
+    batch_size images of size × size pixels; `workers` threads or processes; batches on `device`.
     """
 
     folder: Path
     beton: Path
+    raw: Path
     batch_size: int
     size: int
     workers: int
@@ -84,10 +87,10 @@ class Row:
 Epochs = Callable[[], Iterator[int]]
 
 
-def ours(setting: Setting, backend: str, folder: bool = False, size: int | None = None, exact: bool = False) -> Epochs:
-    """One of our executors, float32 and normalised, by the plan."""
+def ours(setting: Setting, backend: str, form: str = "beton", size: int | None = None, exact: bool = False) -> Epochs:
+    """One of our executors, float32 and normalised, by the plan. form: what of the setting it reads."""
     config = DataConfig(
-        root=setting.folder if folder else setting.beton,
+        root=getattr(setting, form),
         backend=backend,
         batch_size=setting.batch_size,
         workers=setting.workers,
@@ -128,7 +131,7 @@ def stock_torchvision(setting: Setting) -> Epochs:
     return lambda: (len(images.to(setting.device)) for images, _ in loader)
 
 
-def stock_ffcv(setting: Setting, normalised: bool) -> Epochs:
+def stock_ffcv(setting: Setting, normalised: bool, form: str = "beton") -> Epochs:
     """FFCV's Loader with its own random crop; uint8, or normalised to float32."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -138,7 +141,7 @@ def stock_ffcv(setting: Setting, normalised: bool) -> Epochs:
     if normalised:
         ways.append(NormalizeImage(np.array(MEAN), np.array(STD), np.float32))
     loader = Loader(
-        str(setting.beton / "train.beton"),
+        str(getattr(setting, form) / "train.beton"),
         batch_size=setting.batch_size,
         num_workers=setting.workers,
         order=OrderOption.RANDOM,
@@ -199,13 +202,13 @@ def full_decode(setting: Setting) -> Epochs:
 
 def rows(setting: Setting) -> dict[str, tuple[Row, Callable[[Setting], Epochs]]]:
     """Every row by its name."""
-    half = setting.size // 2
+    half, raw = setting.size // 2, f".beton of pixels, longest side {RAW_SIDE}"
     table = [
         (Row("FFCV executor", "ours", ".beton"), partial(ours, backend="ffcv")),
         (Row("DALI executor", "ours", ".beton"), partial(ours, backend="dali")),
-        (Row("DALI executor, folder", "ours"), partial(ours, backend="dali", folder=True)),
+        (Row("DALI executor, folder", "ours"), partial(ours, backend="dali", form="folder")),
         (Row("torchvision executor", "ours", ".beton"), partial(ours, backend="torchvision")),
-        (Row("torchvision executor, folder", "ours"), partial(ours, backend="torchvision", folder=True)),
+        (Row("torchvision executor, folder", "ours"), partial(ours, backend="torchvision", form="folder")),
         (Row("FFCV Loader, uint8", "stock", "not normalised"), partial(stock_ffcv, normalised=False)),
         (Row("FFCV Loader", "stock"), partial(stock_ffcv, normalised=True)),
         (Row("DALI image_random_crop", "stock"), stock_dali),
@@ -219,6 +222,8 @@ def rows(setting: Setting) -> dict[str, tuple[Row, Callable[[Setting], Epochs]]]
             Row(f"FFCV executor, {half} pixels, exact", "ours", "--exact-decode"),
             partial(ours, backend="ffcv", size=half, exact=True),
         ),
+        (Row("FFCV executor, raw", "ours", raw), partial(ours, backend="ffcv", form="raw")),
+        (Row("FFCV Loader, raw", "stock", raw), partial(stock_ffcv, normalised=True, form="raw")),
         (Row("synthetic", "ours", "reads nothing"), partial(ours, backend="synthetic")),
     ]
     return {row.name: (row, build) for row, build in table}
@@ -349,6 +354,7 @@ def ratios(found: list[Row]) -> list[str]:
     pairs = (
         ("FFCV executor", "FFCV Loader"),
         ("FFCV executor", "FFCV Loader, uint8"),
+        ("FFCV executor, raw", "FFCV Loader, raw"),
         ("DALI executor", "DALI image_random_crop"),
         ("DALI executor, folder", "DALI image_random_crop"),
         ("torchvision executor", "torchvision DataLoader"),
@@ -404,21 +410,26 @@ def main(
     workers = workers or len(psutil.Process().cpu_affinity())
     try:
         with tempfile.TemporaryDirectory(dir=data.parent) as temporary:
-            if beton is None:
-                beton = Path(temporary)
-                make_dataset(data, beton, Options("verbatim"), "error", workers)
-            setting = Setting(data, beton, batch_size, size, workers, device)
+            raw = Path(temporary, "raw")
+            setting = Setting(data, beton or Path(temporary, "beton"), raw, batch_size, size, workers, device)
             names = only or tuple(rows(setting))
             unknown = [name for name in names if name not in rows(setting)]
             if unknown:
                 raise DataError(f"no row {unknown[0]!r}: the rows are {', '.join(rows(setting))}")
-            images = len(BetonSource(beton / "train.beton"))
+            if beton is None:
+                make_dataset(data, setting.beton, Options("verbatim"), "error", workers)
+            if any(name.endswith(", raw") for name in names):
+                make_dataset(data, raw, Options("reencode", RAW_SIDE, jpeg_fraction=0), "error", workers)
+            images = len(BetonSource(setting.beton / "train.beton"))
             found = measure(setting, names, epochs)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     packages = ("torch", "torchvision", "ffcv", "nvidia-dali-cuda130", "numpy")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    where = f"{device_name(torch.device(device))}, Python {platform.python_version()}, {versions}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    where = (
+        f"{device_name(torch.device(device))} (processor: {capability}), Python {platform.python_version()}, {versions}"
+    )
     what = f"{images:,} images, batches of {batch_size} at {size}×{size} pixels, {workers} workers, on {device}"
     text = "\n\n".join([f"{where}.", f"{what}; median of {epochs} epochs.", table(found), "\n".join(ratios(found))])
     print(text)
