@@ -107,5 +107,5 @@ data/fake_imagenet: | $(STAMP)
 	$(BIN)/python -m tools.make_fake_imagenet $@
 
 clean:  ## Remove caches, the sample and runs/demo; .venv, other data and other runs stay
-	rm -rf .pytest_cache .ruff_cache build *.egg-info data/digits data/digits_beton runs/demo
+	rm -rf .pytest_cache .hypothesis .ruff_cache build *.egg-info data/digits data/digits_beton runs/demo
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
