@@ -1,16 +1,20 @@
-"""How far each executor's pixels are from a float reference, as a Markdown table.
+"""How far each executor's pixels are from a float reference, as Markdown tables: by executor, by sampling of chroma.
 
     python -m tools.compare_pixels DATA --images 1024
 
 The reference: the whole image by Pillow (libjpeg-turbo, accurate transform), the plan's box resized by PyTorch in
-float32, antialiased bilinear. Errors are |pixel - reference| over all pixels, in steps of 1/255.
+float32, antialiased bilinear. Errors are |pixel - reference| over all pixels, in steps of 1/255. The second table is of
+whole images, written anew by each sampling, and decoded by `native.render` at 1/2, 1/4 and 1/8.
 """
 
+import io
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from dcd.engine.command_line import parse
+from pipelines import native
 from pipelines.loader import MEAN, STD, DataConfig, build_loader
 from pipelines.plan import EpochPlan, RandomCrop
 from pipelines.sources.errors import DataError
@@ -34,7 +39,11 @@ ROWS = (
 )
 
 
-def reference(path: Path, box: tuple[int, int, int, int], flip: bool, size: int) -> Tensor:
+SAMPLINGS = ("4:4:4", "4:2:0", "4:2:2", "4:4:0", "4:1:1")
+SCALES = (2, 4, 8)
+
+
+def reference(path: Path | IO[bytes], box: tuple[int, int, int, int], flip: bool, size: int) -> Tensor:
     """The reference of one image, its `box` (top, left, height, width): (3, size, size) float32 in [0, 255]."""
     top, left, height, width = box
     with Image.open(path) as file:
@@ -63,12 +72,45 @@ def errors(folder: Path, config: DataConfig, steps: int) -> np.ndarray:
     return np.concatenate(found)
 
 
+def random_colours(seed: int) -> np.ndarray:
+    """(512, 512, 3) uint8: another colour every 16 pixels, smooth between them."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((512, 512), Image.Resampling.BICUBIC))
+
+
+def scaled_errors(pixels: np.ndarray, sampling: str, scale: int) -> np.ndarray:
+    """|pixel - reference| of `pixels` (H, W, 3) as a JPEG, decoded at 1 / `scale` of its size; flat, in [0, 255]."""
+    factor = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{sampling.replace(':', '')}")
+    options = [cv2.IMWRITE_JPEG_QUALITY, 94, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor]
+    jpeg = cv2.imencode(".jpg", np.ascontiguousarray(pixels[..., ::-1]), options)[1]
+    size, jobs = pixels.shape[:2], np.zeros(1, native.JOB)
+    jobs["data"], jobs["size"], jobs["image_size"], jobs["box"] = jpeg.ctypes.data, jpeg.nbytes, size, (0, 0, *size)
+    images = np.empty((1, min(size) // scale, min(size) // scale, 3), np.float32)
+    native.render(jobs, images, 1, exact=False)
+    wanted = reference(io.BytesIO(jpeg), (0, 0, *size), False, images.shape[1])
+    return np.abs(images[0] - wanted.permute(1, 2, 0).numpy()).ravel()
+
+
+def compare_samplings(folder: Path, images: int) -> None:
+    """Print the table by sampling, of the first `images` of `folder` and of as many of random colours."""
+    source = FolderSource(folder)
+    photos = [source.decode(i).permute(1, 2, 0).numpy() for i in range(min(images, len(source)))]
+    colours = [random_colours(seed) for seed in range(len(photos))]
+    heads = [f"1/{scale} {figure}" for scale in SCALES for figure in ("mean", "99.9th percentile")]
+    print(f"\n| images | sampling | {' | '.join(heads)} |\n|---|---|{'---|' * len(heads)}")
+    for name, all_pixels in (("DATA/train", photos), ("random colours", colours)):
+        for sampling in SAMPLINGS:
+            found = [np.concatenate([scaled_errors(pixels, sampling, s) for pixels in all_pixels]) for s in SCALES]
+            cells = [f"{each.mean():.2f} | {np.percentile(each, 99.9):.1f}" for each in found]
+            print(f"| {name} | {sampling} | {' | '.join(cells)} |")
+
+
 def main(data: tyro.conf.Positional[Path], images: int = 1024, sizes: tuple[int, ...] = (224, 160, 112)) -> None:
-    """Compare every executor with the reference on DATA/train.
+    """Compare every executor with the reference on DATA/train, and FFCV's fast decoding by the sampling of chroma.
 
     Args:
         data: a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG.
-        images: how many are compared.
+        images: how many are compared; by the sampling a quarter of them.
         sizes: sides of the resized images in pixels.
     """
     batch_size = min(64, images)
@@ -82,6 +124,7 @@ def main(data: tyro.conf.Positional[Path], images: int = 1024, sizes: tuple[int,
                     found = errors(data, config, images // batch_size)
                     high = np.percentile(found, 99.9)
                     print(f"| {name} | {size} | {found.mean():.3f} | {high:.2f} | {found.max():.1f} |")
+        compare_samplings(data / "train", images // 4)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
 
