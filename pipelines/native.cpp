@@ -37,6 +37,11 @@ typedef float Pixel __attribute__((vector_size(16)));  // red, green, blue, unus
 static const int MARGIN = 2;       // columns beside the box that the upsampling of chroma looks at
 static const size_t MESSAGE = 256;  // bytes of an error message
 
+// What a file of a few bytes may claim at most. A progressive image is kept whole, 6 bytes a pixel, and each scan goes
+// through all of it, so these bound memory and time.
+static const uint64_t MOST_PIXELS = 1 << 27;  // 16,384 × 8,192
+static const int MOST_SCANS = 100;  // libjpeg itself writes 10
+
 // ---------------------------------------------------------------------------------------------------------- checksum
 
 static inline uint64_t rotate(uint64_t x, int bits) { return (x << bits) | (x >> (64 - bits)); }
@@ -85,6 +90,11 @@ class Decoder {
         };
         info.client_data = this;
         jpeg_create_decompress(&info);
+        progress_.progress_monitor = [](j_common_ptr common) {
+            Decoder *decoder = static_cast<Decoder *>(common->client_data);
+            if (decoder->info.input_scan_number > MOST_SCANS) decoder->give_up("it has too many scans");
+        };
+        info.progress = &progress_;
     }
     ~Decoder() { jpeg_destroy_decompress(&info); }
     Decoder(const Decoder &) = delete;
@@ -106,6 +116,7 @@ class Decoder {
         has_lost_sector_ = false;
         jpeg_mem_src(&info, data, size);
         jpeg_read_header(&info, TRUE);
+        if (uint64_t(info.image_height) * info.image_width > MOST_PIXELS) give_up("it has too many pixels");
         info.dct_method = JDCT_ISLOW;
     }
 
@@ -122,6 +133,7 @@ class Decoder {
 
    private:
     jpeg_error_mgr errors_;
+    jpeg_progress_mgr progress_;
     jmp_buf escape_;
     bool has_lost_sector_ = false;  // perhaps; bytes that are left over make it certain
 
@@ -134,12 +146,16 @@ class Decoder {
                code == JWRN_MUST_RESYNC || code == JWRN_NOT_SEQUENTIAL || code == JWRN_ARITH_BAD_CODE;
     }
 
+    [[noreturn]] void give_up(const char *why) {
+        snprintf(message, MESSAGE, "%s", why);
+        longjmp(escape_, 1);
+    }
+
     static void fail(j_common_ptr common) {
         Decoder *decoder = static_cast<Decoder *>(common->client_data);
         char text[JMSG_LENGTH_MAX];
         common->err->format_message(common, text);
-        snprintf(decoder->message, MESSAGE, "%s", text);
-        longjmp(decoder->escape_, 1);
+        decoder->give_up(text);
     }
 };
 

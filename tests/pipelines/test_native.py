@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
 
@@ -192,6 +193,33 @@ def test_a_damaged_image_is_named_by_its_place(threads):
         with pytest.raises(native.DecodeError, match=reason) as error:
             native.render(jobs, np.empty((5, 32, 32, 3), np.uint8), threads, True)
         assert error.value.position == 3
+
+
+def bomb(side, scans):
+    """A progressive JPEG of side × side grey pixels; each scan goes through all of them, and is a few bytes long."""
+    data = bytearray(jpegs.write(np.zeros((8, 8, 1), np.uint8), jpegs.USUAL["grey"], progressive=True).tobytes())
+    frame = data.index(b"\xff\xc2")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
+    head = data[: frame + 2 + int.from_bytes(data[frame + 2 : frame + 4], "big")]
+    # The only code, of one bit: the next 2^14 + (14 bits, all set) blocks stay as they are.
+    codes = bytes([0xFF, 0xC4, 0, 20, 0x10, 1, *bytes(15), 0xE0])
+    bits = ("0" + "1" * 14) * -(-((side // 8) ** 2) // (2**15 - 1))
+    bits += "1" * (-len(bits) % 8)
+    scan = bytes([0xFF, 0xDA, 0, 8, 1, 1, 0, 1, 1, 0])
+    scan += int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
+    return np.frombuffer(head + codes + scan * scans + b"\xff\xd9", np.uint8)
+
+
+def test_what_a_few_bytes_may_claim_is_bounded():
+    data = jpeg(texture(60, 60)).copy()
+    at = data.tobytes().index(b"\xff\xc0")
+    data[at + 5 : at + 9] = tuple(struct.pack(">HH", 65500, 65500))
+    for read in (native.jpeg_size, native.decode_jpeg, native.check_jpeg):
+        with pytest.raises(native.DecodeError, match="too many pixels"):
+            read(data)
+    native.check_jpeg(bomb(1600, 100))
+    with pytest.raises(native.DecodeError, match="too many scans"):
+        native.check_jpeg(bomb(1600, 102))
 
 
 def test_a_wrong_checksum_is_an_error():
