@@ -167,6 +167,13 @@ def test_checksums_that_are_not_one_for_each_image_are_refused(copy, array):
         BetonSource(copy / "val.beton")
 
 
+def test_checksums_with_a_torn_header_are_refused(copy):
+    path = copy / "val.checksums.npy"
+    path.write_bytes(path.read_bytes().replace(b"(12,)", b"(12, "))
+    with pytest.raises(DataError, match=r"dataset\.json .*do not read"):
+        BetonSource(copy / "val.beton")
+
+
 def test_checksums_that_claim_to_be_endless_are_refused_without_the_memory(copy):
     header = {"descr": "<u8", "fortran_order": False, "shape": (2**45,)}
     with open(copy / "val.checksums.npy", "wb") as file:
