@@ -113,7 +113,7 @@ class Scan {
                 }
             }
             for (int i = 0; i < 1 << BITS; i++) {
-                const int bits = one[i] & 63, rest = (i << bits) & ((1 << BITS) - 1);
+                const int bits = one[i] & 63, rest = (uint32_t(i) << bits) & ((1 << BITS) - 1);
                 const bool fits = one[i] && one[i] >> 8 != END && bits < BITS && one[rest] && bits + lengths[rest] <= BITS;
                 two[i] = fits ? one[i] + one[rest] : one[i];
             }
