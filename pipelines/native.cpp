@@ -39,7 +39,7 @@ static const size_t MESSAGE = 256;  // bytes of an error message
 
 // What a file of a few bytes may claim at most. A progressive image is kept whole, 6 bytes a pixel, and each scan goes
 // through all of it, so these bound memory and time.
-static const uint64_t MOST_PIXELS = 1 << 27;  // 16,384 × 8,192
+static const uint64_t MOST_PIXELS = 178956970;  // what Pillow, and so the converter, allow
 static const int MOST_SCANS = 100;  // libjpeg itself writes 10
 
 // ---------------------------------------------------------------------------------------------------------- checksum
@@ -92,7 +92,7 @@ class Decoder {
         jpeg_create_decompress(&info);
         progress_.progress_monitor = [](j_common_ptr common) {
             Decoder *decoder = static_cast<Decoder *>(common->client_data);
-            if (decoder->info.input_scan_number > MOST_SCANS) decoder->give_up("it has too many scans");
+            if (decoder->info.input_scan_number > MOST_SCANS) decoder->give_up("more than 100 scans");
         };
         info.progress = &progress_;
     }
@@ -116,7 +116,11 @@ class Decoder {
         has_lost_sector_ = false;
         jpeg_mem_src(&info, data, size);
         jpeg_read_header(&info, TRUE);
-        if (uint64_t(info.image_height) * info.image_width > MOST_PIXELS) give_up("it has too many pixels");
+        if (uint64_t(info.image_height) * info.image_width > MOST_PIXELS) {
+            char why[100];
+            snprintf(why, sizeof why, "%u x %u pixels are more than 178,956,970", info.image_width, info.image_height);
+            give_up(why);
+        }
         info.dct_method = JDCT_ISLOW;
     }
 

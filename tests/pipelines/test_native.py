@@ -215,10 +215,10 @@ def test_what_a_few_bytes_may_claim_is_bounded():
     at = data.tobytes().index(b"\xff\xc0")
     data[at + 5 : at + 9] = tuple(struct.pack(">HH", 65500, 65500))
     for read in (native.jpeg_size, native.decode_jpeg, native.check_jpeg):
-        with pytest.raises(native.DecodeError, match="too many pixels"):
+        with pytest.raises(native.DecodeError, match="65500 x 65500 pixels are more than 178,956,970"):
             read(data)
     native.check_jpeg(bomb(1600, 100))
-    with pytest.raises(native.DecodeError, match="too many scans"):
+    with pytest.raises(native.DecodeError, match="more than 100 scans"):
         native.check_jpeg(bomb(1600, 102))
 
 
