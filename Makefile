@@ -2,6 +2,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 ARGS ?=
 DATA ?= data/fake_imagenet
+SECONDS ?= 60
 LAYERS_ARGS ?=
 # Minutes on a CPU. On GPUs give it the run that is meant, as in THROUGHPUT_ARGS="--recipe resnet50_dcd -j 48"
 THROUGHPUT_ARGS ?= -a resnet18_dcd -b 16 --windows 3 --window-steps 5
@@ -18,7 +19,7 @@ DEMO_FLAGS ?= -a resnet18_dcd --zero-init-fusion -d data/digits_beton -c runs/de
 	--crop-area 0.6 1.0 -p 22
 DEMO_TRAIN = $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) train_dist.py $(DEMO_FLAGS)
 
-.PHONY: help setup test test-faults soak lint format sample dataset demo bench-model bench-loader bench-conversion \
+.PHONY: help setup test test-faults fuzz soak lint format sample dataset demo bench-model bench-loader bench-conversion \
 	profile profile-layers profile-throughput gpu-check clean
 
 help:  ## List the targets
@@ -44,6 +45,9 @@ test: setup  ## Run the tests (PYTEST_ARGS="-k plan" passes options on)
 
 test-faults: setup  ## Kill, stop, cut off and starve real runs, for up to an hour (PYTEST_ARGS as above)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m faults tests/faults $(PYTEST_ARGS)
+
+fuzz: setup  ## Fuzz what reads JPEGs and .beton files, by clang's libFuzzer (SECONDS=60, ARGS="--folder PATH")
+	$(BIN)/python -m tests.fuzz.run --seconds $(SECONDS) $(ARGS)
 
 soak: setup  ## Train for half an hour by each backend: does anything grow? (ARGS="--minutes 5")
 	$(BIN)/python -m tools.soak $(ARGS)

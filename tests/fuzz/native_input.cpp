@@ -1,9 +1,14 @@
 // One input of `pipelines/native.cpp`: a `Choice`, then the bytes of an image. `run.py` makes a fuzzer of this file by
 // clang; with ALONE it is a program that takes the files on its command line, for valgrind.
 
-#ifdef __clang__  // has another name for it
-#define __builtin_shuffle(value, order) \
-    __builtin_shufflevector(value, value, 0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+#ifdef __clang__  // has another name for GCC's
+#include <cstdint>
+template <class Bytes>
+static Bytes __builtin_shuffle(Bytes from, Bytes order) {
+    Bytes shuffled;
+    for (unsigned i = 0; i < sizeof from; i++) shuffled[i] = from[order[i]];
+    return shuffled;
+}
 #endif
 
 #include "../../pipelines/native.cpp"

@@ -1,0 +1,76 @@
+"""Fuzz what reads files of others: JPEGs and raw images by `pipelines/native.cpp`, .beton files by `BetonSource`.
+
+    python -m tests.fuzz.run --seconds 60
+
+The first is libFuzzer's work, with AddressSanitizer and UBSan; a quarter of the time goes to the second. What is found
+stays in FOLDER/findings (the .beton file in FOLDER/betons), and the exit code is 1. A later run goes on with the corpus
+in FOLDER.
+"""
+
+import shutil
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+from dcd.engine.command_line import parse
+from tests.fuzz import betons
+from tests.fuzz.inputs import seeds
+
+SOURCE = Path(__file__).with_name("native_input.cpp")
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-pthread",
+    "-fsanitize=fuzzer,address,undefined",
+    "-fno-sanitize-recover=undefined",
+]
+PACKAGES = "clang libclang-rt-14-dev"  # by Debian 12's names
+
+
+def build(folder: Path) -> Path:
+    """The fuzzer of native.cpp, compiled."""
+    if shutil.which("clang++") is None:
+        sys.exit(f"error: no clang++, whose libFuzzer this needs: apt-get install {PACKAGES}")
+    program = folder / "native_input"
+    done = subprocess.run(
+        ["clang++", *FLAGS, str(SOURCE), "-o", str(program), "-ljpeg"], capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"error: cannot compile {SOURCE}: apt-get install {PACKAGES} libjpeg-dev\n{done.stderr}")
+    return program
+
+
+def fuzz_native(folder: Path, seconds: int) -> int:
+    """The exit code of libFuzzer: 0 if it has found nothing. At most 10 s and 2 GiB an input."""
+    corpus, findings = folder / "corpus", folder / "findings"
+    corpus.mkdir(exist_ok=True), findings.mkdir(exist_ok=True)
+    for name, data in seeds().items():
+        (corpus / name).write_bytes(data)
+    limits = [f"-max_total_time={seconds}", "-timeout=10", "-rss_limit_mb=2048", "-max_len=16384"]
+    output = ["-print_final_stats=1", "-verbosity=0", f"-artifact_prefix={findings}/"]
+    return subprocess.run([build(folder), *limits, *output, corpus]).returncode
+
+
+def main(seconds: int = 60, folder: Path = Path("out/fuzz")) -> None:
+    """Fuzz the decoder and the reader of .beton files.
+
+    Args:
+        seconds: how long, at least 4.
+        folder: where the program, the corpus and what is found are kept.
+    """
+    (folder / "betons").mkdir(parents=True, exist_ok=True)
+    code = fuzz_native(folder, seconds * 3 // 4)
+    if code:
+        sys.exit(f"error: found a file that native.cpp does not stand: {folder / 'findings'}")
+    try:
+        count, opened = betons.fuzz(folder / "betons", seconds // 4)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(f"error: found a file that BetonSource does not stand: {folder / 'betons'}")
+    print(f"{count:,} .beton files, of which {opened:,} opened")
+
+
+if __name__ == "__main__":
+    parse(main)
