@@ -6,9 +6,10 @@
 //                                                   v
 //                                               out row, normalised floats or rounded bytes
 //
-// The Huffman code can only be read from the beginning, but everything after it is done for the box alone: rows above
-// it are skipped, rows below it are never read, and columns beside it are neither transformed nor upsampled. The
-// resizer takes rows as they are decoded, so a thread's working set is a few rows and stays in its cache.
+// Huffman codes can only be read from the beginning, which `jpeg_huffman.h` does for libjpeg; but everything after it is
+// done for the box alone: rows above it are skipped, rows below it are never read, and columns beside it are neither
+// transformed nor upsampled. The resizer takes rows as they are decoded, so a thread's working set is a few rows and stays
+// in its cache.
 //
 // `native.py` compiles this file and is its only caller; it states what each function takes.
 
@@ -26,7 +27,8 @@
 #include <jpeglib.h>
 #include <jerror.h>
 
-#include "jpeg_scan.h"
+#include "jpeg_huffman.h"
+#include "lost_sectors.h"
 
 #ifndef LIBJPEG_TURBO_VERSION
 #error "jpeglib.h is not libjpeg-turbo's"
@@ -82,27 +84,23 @@ class Decoder {
     jpeg_decompress_struct info;
     char message[MESSAGE];
 
-    Decoder() {
-        info.err = jpeg_std_error(&errors_);
-        errors_.error_exit = [](j_common_ptr common) { fail(common); };
-        errors_.emit_message = [](j_common_ptr common, int level) {
-            if (level < 0 && is_damage(common)) fail(common);
-        };
-        info.client_data = this;
-        jpeg_create_decompress(&info);
-        progress_.progress_monitor = [](j_common_ptr common) {
-            Decoder *decoder = static_cast<Decoder *>(common->client_data);
-            if (decoder->info.input_scan_number > MOST_SCANS) decoder->give_up("more than 100 scans");
-        };
-        info.progress = &progress_;
-    }
+    Decoder() { create(); }
     ~Decoder() { jpeg_destroy_decompress(&info); }
     Decoder(const Decoder &) = delete;
 
     // Runs `work`; false if libjpeg gave up, with the reason in `message`. `work` must hold nothing that a jump out of
-    // it would leak.
+    // it would leak. It may be run twice: by `Huffman`, and where that finds an irregular code, by libjpeg alone.
     template <class Work>
     bool guarded(Work work) {
+        return attempt(work, false) || (found_irregular_ && attempt(work, true));
+    }
+
+    // Runs `work` once, with or without `Huffman`.
+    template <class Work>
+    bool attempt(Work work, bool by_libjpeg_alone) {
+        by_libjpeg_alone_ = by_libjpeg_alone, found_irregular_ = false;
+        jpeg_destroy_decompress(&info);  // else tables of the last image would stand in for those that this one lacks
+        create();
         if (setjmp(escape_)) {
             jpeg_abort_decompress(&info);
             return false;
@@ -127,19 +125,57 @@ class Decoder {
     // Starts decompression.
     void start() {
         const uint8_t *const scan = info.src->next_input_byte;
-        has_lost_sector_ = holds_zeroed_sector(scan, scan + info.src->bytes_in_buffer);
+        const size_t left = info.src->bytes_in_buffer;
+        has_lost_sector_ = holds_zeroed_sector(scan, scan + left);
         jpeg_start_decompress(&info);
-        if (has_lost_sector_ && zeros_are_coefficients(info)) {
-            snprintf(message, MESSAGE, "%d bytes of zeros, as a disk leaves them that has lost them", SECTOR);
-            longjmp(escape_, 1);
-        }
+        if (has_lost_sector_ && zeros_are_coefficients(info))
+            give_up("512 bytes of zeros, as a disk leaves them that has lost them");
+        reads_codes_ = !by_libjpeg_alone_ && huffman_.begin(info, scan, left);
+        if (reads_codes_)
+            info.entropy->decode_mcu = [](j_decompress_ptr info, JBLOCKROW *blocks) -> boolean {
+                Decoder *decoder = static_cast<Decoder *>(info->client_data);
+                if (!decoder->huffman_.read(*info, blocks)) decoder->give_up_irregular();
+                return TRUE;
+            };
+    }
+
+    // Whether all codes behind the header are regular, by reading them alone; false where libjpeg has to say.
+    bool is_regular() {
+        if (!reads_codes_) return false;
+        if (!huffman_.is_whole(info)) give_up_irregular();
+        return true;
+    }
+
+    // Ends decompression when all rows have been read.
+    void finish() {
+        if (!reads_codes_) return void(jpeg_finish_decompress(&info));
+        if (!huffman_.is_at_end()) give_up_irregular();  // libjpeg has to say what is behind the last block
+        jpeg_abort_decompress(&info);
     }
 
    private:
     jpeg_error_mgr errors_;
     jpeg_progress_mgr progress_;
     jmp_buf escape_;
+    Huffman huffman_;
+    bool reads_codes_ = false;      // `huffman_`, instead of libjpeg
+    bool by_libjpeg_alone_ = false, found_irregular_ = false;
     bool has_lost_sector_ = false;  // perhaps; bytes that are left over make it certain
+
+    void create() {
+        info.err = jpeg_std_error(&errors_);
+        errors_.error_exit = [](j_common_ptr common) { fail(common); };
+        errors_.emit_message = [](j_common_ptr common, int level) {
+            if (level < 0 && is_damage(common)) fail(common);
+        };
+        info.client_data = this;
+        jpeg_create_decompress(&info);
+        progress_.progress_monitor = [](j_common_ptr common) {
+            Decoder *decoder = static_cast<Decoder *>(common->client_data);
+            if (decoder->info.input_scan_number > MOST_SCANS) decoder->give_up("more than 100 scans");
+        };
+        info.progress = &progress_;
+    }
 
     // libjpeg reports damaged data as a warning and goes on with grey; here it is an error, as any other. Bytes that
     // are left over when all blocks are read are none by themselves: some programs leave them.
@@ -148,6 +184,11 @@ class Decoder {
         if (code == JWRN_EXTRANEOUS_DATA) return static_cast<Decoder *>(common->client_data)->has_lost_sector_;
         return code == JWRN_HIT_MARKER || code == JWRN_HUFF_BAD_CODE || code == JWRN_JPEG_EOF ||
                code == JWRN_MUST_RESYNC || code == JWRN_NOT_SEQUENTIAL || code == JWRN_ARITH_BAD_CODE;
+    }
+
+    [[noreturn]] void give_up_irregular() {
+        found_irregular_ = true;
+        give_up("an irregular code");
     }
 
     [[noreturn]] void give_up(const char *why) {
@@ -437,33 +478,29 @@ extern "C" int dcd_jpeg_size(const uint8_t *data, uint64_t size, int32_t *height
     return 1;
 }
 
+static void decode_whole(Decoder &decoder, const uint8_t *data, uint64_t size, uint8_t *pixels,
+                         std::vector<uint8_t> &row) {
+    jpeg_decompress_struct &info = decoder.info;
+    decoder.read_header(data, size);
+    info.out_color_space = JCS_RGB;
+    info.scale_num = 1, info.scale_denom = pixels ? 1 : 8;
+    decoder.start();
+    if (!pixels && decoder.is_regular()) return jpeg_abort_decompress(&info);
+    const size_t stride = size_t(info.output_width) * 3;
+    row.resize(stride);
+    while (info.output_scanline < info.output_height) {
+        JSAMPROW line = pixels ? pixels + info.output_scanline * stride : row.data();
+        jpeg_read_scanlines(&info, &line, 1);
+    }
+    decoder.finish();
+}
+
 // Decodes a whole JPEG: into `pixels` (height, width, 3), or, where `pixels` is null, only to see that it decodes:
 // everything is read, but nothing or only the mean of each block is computed. 0, or 1 with the reason in `message`.
 extern "C" int dcd_decode(const uint8_t *data, uint64_t size, uint8_t *pixels, char *message) {
-    Decoder decoder;
+    static thread_local Decoder decoder;  // keeps its tables
     std::vector<uint8_t> row;
-    static thread_local Scan scan;
-    if (decoder.guarded([&] {
-            jpeg_decompress_struct &info = decoder.info;
-            decoder.read_header(data, size);
-            info.out_color_space = JCS_RGB;
-            info.scale_num = 1, info.scale_denom = pixels ? 1 : 8;
-            const uint8_t *next = info.src->next_input_byte;
-            const size_t left = info.src->bytes_in_buffer;
-            decoder.start();
-            if (!pixels && scan.is_whole(info, next, left)) {
-                jpeg_abort_decompress(&info);
-                return;
-            }
-            const size_t stride = size_t(info.output_width) * 3;
-            row.resize(stride);
-            while (info.output_scanline < info.output_height) {
-                JSAMPROW line = pixels ? pixels + info.output_scanline * stride : row.data();
-                jpeg_read_scanlines(&info, &line, 1);
-            }
-            jpeg_finish_decompress(&info);
-        }))
-        return 0;
+    if (decoder.guarded([&] { decode_whole(decoder, data, size, pixels, row); })) return 0;
     memcpy(message, decoder.message, MESSAGE);
     return 1;
 }

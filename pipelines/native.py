@@ -19,7 +19,7 @@ from pipelines.cache import cache_folder
 from pipelines.sources.errors import DataError
 
 SOURCE = Path(__file__).with_name("native.cpp")
-HEADER = SOURCE.with_name("jpeg_scan.h")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 PACKAGES = "g++ libjpeg-dev"  # by Debian's and Ubuntu's names
 
@@ -168,7 +168,7 @@ def _library() -> ctypes.CDLL:
 def _compiled() -> Path:
     """The compiled library, made now unless an earlier start has left it."""
     compiler = os.environ.get("CXX", "g++")
-    key = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes())
+    key = hashlib.sha256(SOURCE.read_bytes() + b"".join(header.read_bytes() for header in HEADERS))
     for part in (compiler, *FLAGS, platform.machine(), _processor()):
         key.update(f"\0{part}".encode())
     library = cache_folder() / f"native-{key.hexdigest()[:16]}.so"

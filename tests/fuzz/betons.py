@@ -30,7 +30,12 @@ def write_seed(folder: Path) -> dict[str, bytes]:
     source = BetonSource(beton.write(folder / "val.beton"))
     checksums = np.array([native.checksum(source.read(i)) for i in range(3)], np.uint64)
     np.save(folder / CHECKSUMS, checksums)
-    split = {"bytes": len(source.data), "index_xxh64": source.index_checksum(), "checksums": CHECKSUMS}
+    split = {
+        "file": "val.beton",
+        "bytes": len(source.data),
+        "index_xxh64": source.index_checksum(),
+        "checksums": CHECKSUMS,
+    }
     split["checksums_xxh64"] = native.hex_checksum(checksums)
     (folder / DATASET_FILE).write_text(json.dumps({"classes": ["a", "b", "c"], "splits": {"val": split}}))
     assert len(BetonSource(folder / "val.beton")) == 3

@@ -78,6 +78,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *input, size_t length) {
         claim(decodes == is_whole, "a check says what decoding says");
         claim(decodes || !strcmp(message, other_message), "with the same reason");
         if (decodes) use(image.get(), pixels * 3);
+        Decoder plain;
+        std::vector<uint8_t> row, by_libjpeg(pixels * 3);
+        const bool plain_decodes =
+            plain.attempt([&] { decode_whole(plain, data, size, by_libjpeg.data(), row); }, true);
+        claim(decodes == plain_decodes, "libjpeg alone says the same");
+        claim(decodes || !strcmp(other_message, plain.message), "with the same reason as libjpeg");
+        claim(!decodes || !memcmp(image.get(), by_libjpeg.data(), pixels * 3), "and decodes to the same pixels");
     }
 
     const bool wrong = !has_size || choice.flags & (WRONG_SIZE | RAW);

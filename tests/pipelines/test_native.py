@@ -286,3 +286,49 @@ def test_a_missing_compiler_is_one_line_that_names_the_packages(tmp_path, root):
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "DataError: cannot compile" in last and "apt-get install g++ libjpeg-dev" in last
     assert not list((tmp_path / "dcd").iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optimize": True},  # codes of the image's own, some of one bit
+        {"restart_marker_blocks": 3},
+        {"restart_marker_rows": 1},
+        {"subsampling": "4:2:2"},
+        {"progressive": True},  # which libjpeg reads
+    ],
+)
+@pytest.mark.parametrize("quality", [1, 40, 90, 100])
+def test_every_code_is_read_as_pillow_reads_it(options, quality):
+    draw = np.random.default_rng(quality)
+    for height, width in ((1, 1), (9, 16), (70, 131)):
+        noise = draw.integers(0, 256, (height, width, 3), np.uint8)
+        for pixels in (noise, texture(height, width, quality), np.zeros_like(noise), noise[..., 0]):
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "JPEG", quality=quality, **options)
+            data = np.frombuffer(file.getvalue(), np.uint8)
+            native.check_jpeg(data)
+            np.testing.assert_array_equal(native.decode_jpeg(data), decoded(data))
+            side = min(height, width) - min(height, width) // 3
+            square = (height - side, width - side, side, side)  # the codes of the rows above it are passed over
+            wanted = decoded(data)[-side:, -side:]
+            np.testing.assert_array_equal(render(data, square, side, dtype=np.uint8), wanted)
+
+
+def test_a_file_gets_no_tables_of_the_one_before_it():
+    whole = jpeg(texture(32, 32))
+    table = whole.tobytes().index(b"\xff\xdb")
+    length = int.from_bytes(whole.tobytes()[table + 2 : table + 4], "big")
+    lacking = np.frombuffer(whole.tobytes()[:table] + whole.tobytes()[table + 2 + length :], np.uint8)
+    reasons = set()
+    for _ in range(3):
+        native.decode_jpeg(whole)
+        for read in (native.decode_jpeg, native.check_jpeg):
+            with pytest.raises(native.DecodeError) as caught:
+                read(lacking)
+            reasons.add(str(caught.value))
+    jobs = np.concatenate([job(whole, (0, 0, 32, 32)), job(lacking, (0, 0, 32, 32), size=(32, 32))])
+    with pytest.raises(native.DecodeError) as caught:
+        native.render(jobs, np.empty((2, 32, 32, 3), np.uint8), 1, True)
+    assert caught.value.position == 1 and reasons == {str(caught.value)} == {"Quantization table 0x00 was not defined"}
