@@ -32,6 +32,7 @@ UNUSUAL: dict[str, Sampling] = {
     "chroma above brightness": ((1, 1), (2, 2), (2, 2)),
     "blue above all": ((1, 1), (4, 2), (1, 1)),
 }
+LAYOUTS = USUAL | UNUSUAL
 
 
 def smooth(height: int, width: int, seed: int = 0, step: int = 64) -> NDArray[np.uint8]:

@@ -89,9 +89,9 @@ def valgrind(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("layout", {**jpegs.USUAL, **jpegs.UNUSUAL})
+@pytest.mark.parametrize("layout", jpegs.LAYOUTS)
 def test_no_byte_is_read_that_was_never_written(valgrind, layout):
-    data = jpegs.write(jpegs.smooth(*SIZE), {**jpegs.USUAL, **jpegs.UNUSUAL}[layout]).tobytes()
+    data = jpegs.write(jpegs.smooth(*SIZE), jpegs.LAYOUTS[layout]).tobytes()
     ways = itertools.product(BOXES, (0, EXACT), (0, FLOATS | FLIP), (9, 36))
     assert valgrind([native_input(data, box, how + form, side) for box, how, form, side in ways]) == ""
 

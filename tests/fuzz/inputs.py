@@ -52,7 +52,7 @@ def seeds() -> dict[str, bytes]:
     Image.fromarray(pixels).save(png, "PNG")
     middle = len(whole) * 3 // 4
     files = {
-        **{name: jpegs.write(pixels, sampling).tobytes() for name, sampling in (jpegs.USUAL | jpegs.UNUSUAL).items()},
+        **{name: jpegs.write(pixels, sampling).tobytes() for name, sampling in jpegs.LAYOUTS.items()},
         "progressive": progressive,
         "progressive grey": jpegs.write(pixels, jpegs.USUAL["grey"], progressive=True).tobytes(),
         "progressive 4:2:2": jpegs.write(pixels, jpegs.USUAL["4:2:2"], progressive=True).tobytes(),

@@ -17,7 +17,7 @@ static Bytes __builtin_shuffle(Bytes from, Bytes order) {
 #include <memory>
 
 struct Choice {  // as in inputs.py; 16 bytes
-    uint8_t flags, side, threads, unused;
+    uint8_t flags, side, count, unused;
     uint16_t height, width, top, left, box_h, box_w;  // each is brought into its range
 };
 enum { EXACT = 1, FLIP = 2, FLOATS = 4, RAW = 8, WRONG_SIZE = 16, WRONG_CHECKSUM = 32 };
@@ -39,7 +39,7 @@ static void claim(bool holds, const char *what) {
 // Only exactly as many bytes as an image has, so that a sanitizer sees each that is too much.
 template <class Component>
 static void render(const Choice &choice, const uint8_t *data, uint64_t size, int height, int width) {
-    const int side = 1 + choice.side % 64, count = 1 + choice.threads % 2;
+    const int side = 1 + choice.side % 64, count = 1 + choice.count % 2;
     Job job = {data, size, dcd_xxh64(data, size), height, width, 0, 0, 1 + choice.box_h % height,
                1 + choice.box_w % width, uint8_t(bool(choice.flags & RAW)), uint8_t(bool(choice.flags & FLIP)), 1, {}};
     job.top = choice.top % (height - job.box_h + 1), job.left = choice.left % (width - job.box_w + 1);

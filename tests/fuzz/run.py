@@ -18,14 +18,8 @@ from tests.fuzz import betons
 from tests.fuzz.inputs import seeds
 
 SOURCE = Path(__file__).with_name("native_input.cpp")
-FLAGS = [
-    "-std=c++17",
-    "-O1",
-    "-g",
-    "-pthread",
-    "-fsanitize=fuzzer,address,undefined",
-    "-fno-sanitize-recover=undefined",
-]
+FLAGS = ["-std=c++17", "-O1", "-g", "-pthread"]
+FLAGS += ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined"]
 PACKAGES = "clang libclang-rt-14-dev"  # by Debian 12's names
 
 
@@ -34,9 +28,8 @@ def build(folder: Path) -> Path:
     if shutil.which("clang++") is None:
         sys.exit(f"error: no clang++, whose libFuzzer this needs: apt-get install {PACKAGES}")
     program = folder / "native_input"
-    done = subprocess.run(
-        ["clang++", *FLAGS, str(SOURCE), "-o", str(program), "-ljpeg"], capture_output=True, text=True
-    )
+    command = ["clang++", *FLAGS, SOURCE, "-o", program, "-ljpeg"]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"error: cannot compile {SOURCE}: apt-get install {PACKAGES} libjpeg-dev\n{done.stderr}")
     return program
@@ -44,13 +37,14 @@ def build(folder: Path) -> Path:
 
 def fuzz_native(folder: Path, seconds: int) -> int:
     """The exit code of libFuzzer: 0 if it has found nothing. At most 10 s and 2 GiB an input."""
+    program = build(folder)
     corpus, findings = folder / "corpus", folder / "findings"
     corpus.mkdir(exist_ok=True), findings.mkdir(exist_ok=True)
     for name, data in seeds().items():
         (corpus / name).write_bytes(data)
     limits = [f"-max_total_time={seconds}", "-timeout=10", "-rss_limit_mb=2048", "-max_len=16384"]
     output = ["-print_final_stats=1", "-verbosity=0", f"-artifact_prefix={findings}/"]
-    return subprocess.run([build(folder), *limits, *output, corpus]).returncode
+    return subprocess.run([program, *limits, *output, corpus]).returncode
 
 
 def main(seconds: int = 60, folder: Path = Path("out/fuzz")) -> None:
