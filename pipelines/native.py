@@ -115,12 +115,15 @@ def jpeg_size(data: NDArray[np.uint8]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def decode_jpeg(data: NDArray[np.uint8], memory: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+def decode_jpeg(
+    data: NDArray[np.uint8], memory: NDArray[np.uint8] | None = None, by_libjpeg_alone: bool = False
+) -> NDArray[np.uint8]:
     """A whole JPEG as (H, W, 3), by libjpeg-turbo's accurate transform and smooth upsampling of chroma.
 
     Args:
         data: (N,), the bytes.
         memory: (M,), used for the pixels where it is large enough: the system would clear fresh memory first.
+        by_libjpeg_alone: without `jpeg_huffman.h`, for comparison.
 
     Raises:
         DecodeError: it is damaged, truncated, or not to be had as RGB (CMYK).
@@ -130,7 +133,7 @@ def decode_jpeg(data: NDArray[np.uint8], memory: NDArray[np.uint8] | None = None
         pixels = memory[: height * width * 3].reshape(height, width, 3)
     else:
         pixels = np.empty((height, width, 3), np.uint8)
-    _decode(data, pixels.ctypes.data)
+    _decode(data, pixels.ctypes.data, by_libjpeg_alone)
     return pixels
 
 
@@ -143,9 +146,9 @@ def check_jpeg(data: NDArray[np.uint8]) -> None:
     _decode(data, None)
 
 
-def _decode(data: NDArray[np.uint8], pixels: int | None) -> None:
+def _decode(data: NDArray[np.uint8], pixels: int | None, by_libjpeg_alone: bool = False) -> None:
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-    if _library().dcd_decode(data.ctypes.data, data.nbytes, pixels, message):
+    if _library().dcd_decode(data.ctypes.data, data.nbytes, pixels, by_libjpeg_alone, message):
         raise DecodeError(message.value.decode(errors="replace"))
 
 
@@ -161,7 +164,7 @@ def _library() -> ctypes.CDLL:
     library.dcd_xxh64.argtypes = [pointer, size]
     library.dcd_xxh64.restype = ctypes.c_uint64
     library.dcd_jpeg_size.argtypes = [pointer, size, pointer, ctypes.c_char_p]
-    library.dcd_decode.argtypes = [pointer, size, pointer, ctypes.c_char_p]
+    library.dcd_decode.argtypes = [pointer, size, pointer, integer, ctypes.c_char_p]
     return library
 
 

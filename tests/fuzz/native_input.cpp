@@ -70,21 +70,19 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *input, size_t length) {
     const bool has_size = !dcd_jpeg_size(data, size, found, message);
     const uint64_t pixels = has_size ? uint64_t(found[0]) * found[1] : 0;
     claim(!has_size || (found[0] > 0 && found[1] > 0), "an image has pixels");
-    const bool is_whole = !dcd_decode(data, size, nullptr, message);
+    const bool is_whole = !dcd_decode(data, size, nullptr, false, message);
     claim(has_size || !is_whole, "a file without a size is damaged");
     if (has_size && pixels <= MOST_PIXELS_HERE) {
         std::unique_ptr<uint8_t[]> image(new uint8_t[pixels * 3]);
-        const bool decodes = !dcd_decode(data, size, image.get(), other_message);
+        const bool decodes = !dcd_decode(data, size, image.get(), false, other_message);
         claim(decodes == is_whole, "a check says what decoding says");
         claim(decodes || !strcmp(message, other_message), "with the same reason");
         if (decodes) use(image.get(), pixels * 3);
-        Decoder plain;
-        std::vector<uint8_t> row, by_libjpeg(pixels * 3);
-        const bool plain_decodes =
-            plain.attempt([&] { decode_whole(plain, data, size, by_libjpeg.data(), row); }, true);
+        std::vector<uint8_t> plain(pixels * 3);
+        const bool plain_decodes = !dcd_decode(data, size, plain.data(), true, message);
         claim(decodes == plain_decodes, "libjpeg alone says the same");
-        claim(decodes || !strcmp(other_message, plain.message), "with the same reason as libjpeg");
-        claim(!decodes || !memcmp(image.get(), by_libjpeg.data(), pixels * 3), "and decodes to the same pixels");
+        claim(decodes || !strcmp(other_message, message), "with the same reason as libjpeg");
+        claim(!decodes || !memcmp(image.get(), plain.data(), pixels * 3), "and decodes to the same pixels");
     }
 
     const bool wrong = !has_size || choice.flags & (WRONG_SIZE | RAW);

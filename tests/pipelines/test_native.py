@@ -310,6 +310,7 @@ def test_every_code_is_read_as_pillow_reads_it(options, quality):
             data = np.frombuffer(file.getvalue(), np.uint8)
             native.check_jpeg(data)
             np.testing.assert_array_equal(native.decode_jpeg(data), decoded(data))
+            np.testing.assert_array_equal(native.decode_jpeg(data, by_libjpeg_alone=True), decoded(data))
             side = min(height, width) - min(height, width) // 3
             square = (height - side, width - side, side, side)  # the codes of the rows above it are passed over
             wanted = decoded(data)[-side:, -side:]

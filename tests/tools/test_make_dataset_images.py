@@ -166,7 +166,11 @@ def test_what_does_not_decode_is_bad(name, options):
     assert words in str(caught.value) and str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_check_of_a_jpeg_judges_damage_as_decoding_does():
+def by_libjpeg(data):
+    return native.decode_jpeg(data, by_libjpeg_alone=True)
+
+
+def test_the_check_of_a_jpeg_judges_damage_as_decoding_does_and_as_libjpeg_does():
     draw = np.random.default_rng(0)
     noise = Image.fromarray(draw.integers(0, 256, (90, 120, 3), np.uint8))
     files = [saved(noise, "JPEG", quality=quality) for quality in (20, 75, 98)]
@@ -177,13 +181,13 @@ def test_the_check_of_a_jpeg_judges_damage_as_decoding_does():
             data = np.frombuffer(file, np.uint8).copy()
             data[draw.integers(len(data) // 4, len(data), 2)] = draw.integers(0, 256, 2)
             found = []
-            for check in (native.check_jpeg, native.decode_jpeg):
+            for check in (native.check_jpeg, native.decode_jpeg, by_libjpeg):
                 try:
                     check(data)
                     found.append(None)
                 except native.DecodeError as error:
                     found.append(str(error))
-            assert (found[0] is None) == (found[1] is None), found
+            assert found[0] == found[1] == found[2]
             verdicts.append(found[0] is None)
     assert 50 < sum(verdicts) < len(verdicts) - 50  # both happen
 
