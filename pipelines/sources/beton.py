@@ -150,7 +150,7 @@ class BetonSource:
         """
         stored, (height, width) = self.read(index), self.sizes[index].tolist()
         if self.is_raw[index]:
-            return Examined(height, width, stored.reshape(height, width, 3), None)
+            return Examined(height, width, stored.reshape(height, width, 3), "pixels")
         try:
             seen = examine(stored, with_pixels, memory)
         except BadImage as error:

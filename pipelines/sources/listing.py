@@ -66,7 +66,13 @@ class LeftOut:
         if self.kinds:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common(5))
             more = ", …" if len(self.kinds) > 5 else ""
-            parts.append(f"left out {self.kinds.total():,} files that are no images by their names ({kinds}{more})")
+            count = self.kinds.total()
+            what = (
+                f"{count:,} files that are no images by their names"
+                if count > 1
+                else "1 file that is no image by its name"
+            )
+            parts.append(f"left out {what} ({kinds}{more})")
             parts.append(f"such as {self.first}")
         if self.deeper:
             parts.append(f"{self.deeper:,} images lie in folders below their class's, such as {self.first_deeper}")
