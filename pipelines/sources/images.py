@@ -6,6 +6,7 @@ into RGB (CMYK) and every other format is Pillow's. EXIF rotation is ignored.
 
 import contextlib
 import io
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -119,7 +120,8 @@ def has_native() -> bool:
     try:
         native.checksum(np.zeros(1, np.uint8))
     except DataError as error:
-        print(f"warning: JPEGs are read by Pillow, which takes some damaged ones for images: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"warning: Pillow reads JPEGs here, and takes some damaged ones for images: {error}", file=sys.stderr)
         return False
     return True
 
