@@ -20,7 +20,9 @@ from dcd.engine.optim import autocast_dtype
 from dcd.engine.run_log import RunLog
 from dcd.engine.trainer import DivergedError, Trainer
 from dcd.engine.verdict import Setting
-from pipelines.loader import DataConfig, Loader, build_loader
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
+from pipelines.loader import Loader
 from pipelines.plan import CenterCrop, RandomCrop
 from pipelines.sources.beton_shards import find_betons
 from pipelines.sources.errors import DataError

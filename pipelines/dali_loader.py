@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.batch import MEAN, STD, Batch
 from pipelines.dali_probe import decoder_options, why_no_box_decode
-from pipelines.loader import MEAN, STD, Batch
 from pipelines.plan import StepPlan
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.beton_shards import BetonShards

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines import native
-from pipelines.loader import MEAN, STD, Batch
+from pipelines.batch import MEAN, STD, Batch
 from pipelines.plan import StepPlan
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.beton_shards import BetonShards

@@ -1,16 +1,14 @@
 """What tells the images of one dataset from those of another, for a run that goes on."""
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from pipelines.loader import Source
+from pipelines.batch import Source
 
 
-def fingerprint(source: "Source") -> dict[str, str]:
+def fingerprint(source: Source) -> dict[str, str]:
     """{what was looked at: its number or hash}. Two datasets are the same where all that both have is equal.
 
     Every source has the number of its images, and their labels and sizes in the order of the dataset, of which the plan

@@ -1,124 +1,20 @@
-"""Loaders: a plan, carried out by a backend.
+"""The loader: a plan, carried out by a backend.
 
     source (sizes, labels, images)  +  EpochPlan  ->  executor: read, decode, cut, resize, flip  ->  Batch on the device
 
-`Loader` walks through the plan and keeps the state; an executor only carries out the steps that it is handed. A new
-backend is one class with `run` and `close`.
+`Loader` walks through the plan and keeps the state; an executor (`batch.Executor`) only carries out the steps that it
+is handed. `build.py` joins the two.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
+from pipelines.batch import Batch, Executor, Source
+from pipelines.config import DataConfig
 from pipelines.fingerprint import fingerprint
-from pipelines.plan import CenterCrop, EpochPlan, RandomCrop, StepPlan
+from pipelines.plan import EpochPlan
 from pipelines.sources.errors import DataError
-
-# ImageNet's statistics, on pixels in [0, 255]
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
-
-BACKENDS = ("auto", "dali", "ffcv", "torchvision", "synthetic")
-
-
-class Batch(NamedTuple):
-    """images (N, 3, H, W), channels_last strides, normalised by ImageNet's mean and std, in the loader's dtype on the
-    rank's device; labels (N,) int64 on the device, class ids in sorted order of the class names; indices (N,) int64
-    on the CPU, positions in the dataset.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
-class Source(Protocol):
-    """The images of one split. `sizes` (N, 2) int32, height first; `labels` (N,) int64, positions in `classes`.
-
-    `has_names`: whether `classes` are their names, not numbers that stand in for names that the source does not know.
-    `note`: one line about what was left out, or None.
-    """
-
-    classes: list[str]
-    has_names: bool
-    note: str | None
-    labels: NDArray[np.int64]
-    sizes: NDArray[np.int32]
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """What image `index` is called in a message."""
-
-    def particulars(self) -> dict[str, str]:
-        """Its part of `fingerprint`."""
-
-
-class Executor(Protocol):
-    """Carries out steps of the plan."""
-
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
-        """One batch for each step, in order, of images `image_size` pixels high and wide.
-
-        Closing the generator ends whatever works ahead for it. The last one is closed before the next `run`.
-        """
-
-    def close(self) -> None:
-        """Free what is kept from one run to the next; the last run is closed."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """How the data is read. Sizes are in pixels, epochs count from 0.
-
-    root: folder that holds `train` and `val`, or `train.beton` and `val.beton`, or the shards of these; not needed by
-        the synthetic backend.
-    backend: "auto" is DALI on a GPU where it is installed, else FFCV for .beton files, else torchvision.
-    batch_size: images in a step over all ranks. workers: threads or processes of this rank that decode; with 0
-        torchvision reads in the training process.
-    input_size, eval_size: side of the square images in training and in evaluation, at least 32.
-    start_size, size_ramp: training starts with `start_size` and grows to `input_size` between the two epochs, to the
-        nearest 32 pixels (progressive resizing); None trains with `input_size` throughout.
-    strict: files among the images that are none are an error; else a line names them.
-    exact_decode: decode every pixel of a training image's box; otherwise the FFCV backend decodes images that are
-        reduced to half or less at half their size. Evaluation is always exact.
-    dali_full_decode: DALI decodes whole images and cuts the boxes from them; with None it decodes the boxes alone. The
-        number is the share of the images, in [0, 1], that a GPU's JPEG decoder takes; on a CPU it means nothing.
-    synthetic_images, synthetic_classes: what the synthetic backend pretends to hold in training (evaluation: a tenth).
-    """
-
-    root: Path | None = None
-    backend: Literal["auto", "dali", "ffcv", "torchvision", "synthetic"] = "auto"
-    batch_size: int = 256
-    workers: int = 4
-    ranks_of_machine: int = 1
-    seed: int = 0
-    input_size: int = 224
-    eval_size: int = 224
-    start_size: int | None = None
-    size_ramp: tuple[int, int] = (0, 0)
-    train_crop: RandomCrop = field(default_factory=RandomCrop)
-    eval_crop: CenterCrop = field(default_factory=CenterCrop)
-    strict: bool = False
-    exact_decode: bool = False
-    dali_full_decode: float | None = None
-    synthetic_images: int = 1_281_167
-    synthetic_classes: int = 1000
-
-    def train_size(self, epoch: int) -> int:
-        """Side of the training images in `epoch`."""
-        if self.start_size is None:
-            return self.input_size
-        first, last = self.size_ramp
-        done = min(1.0, max(0.0, (epoch - first) / max(1, last - first)))
-        size = self.start_size + done * (self.input_size - self.start_size)
-        return self.input_size if done == 1 else round(size / 32) * 32
 
 
 class Loader:
@@ -214,88 +110,3 @@ class Loader:
         """Stop the backend's workers. The loader is of no use afterwards."""
         self._stop()
         self._executor.close()
-
-
-def build_loader(
-    config: DataConfig,
-    split: Literal["train", "val"],
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Loader:
-    """The loader of one split; its backend is imported here, on use.
-
-    Raises:
-        DataError: missing or damaged data, a backend that can't be used, or a batch size that the world size does not
-            divide.
-    """
-    if config.batch_size % world_size:
-        raise DataError(
-            f"--batch-size {config.batch_size} is global and is shared by {world_size} ranks: "
-            f"use a multiple of {world_size}"
-        )
-    device, training = torch.device(device), split == "train"
-    exact = config.exact_decode or not training
-    source = _open_source(config, split)
-    backend = _choose_backend(source, device) if config.backend == "auto" else config.backend
-    if backend == "synthetic":
-        from pipelines.synthetic_loader import SyntheticExecutor
-
-        executor = SyntheticExecutor(source, device, dtype)
-    elif backend == "torchvision":
-        from pipelines.torchvision_loader import TorchvisionExecutor, TorchvisionGpuExecutor, shared_memory_need
-
-        if device.type == "cuda":
-            executor = TorchvisionGpuExecutor(source, device, dtype, config.workers)
-        else:
-            need = shared_memory_need(config, training, world_size, len(source))
-            executor = TorchvisionExecutor(source, device, dtype, config.workers, need)
-    elif backend == "ffcv":
-        from pipelines.ffcv_loader import FfcvExecutor
-
-        executor = FfcvExecutor(source, device, dtype, config.workers, exact)
-    elif backend == "dali":
-        from pipelines.dali_loader import DaliExecutor
-
-        batch_size_per_rank = config.batch_size // world_size
-        full_decode = config.dali_full_decode
-        executor = DaliExecutor(source, device, dtype, config.workers, batch_size_per_rank, full_decode)
-    else:
-        raise DataError(f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
-    return Loader(source, executor, config, training, rank, world_size)
-
-
-def _open_source(config: DataConfig, split: str) -> Source:
-    if config.backend == "synthetic":
-        from pipelines.synthetic_loader import SyntheticSource
-
-        images = config.synthetic_images if split == "train" else config.synthetic_images // 10
-        return SyntheticSource(images, config.synthetic_classes)
-    from pipelines.sources.beton_shards import open_betons
-    from pipelines.sources.folder import FolderSource
-
-    if config.root is None:
-        raise DataError(
-            "no data: --data must name a folder that holds train and val, or train.beton and val.beton "
-            "(or use --backend synthetic)"
-        )
-    source = open_betons(config.root, split)
-    if source is not None:
-        return source
-    if config.backend == "ffcv":
-        raise DataError(
-            f"no file {Path(config.root) / split}.beton: convert the dataset with python -m tools.make_dataset "
-            "SRC OUT, or use --backend torchvision"
-        )
-    return FolderSource(Path(config.root) / split, config.strict)
-
-
-def _choose_backend(source: Source, device: torch.device) -> str:
-    """DALI decodes on a GPU; on a CPU our own threads are the fastest, and they read .beton files."""
-    from pipelines.dali_loader import is_installed
-    from pipelines.sources.folder import FolderSource
-
-    if device.type == "cuda" and is_installed():
-        return "dali"
-    return "torchvision" if isinstance(source, FolderSource) else "ffcv"

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.loader import MEAN, STD, Batch
+from pipelines.batch import MEAN, STD, Batch
 from pipelines.plan import StepPlan
 from pipelines.threads import Threads
 

@@ -2,38 +2,16 @@
 
 from collections.abc import Generator, Iterable
 
-import numpy as np
 import torch
 
-from pipelines.loader import Batch
+from pipelines.batch import Batch, Source
 from pipelines.plan import StepPlan
-
-
-class SyntheticSource:
-    """`num_images` images that exist in name only, of ImageNet's typical size, with labels in turn."""
-
-    has_names, note = False, None
-
-    def __init__(self, num_images: int, num_classes: int):
-        self.classes = [f"{label:08d}" for label in range(num_classes)]
-        self.labels = np.arange(num_images, dtype=np.int64) % num_classes
-        self.sizes = np.broadcast_to(np.array([375, 500], np.int32), (num_images, 2))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        return f"synthetic image {index}"
-
-    def particulars(self) -> dict[str, str]:
-        """None."""
-        return {}
 
 
 class SyntheticExecutor:
     """Hands out the same normally distributed images, resident on the device, with the labels of the plan."""
 
-    def __init__(self, source: SyntheticSource, device: torch.device, dtype: torch.dtype):
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype):
         self._source, self._device, self._dtype = source, device, dtype
         self._images = torch.empty(0, 3, 0, 0)
 

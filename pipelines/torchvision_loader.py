@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipelines.loader import Batch, DataConfig
+from pipelines.batch import Batch
+from pipelines.config import DataConfig
 from pipelines.plan import StepPlan
 from pipelines.shared_memory import Need, free_and_size
 from pipelines.sources.errors import DataError

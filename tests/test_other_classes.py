@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import dcd
-from pipelines.loader import DataConfig, build_loader
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from tests.test_train_dist import SMALL, last, part_of, read, run
 
 NAMES = ["0_zero", "1_one", "2_two"]

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import dcd
-from pipelines.loader import DataConfig, build_loader
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from tests.pipelines.conftest import converted
 
 ROOT = Path(__file__).parents[1]

@@ -36,7 +36,9 @@ from torchvision.datasets import ImageFolder
 from dcd.engine.command_line import parse
 from dcd.engine.run_log import device_name
 from pipelines import native
-from pipelines.loader import MEAN, STD, DataConfig, build_loader
+from pipelines.batch import MEAN, STD
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from tools.conversion.images import Options

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dcd.engine.command_line import parse
 from pipelines import native
-from pipelines.loader import MEAN, STD
+from pipelines.batch import MEAN, STD
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.beton_shards import BetonShards, open_betons
 from pipelines.sources.errors import DataError

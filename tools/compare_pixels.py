@@ -24,7 +24,9 @@ from torch import Tensor
 
 from dcd.engine.command_line import parse
 from pipelines import native
-from pipelines.loader import MEAN, STD, DataConfig, build_loader
+from pipelines.batch import MEAN, STD
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from pipelines.plan import EpochPlan, RandomCrop
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource

@@ -30,7 +30,8 @@ from dcd.engine.run_log import device_name, resolve, write_json
 from dcd.engine.step_timer import NO_TIMER, TRACED_STEPS, StepListener, StepTimer, StepTimes, StepTracer
 from dcd.engine.trainer import Trainer
 from dcd.engine.verdict import Rates, find_bound
-from pipelines.loader import Batch, Loader
+from pipelines.batch import Batch
+from pipelines.loader import Loader
 
 WARM_UP = 2  # steps before each window
 

@@ -18,7 +18,8 @@ from dcd.engine.distributed import Ranks
 from dcd.engine.freezing import freeze_all_but_classifier
 from dcd.engine.run_log import RunLog
 from dcd.engine.trainer import DivergedError, Trainer
-from pipelines.loader import DataConfig, build_loader
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from pipelines.plan import CenterCrop, RandomCrop
 
 CPU = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))

@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from pipelines.loader import MEAN, STD, DataConfig, build_loader
+from pipelines.batch import MEAN, STD
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from pipelines.sources.folder import FolderSource
 
 # (left, top, right, bottom) of the cuts from two photographs of 640×427

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.loader import DataConfig, build_loader
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.beton_shards import BetonShards, open_betons
 from pipelines.sources.errors import DataError

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from pipelines import native
-from pipelines.loader import DataConfig, build_loader
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, JPEG, RAW, BetonSource
 from pipelines.sources.errors import DataError
 from tests.betons import PAGES, Beton

@@ -12,7 +12,8 @@ import psutil
 import pytest
 import torch
 
-from pipelines.loader import DataConfig, build_loader
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from pipelines.plan import CenterCrop, EpochPlan, RandomCrop
 from pipelines.sources.errors import DataError
 from tests.pipelines.conftest import EXECUTORS, indices_of, pixels_of
@@ -62,7 +63,7 @@ def overwrite(path, offset, data):
 
 
 def test_these_are_all_backends(photos):
-    from pipelines.loader import BACKENDS
+    from pipelines.config import BACKENDS
 
     assert {name.split()[0] for name in EXECUTORS} | {"auto", "synthetic"} == set(BACKENDS)
 

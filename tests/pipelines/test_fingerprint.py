@@ -9,7 +9,7 @@ from PIL import Image
 from pipelines.fingerprint import fingerprint
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.folder import FolderSource
-from pipelines.synthetic_loader import SyntheticSource
+from pipelines.sources.synthetic import SyntheticSource
 from tests.pipelines.conftest import converted
 
 

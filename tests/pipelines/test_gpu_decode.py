@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.config import DataConfig
 from pipelines.dali_loader import is_installed
-from pipelines.loader import DataConfig, Loader
+from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource

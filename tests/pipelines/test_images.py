@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from pipelines.loader import MEAN, STD
+from pipelines.batch import MEAN, STD
 from pipelines.plan import StepPlan
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource

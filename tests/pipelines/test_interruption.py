@@ -14,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from pipelines import native, threads, torchvision_loader
-from pipelines.loader import DataConfig, Loader, build_loader
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
+from pipelines.loader import Loader
 
 threads.PATIENCE_S = torchvision_loader.PATIENCE_S = 0.5
 folder, beton = map(Path, sys.argv[1:])

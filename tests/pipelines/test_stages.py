@@ -6,7 +6,10 @@ import time
 import pytest
 import torch
 
-from pipelines.loader import MEAN, STD, DataConfig, Loader, build_loader
+from pipelines.batch import MEAN, STD
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
+from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.stages import Buffers, HostBatch, normalise
 from pipelines.threads import in_background

@@ -12,7 +12,8 @@ import pytest
 
 from dcd.engine.config import ConfigError
 from dcd.engine.step_timer import PHASES
-from pipelines.loader import DataConfig, build_loader
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from pipelines.sources.errors import DataError
 from tests.pipelines.conftest import converted, indices_of
 from tools.profile_throughput import Feed, Window, main

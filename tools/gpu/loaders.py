@@ -20,9 +20,12 @@ from torch import Tensor
 from build_run import open_trainer
 from dcd.engine.config import Config
 from dcd.engine.step_timer import StepTimer
+from pipelines.batch import MEAN, STD, Batch
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
 from pipelines.dali_loader import is_installed as has_dali
 from pipelines.dali_probe import why_no_box_decode
-from pipelines.loader import MEAN, STD, Batch, DataConfig, Loader, build_loader
+from pipelines.loader import Loader
 from pipelines.sources.folder import FolderSource
 from pipelines.torchvision_loader import TorchvisionExecutor
 from tools.gpu.networks import free

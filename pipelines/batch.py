@@ -1,0 +1,60 @@
+"""What loaders, sources and executors share: the batch, ImageNet's statistics, and what each promises to the others."""
+
+from collections.abc import Generator, Iterable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.plan import StepPlan
+
+# ImageNet's statistics, on pixels in [0, 255]
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+
+
+class Batch(NamedTuple):
+    """images (N, 3, H, W), channels_last strides, normalised by ImageNet's mean and std, in the loader's dtype on the
+    rank's device; labels (N,) int64 on the device, class ids in sorted order of the class names; indices (N,) int64
+    on the CPU, positions in the dataset.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class Source(Protocol):
+    """The images of one split. `sizes` (N, 2) int32, height first; `labels` (N,) int64, positions in `classes`.
+
+    `has_names`: whether `classes` are their names, not numbers that stand in for names that the source does not know.
+    `note`: one line about what was left out, or None.
+    """
+
+    classes: list[str]
+    has_names: bool
+    note: str | None
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What image `index` is called in a message."""
+
+    def particulars(self) -> dict[str, str]:
+        """Its part of `fingerprint`."""
+
+
+class Executor(Protocol):
+    """Carries out steps of the plan."""
+
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
+        """One batch for each step, in order, of images `image_size` pixels high and wide.
+
+        Closing the generator ends whatever works ahead for it. The last one is closed before the next `run`.
+        """
+
+    def close(self) -> None:
+        """Free what is kept from one run to the next; the last run is closed."""

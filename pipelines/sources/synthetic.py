@@ -1,0 +1,24 @@
+"""Images that exist in name only, for the executor that reads nothing."""
+
+import numpy as np
+
+
+class SyntheticSource:
+    """`num_images` images that exist in name only, of ImageNet's typical size, with labels in turn."""
+
+    has_names, note = False, None
+
+    def __init__(self, num_images: int, num_classes: int):
+        self.classes = [f"{label:08d}" for label in range(num_classes)]
+        self.labels = np.arange(num_images, dtype=np.int64) % num_classes
+        self.sizes = np.broadcast_to(np.array([375, 500], np.int32), (num_images, 2))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"synthetic image {index}"
+
+    def particulars(self) -> dict[str, str]:
+        """None."""
+        return {}
