@@ -193,3 +193,40 @@ print(sorted({{name.split(".")[0] for name in new}} - {{"dcd", "torch"}} - sys.s
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["[]", "[]"]
+
+
+def circles(edges):
+    """Sets of modules that import each other, by Tarjan's algorithm, of {module: the modules that it imports}."""
+    order, low, stack, found = {}, {}, [], []
+
+    def visit(module):
+        order[module] = low[module] = len(order)
+        stack.append(module)
+        for other in edges[module]:
+            if other not in order:
+                visit(other)
+            if other in stack:
+                low[module] = min(low[module], low[other])
+        if low[module] == order[module]:
+            part = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(part) > 1 or module in edges[module]:
+                found.append(sorted(part))
+
+    for module in edges:
+        if module not in order:
+            visit(module)
+    return found
+
+
+def test_circles_are_found():
+    assert circles({"a": ["b"], "b": ["c"], "c": ["b", "d"], "d": []}) == [["b", "c"]]
+    assert circles({"a": ["b", "c"], "b": ["c"], "c": []}) == []
+
+
+@pytest.mark.parametrize("room", ["pipelines", "tools", "dcd"])
+def test_no_modules_import_each_other(room):
+    """Imports inside functions are counted, too."""
+    names = {module_name(path): found for path, found in FILES.items() if below(module_name(path), room)}
+    edges = {module: [name for name, _, _ in found if name in names] for module, found in names.items()}
+    assert circles(edges) == []

@@ -27,11 +27,12 @@ from typing import Any, Literal
 from pipelines.sources.beton import DATASET_FILE
 from pipelines.sources.errors import DataError
 from tools.conversion.images import Options
-from tools.conversion.inputs import SPLITS, Source, open_source
+from tools.conversion.inputs import open_source
 from tools.conversion.join import check_files, find_parts, join_parts, left_out, made_of, read_part
 from tools.conversion.lock import locked
 from tools.conversion.parts import MAX_PARTS, Part, fingerprint
 from tools.conversion.record import PARTIAL, dataset_record, file_record, publish, relevant, write_record
+from tools.conversion.source import SPLITS, Source
 from tools.conversion.writer import Written, load_ffcv, write_split, writing
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from pipelines.sources.beton import DATASET_FILE, BetonSource
 from pipelines.sources.beton_shards import find_betons
 from pipelines.sources.errors import DataError
-from tools.conversion.inputs import SPLITS
 from tools.conversion.lock import locked
 from tools.conversion.parts import Part
 from tools.conversion.record import PARTIAL, write_record
+from tools.conversion.source import SPLITS
 from tools.conversion.writer import writing
 
 RECORDS = re.compile(r"part-(\d{5})-of-(\d{5})\.json")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipelines.sources.beton_shards import shard_name
 from pipelines.sources.errors import DataError
-from tools.conversion.inputs import SPLITS, Reader, Source, Split, tasks_of
+from tools.conversion.source import SPLITS, Reader, Source, Split, tasks_of
 
 MAX_PARTS = 256  # whoever reads the shards holds all of them open, of the 1,024 files that are usual
 

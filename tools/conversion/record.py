@@ -17,7 +17,7 @@ from dcd.engine.folder_sync import sync_folder
 from pipelines import native
 from pipelines.sources.beton import BetonSource
 from tools.conversion.images import Options
-from tools.conversion.inputs import Source
+from tools.conversion.source import Source
 from tools.conversion.writer import Written, sync, writing
 
 FORMAT = 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.sources.errors import DataError
 from pipelines.sources.listing import is_hidden
-from tools.conversion.inputs import check_parts
+from tools.conversion.source import check_parts
 
 NAMES = {"train": ("train",), "val": ("validation", "val", "valid")}
 NUMBERED = re.compile(r"((?:.*-)?)(\d{1,6})-of-(\d{1,6})((?:-[0-9a-f]+)?)\.parquet")  # before, number, count, hash

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.sources.errors import DataError
-from tools.conversion.inputs import Source, Split, check_classes
 from tools.conversion.shard_files import find_shards
+from tools.conversion.source import Source, Split, check_classes
 
 COLUMNS = ("label", "image.bytes", "image.path")
 WNID = re.compile(r"n\d{8}")

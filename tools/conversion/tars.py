@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pipelines.sources.errors import DataError
 from pipelines.sources.listing import LeftOut, is_hidden, is_image
-from tools.conversion.inputs import Source, Split, check_classes, check_parts, tasks_of
+from tools.conversion.source import Source, Split, check_classes, check_parts, tasks_of
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"

@@ -32,7 +32,7 @@ from pipelines import native
 from pipelines.sources.beton import ALLOCATION
 from pipelines.sources.errors import DataError
 from tools.conversion.images import BadImage, Options, Stored, convert
-from tools.conversion.inputs import Split
+from tools.conversion.source import Split
 
 MIN_PAGE_SIZE = 8 << 20  # FFCV's default
 SHARD_PAGE_SIZE = 32 << 20  # where the sizes of the images are not known beforehand; ImageNet's largest has 15 MB
