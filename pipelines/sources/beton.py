@@ -128,11 +128,9 @@ class BetonSource:
             DataError: it is damaged.
         """
         stored = self.read(index)
-        if self.checksums is None and not self.is_raw[index]:
-            try:
-                self._checked.check(index, stored, tuple(self.sizes[index]))
-            except BadImage as error:
-                raise self.damaged_image(index, str(error)) from error
+        if self.checksums is None and not self.is_raw[index] and index not in self._checked:
+            self._examine(index, stored, with_pixels=False)
+            self._checked.add(index)
         return stored
 
     @cached_property
@@ -148,7 +146,12 @@ class BetonSource:
         Raises:
             DataError: its bytes have changed, or it does not decode.
         """
-        stored, (height, width) = self.read(index), self.sizes[index].tolist()
+        return self._examine(index, self.read(index), with_pixels, memory)
+
+    def _examine(
+        self, index: int, stored: NDArray[np.uint8], with_pixels: bool, memory: NDArray[np.uint8] | None = None
+    ) -> Examined:
+        height, width = self.sizes[index].tolist()
         if self.is_raw[index]:
             return Examined(height, width, stored.reshape(height, width, 3), "pixels")
         try:

@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipelines.cache import cache_folder
-from pipelines.sources.images import BadImage, examine
 
 
 class Checked:
@@ -37,17 +35,11 @@ class Checked:
             print(f"warning: images are checked again in every run: cannot keep {path} ({error})", file=sys.stderr)
             self._sound = np.zeros(count, np.bool_)
 
-    def check(self, index: int, data: NDArray[np.uint8], size: tuple[int, int]) -> None:
-        """Read image `index`, its bytes `data` (N,), where nobody has yet; it should be of `size`, (height, width).
+    def __contains__(self, index: int) -> bool:
+        return bool(self._sound[index])
 
-        Raises:
-            BadImage: it is damaged.
-        """
-        if self._sound[index]:
-            return
-        seen = examine(data, with_pixels=False)
-        if (seen.height, seen.width) != size:
-            raise BadImage(f"{seen.width} x {seen.height} pixels instead of {size[1]} x {size[0]}")
+    def add(self, index: int) -> None:
+        """Image `index` has been read whole."""
         self._sound[index] = True
 
 

@@ -62,7 +62,7 @@ class FolderSource:
         self._names = np.array([os.fsencode(name) for name in listing.names])
         self._fingerprint = hashlib.sha256(f"{INDEX_VERSION}{listing.fingerprint}".encode()).hexdigest()
         headers = _cached_headers(self.root, listing.names, self._fingerprint)
-        self.sizes, self.plain = headers["size"], headers["plain"]
+        self.sizes, self.plain = np.ascontiguousarray(headers["size"]), np.ascontiguousarray(headers["plain"])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,13 +94,12 @@ class FolderSource:
         """The bytes of file `index`, of which all codes have been read once: for decoders that don't notice damage.
 
         Raises:
-            DataError: the file does not read, or is damaged.
+            DataError: as `examine`.
         """
         data = self.read(index)
-        try:
-            self._checked.check(index, data, tuple(self.sizes[index]))
-        except BadImage as error:
-            raise self.damaged_image(index, str(error)) from error
+        if index not in self._checked:
+            self._examine(index, data, with_pixels=False)
+            self._checked.add(index)
         return data
 
     @cached_property
@@ -120,8 +119,13 @@ class FolderSource:
         Raises:
             DataError: the file is gone, does not decode, or is not of the size in the index.
         """
+        return self._examine(index, self.read(index), with_pixels, memory)
+
+    def _examine(
+        self, index: int, data: NDArray[np.uint8], with_pixels: bool, memory: NDArray[np.uint8] | None = None
+    ) -> Examined:
         try:
-            seen = examine(self.read(index), with_pixels, memory)
+            seen = examine(data, with_pixels, memory)
         except BadImage as error:
             raise self.damaged_image(index, str(error)) from error
         if (seen.height, seen.width) != tuple(self.sizes[index]):

@@ -15,6 +15,7 @@ import torch
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from pipelines.plan import CenterCrop, EpochPlan, RandomCrop
+from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from tests.pipelines.conftest import EXECUTORS, indices_of, pixels_of
 from tools.compare_pixels import reference
@@ -311,3 +312,18 @@ def test_images_get_the_labels_that_a_model_has_for_them(small, build):
     loader.relabel([7, 3])
     loader.set_epoch(0)
     assert [label for batch in loader for label in batch.labels.tolist()] == [(7, 3)[label] for label in labels]
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision"])
+def test_damage_is_found_where_there_are_no_checksums(photos, tmp_path, build, backend):
+    for file in photos.verbatim.glob("*.beton"):  # without dataset.json, as FFCV's own writer leaves a file
+        shutil.copy(file, tmp_path)
+    source = BetonSource(tmp_path / "train.beton")
+    assert source.checksums is None
+    place = int(source.offsets[7] + source.lengths[7] // 2)
+    with open(tmp_path / "train.beton", "r+b") as file:
+        file.seek(place)
+        file.write(bytes(1024))
+    config = DataConfig(root=tmp_path, backend=backend, batch_size=4, workers=1, input_size=64, eval_size=64)
+    with pytest.raises(DataError, match=r"image 7 of .*train.beton is damaged \(512 bytes of zeros"):
+        list(build(config, "train"))

@@ -229,6 +229,19 @@ def test_that_an_image_is_sound_is_found_out_once_and_kept(tmp_path, executor, m
     runner.close()
 
 
+@pytest.mark.parametrize("executor", ["torchvision", "torchvision by batches", "dali"])
+def test_an_image_that_was_replaced_by_one_of_another_size_is_found_at_the_next_start(tmp_path, executor):
+    source = folder_of(tmp_path, {"a.JPEG": saved(RGB, "JPEG")})
+    (tmp_path / "train" / "all" / "a.JPEG").write_bytes(WHOLE)  # written over in place
+    runner = executor_of(executor, source)
+    with pytest.raises(DataError, match="a.JPEG has changed since it was indexed: start again"):
+        pixels(runner, 0, 64, 96)
+    runner.close()
+    runner = executor_of(executor, FolderSource(tmp_path / "train"))
+    assert pixels(runner, 0, 200, 200).shape == (200, 200, 3)
+    runner.close()
+
+
 def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
