@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.plan import StepPlan
+from pipelines.sources.images import Examined
 
 # ImageNet's statistics, on pixels in [0, 255]
 MEAN = (123.675, 116.28, 103.53)
@@ -45,6 +46,28 @@ class Source(Protocol):
 
     def particulars(self) -> dict[str, str]:
         """Its part of `fingerprint`."""
+
+
+class ImageSource(Source, Protocol):
+    """A source whose images can be read: what executors use besides.
+
+    `plain`: (N,) bool, whether the stored bytes are a JPEG that all decoders read alike; other images are to be had as
+    pixels alone. All methods raise DataError, which names the image.
+    """
+
+    plain: NDArray[np.bool_]
+
+    def read_sound(self, index: int) -> NDArray[np.uint8]:
+        """The stored bytes of image `index`, which is not damaged."""
+
+    def examine(self, index: int) -> Examined:
+        """All of image `index`, read by the one decoder whose verdict counts."""
+
+    def decode(self, index: int, memory: NDArray[np.uint8] | None = None) -> Tensor:
+        """The same as RGB, (3, H, W) uint8; in `memory` (M,) where it fits."""
+
+    def will_need(self, indices: NDArray[np.int64]) -> None:
+        """These images (N,) will be read soon."""
 
 
 class Executor(Protocol):

@@ -18,13 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import MEAN, STD, Batch
+from pipelines.batch import MEAN, STD, Batch, ImageSource
 from pipelines.dali_probe import decoder_options, why_no_box_decode
 from pipelines.plan import StepPlan
-from pipelines.sources.beton import BetonSource
-from pipelines.sources.beton_shards import BetonShards
 from pipelines.sources.errors import DataError
-from pipelines.sources.folder import FolderSource
 from pipelines.stages import HostBatch, host_batch, read_images, to_device
 from pipelines.threads import in_background
 
@@ -61,7 +58,7 @@ class DaliExecutor:
 
     def __init__(
         self,
-        source: BetonSource | BetonShards | FolderSource,
+        source: ImageSource,
         device: torch.device,
         dtype: torch.dtype,
         workers: int,

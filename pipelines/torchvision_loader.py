@@ -19,7 +19,7 @@ from errno import ENOSPC
 from multiprocessing.queues import Queue
 from signal import SIG_DFL, SIG_IGN, SIGCHLD, SIGINT, SIGTERM, SIGUSR1, signal
 from threading import current_thread, main_thread
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipelines.batch import Batch
+from pipelines.batch import Batch, ImageSource
 from pipelines.config import DataConfig
 from pipelines.plan import StepPlan
 from pipelines.shared_memory import Need, free_and_size
@@ -41,20 +41,6 @@ from pipelines.threads import PATIENCE_S, in_background
 BATCHES_AHEAD = 2  # of each worker
 MEMORY_BYTES = 32 << 20  # that a worker keeps for an image; larger ones, of 11 megapixels, are rare
 LARGEST_REDUCTION = 64  # of one resize on a GPU, whose kernel keeps the weights of a pixel in 48 KiB: 94 is its end
-
-
-class DecodingSource(Protocol):
-    """What this backend needs of a source: `FolderSource` and `BetonSource` have it."""
-
-    labels: NDArray[np.int64]
-    sizes: NDArray[np.int32]
-    plain: NDArray[np.bool_]
-
-    def read_sound(self, index: int) -> NDArray[np.uint8]:
-        """The stored bytes of image `index`, which is not damaged."""
-
-    def decode(self, index: int, memory: NDArray[np.uint8] | None = None) -> Tensor:
-        """Image `index` as RGB, (3, H, W) uint8; in `memory` (M,) where it fits."""
 
 
 def render(image: Tensor, box: tuple[int, int, int, int], flip: bool, size: int) -> Tensor:
@@ -91,7 +77,7 @@ class _Batches(Dataset):
     (N, S, S, 3) uint8 and their indices (N,).
     """
 
-    def __init__(self, source: DecodingSource, need: Need):
+    def __init__(self, source: ImageSource, need: Need):
         self.source, self._need = source, need
         # Where images are decoded to: the system would clear fresh memory for each first.
         largest = 3 * int(source.sizes.astype(np.int64).prod(1).max())
@@ -174,7 +160,7 @@ class TorchvisionExecutor:
     """
 
     def __init__(
-        self, source: DecodingSource, device: torch.device, dtype: torch.dtype, workers: int, need: Need | None = None
+        self, source: ImageSource, device: torch.device, dtype: torch.dtype, workers: int, need: Need | None = None
     ):
         self._source, self._device, self._dtype = source, device, dtype
         self._need = need or Need()
@@ -265,7 +251,7 @@ class TorchvisionGpuExecutor:
         workers: threads that read; 0 is one.
     """
 
-    def __init__(self, source: DecodingSource, device: torch.device, dtype: torch.dtype, workers: int):
+    def __init__(self, source: ImageSource, device: torch.device, dtype: torch.dtype, workers: int):
         self._source, self._device, self._dtype = source, device, dtype
         self._threads = max(1, workers)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
