@@ -87,10 +87,12 @@ def open_splits(data: Path) -> dict[str, Source]:
         raise DataError(f"no folder {data}: name one that holds train and val, or a .beton file")
     found: dict[str, Source] = {}
     for split in SPLITS:
-        source = open_betons(data, split) or (FolderSource(data / split) if (data / split).is_dir() else None)
+        source = open_betons(data, split)
+        if source is None and (data / split).is_dir():
+            source = FolderSource(data / split, keep_bad=True)
         if source is not None:
             found[split] = source
-    return found or {data.name: FolderSource(data)}
+    return found or {data.name: FolderSource(data, keep_bad=True)}
 
 
 def layout(data: NDArray[np.uint8]) -> str:
@@ -137,7 +139,7 @@ def look_at_all(source: Source, split: str, workers: int) -> Iterator[tuple[int,
 def check(source: Source, split: str, workers: int) -> Report:
     """Read all images of a split."""
     counts = np.bincount(source.labels, minlength=len(source.classes)).tolist()
-    report = Report(split, source.classes, counts, source.sizes, source.note)
+    report = Report(split, source.classes, counts, source.sizes[source.sizes.all(1)], source.note)
     sums, squares, pixels = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
     for index, seen in look_at_all(source, split, workers):
         if isinstance(seen, str):
@@ -172,14 +174,14 @@ def shared(reports: list[Report], sources: dict[str, Source]) -> list[list[str]]
 def summary(report: Report) -> str:
     """A split in a few lines."""
     counts, areas = report.images_of_class, report.sizes.astype(np.int64).prod(1)
-    by_area = report.sizes[np.argsort(areas, kind="stable")]
-    smallest, median, largest = (f"{width}×{height}" for height, width in by_area[[0, len(by_area) // 2, -1]].tolist())
+    by_area = [f"{width}×{height}" for height, width in report.sizes[np.argsort(areas, kind="stable")].tolist()]
+    sizes = f"{by_area[0]} to {by_area[-1]}, median {by_area[len(by_area) // 2]}" if by_area else "none"
     layouts = ", ".join(f"{count:,} {kind}" for kind, count in report.layouts.most_common())
     rarest = min(range(len(counts)), key=counts.__getitem__)
     lines = [
         f"{report.split}: {sum(counts):,} images of {len(counts):,} classes, {report.bytes / 2**30:.2f} GiB",
         f"  a class: {min(counts):,} to {max(counts):,} images, fewest in {report.classes[rarest]}",
-        f"  width × height: {smallest} to {largest}, median {median}",
+        f"  width × height: {sizes}",
         f"  stored as: {layouts}",
     ]
     if report.mean:
@@ -228,11 +230,12 @@ def thumbnails(sources: dict[str, Source], reports: list[Report], per_class: int
 
 
 def as_json(report: Report) -> dict[str, Any]:
+    sizes = report.sizes
     return {
         "images": sum(report.images_of_class),
         "bytes": report.bytes,
         "images_of_class": dict(zip(report.classes, report.images_of_class, strict=True)),
-        "heights_widths": {"least": report.sizes.min(0).tolist(), "most": report.sizes.max(0).tolist()},
+        "heights_widths": {"least": sizes.min(0).tolist(), "most": sizes.max(0).tolist()} if len(sizes) else None,
         "mean": report.mean,
         "std": report.std,
         "layouts": report.layouts,

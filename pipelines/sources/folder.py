@@ -35,7 +35,9 @@ class FolderSource:
 
     Args:
         root: the folder of the class folders, e.g. `imagenet/train`.
-        strict: files in it that are no images are an error.
+        strict: files in it that are no images by their names are an error.
+        keep_bad: files whose headers are no images' stay, with a size of 0 × 0; `examine` says why. Else they are an
+            error.
 
     Attributes:
         classes: the class folders' names, sorted; the label is the position in this list.
@@ -50,7 +52,7 @@ class FolderSource:
 
     has_names = True
 
-    def __init__(self, root: str | Path, strict: bool = False):
+    def __init__(self, root: str | Path, strict: bool = False, keep_bad: bool = False):
         self.root = Path(root)
         has_native()  # compiled here, once, not by each worker
         listing = list_images(self.root)
@@ -61,7 +63,7 @@ class FolderSource:
         # One array of bytes instead of a list of strings: forked workers share it without copying.
         self._names = np.array([os.fsencode(name) for name in listing.names])
         self._fingerprint = hashlib.sha256(f"{INDEX_VERSION}{listing.fingerprint}".encode()).hexdigest()
-        headers = _cached_headers(self.root, listing.names, self._fingerprint)
+        headers = _cached_headers(self.root, listing.names, self._fingerprint, keep_bad)
         self.sizes, self.plain = np.ascontiguousarray(headers["size"]), np.ascontiguousarray(headers["plain"])
 
     def __len__(self) -> int:
@@ -153,7 +155,7 @@ def _index_path(root: Path) -> Path:
     return cache_folder() / f"{_cache_name(root)}.npz"
 
 
-def _cached_headers(root: Path, names: list[str], fingerprint: str) -> NDArray:
+def _cached_headers(root: Path, names: list[str], fingerprint: str, keep_bad: bool) -> NDArray:
     """The headers (N,) of dtype `HEADER`: from the index where it fits the listing, else from the files, then kept."""
     index = _index_path(root)
     try:
@@ -163,7 +165,13 @@ def _cached_headers(root: Path, names: list[str], fingerprint: str) -> NDArray:
                 return headers
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         pass  # no index, or one that another version wrote: made anew below
-    headers = _read_headers(root, names)
+    headers, bad = _read_headers(root, names)
+    if bad and not keep_bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        count = "1 file is no image" if len(bad) == 1 else f"{len(bad)} files are no images"
+        raise DataError(f"{count}; mend, replace or remove what is listed: {', '.join(bad[:5])}{more}")
+    if bad:
+        return headers
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
         temporary = index.with_suffix(f".{os.getpid()}.tmp")
@@ -178,7 +186,8 @@ def _cached_headers(root: Path, names: list[str], fingerprint: str) -> NDArray:
     return headers
 
 
-def _read_headers(root: Path, names: list[str]) -> NDArray:
+def _read_headers(root: Path, names: list[str]) -> tuple[NDArray, list[str]]:
+    """The headers (N,) of dtype `HEADER`, 0 × 0 where there is none; and which files these are, and why."""
     if len(names) > 100_000:
         print(f"reading the sizes of {len(names):,} images in {root} (once)", file=sys.stderr)
 
@@ -198,8 +207,4 @@ def _read_headers(root: Path, names: list[str]) -> NDArray:
     with Threads(HEADER_THREADS) as threads:
         found = [header for part in threads.map(read_many, parts) for header in part]
     bad = [header for header in found if isinstance(header, str)]
-    if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        count = "1 file is no image" if len(bad) == 1 else f"{len(bad)} files are no images"
-        raise DataError(f"{count}; mend, replace or remove what is listed: {', '.join(bad[:5])}{more}")
-    return np.array(found, HEADER)
+    return np.array([((0, 0), False) if isinstance(header, str) else header for header in found], HEADER), bad

@@ -91,6 +91,19 @@ def test_what_is_damaged_odd_twice_or_left_out_is_named(data, run):
     assert "notes.txt" in text and "leak.JPEG" in text
 
 
+def test_files_that_are_no_images_are_named_among_the_damaged(data, run):
+    bad = [data / "train" / f"class {number}" / "bad.JPEG" for number in range(3)]
+    for file, content in zip(bad, (b"", b"<html>", b"\xff\xd8\xff\xe0"), strict=True):
+        file.write_bytes(content)
+    for file in (data / "val").rglob("*.JPEG"):
+        file.write_bytes(b"nothing left")
+    code, text, found = run(data)
+    assert code == 1 and found["splits"]["train"]["layouts"] == {"JPEG, 4:2:0": 12}
+    assert [image["name"] for image in found["splits"]["train"]["damaged"]] == [str(file) for file in bad]
+    assert len(found["splits"]["val"]["damaged"]) == 12 and "width × height: none" in text
+    assert "not an image that Pillow knows" in text and "the file is empty" in text
+
+
 def test_classes_that_differ_are_wrong(data, run):
     picture(data / "val" / "class 3" / "a.JPEG", 60)
     code, text, found = run(data)
