@@ -71,6 +71,7 @@ class Huffman {
 
    private:
     static const int BITS = 11;             // that are looked up at once
+    static const int SKIPPED = 13;          // the same, where codes are passed over
     static const int END = 127;             // a run that leads out of the block, and farther than two others do
     static const size_t PADDING = 1 << 13;  // a unit has at most 10 blocks of 64 codes of 31 bits
 
@@ -83,7 +84,7 @@ class Huffman {
     struct Table {
         Code codes[1 << BITS];        // by the next bits, where they hold code and value
         uint16_t symbols[1 << BITS];  // length << 8 | symbol, where they hold the code; 0 where it is longer
-        uint16_t moves[1 << BITS];  // moves in the block << 8 | bits, of one code and value, or two where they hold both
+        uint16_t moves[1 << SKIPPED];  // moves in the block << 8 | bits, of one code and value, or two where they hold both
         int first[17], start[17];     // by length: the first code and its number
         bool is_dc;
         JHUFF_TBL table = {};
@@ -106,11 +107,13 @@ class Huffman {
                 const Code code = make(symbols[i], i << (64 - BITS));
                 codes[i] = code.bits <= BITS ? code : Code{0, 0, 0};
             }
-            for (uint64_t i = 0; i < 1 << BITS; i++) {
-                const Code one = codes[i], two = codes[(i << one.bits) & ((1 << BITS) - 1)];
-                const bool both = one.bits && one.run != END && two.bits && one.bits + two.bits <= BITS;
-                moves[i] = one.bits ? (one.run + 1) << 8 | one.bits : 0;
-                if (both) moves[i] += (two.run + 1) << 8 | two.bits;
+            for (uint64_t i = 0; !is_dc && i < 1 << SKIPPED; i++) {
+                Code one = codes[i >> (SKIPPED - BITS)];
+                if (!one.bits) one = find(i << (64 - SKIPPED));
+                const Code two = codes[((i << one.bits) & ((1 << SKIPPED) - 1)) >> (SKIPPED - BITS)];
+                const bool both = one.run != END && two.bits && one.bits + two.bits <= SKIPPED;
+                moves[i] = one.bits && one.bits <= SKIPPED ? (one.run + 1) << 8 | one.bits : 0;
+                if (moves[i] && both) moves[i] += (two.run + 1) << 8 | two.bits;
             }
         }
 
@@ -139,17 +142,20 @@ class Huffman {
         uint64_t bits;  // `valid` of them, at the top, are read
         int valid;
 
-        void refill() {
-            if (valid >= 32) return;
+        void refill(int needed) {
+            if (valid >= needed) return;
             bits |= __builtin_bswap64(load64(next)) >> valid;
             next += (63 - valid) >> 3, valid |= 56;
         }
         void take(int count) { bits <<= count, valid -= count; }
 
         Code read(const Table &table) {
-            refill();
+            refill(BITS);
             Code code = table.codes[bits >> (64 - BITS)];
-            if (__builtin_expect(!code.bits, 0)) code = table.find(bits);
+            if (__builtin_expect(!code.bits, 0)) {
+                refill(31);  // the longest code, and its value
+                code = table.find(bits);
+            }
             take(code.bits);
             return code;
         }
@@ -167,8 +173,8 @@ class Huffman {
         // The same, two codes at a time.
         bool skip_block(const Table &table) {
             for (int place = 1; place < 64;) {
-                refill();
-                const int moves = table.moves[bits >> (64 - BITS)], to = place + (moves >> 8);
+                refill(SKIPPED);
+                const int moves = table.moves[bits >> (64 - SKIPPED)], to = place + (moves >> 8);
                 if (moves && (to <= 64 || (to > END && to <= END + 64))) {
                     place = to;
                     take(moves & 255);
