@@ -4,7 +4,7 @@
     python -m tools.check_dataset DATA --html page.html         and a page of thumbnails
     python -m tools.check_dataset DATA --json-file report.json  and everything that was found, for programs
 
-The exit code is 1 where an image is damaged, or train and val differ in their classes.
+The exit code is 1 where an image is damaged, train or val is missing, or they differ in their classes.
 """
 
 import io
@@ -97,7 +97,11 @@ def open_splits(data: Path) -> dict[str, Source]:
 
 def layout(data: NDArray[np.uint8]) -> str:
     """How a JPEG is stored: sampling of its chroma, and whether it is progressive."""
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except OSError:
+        return "JPEG, a header that Pillow does not know"  # libjpeg does
+    with image:
         kind = ", progressive" if "progressive" in image.info else ""
         if image.mode == "L":
             return f"JPEG, grey{kind}"
@@ -267,12 +271,18 @@ def main(
         for option, value in (("--workers", workers), ("--per-class", per_class)):
             if value is not None and value < 1:
                 raise DataError(f"{option} {value}: it must be at least 1")
+        for file in filter(None, (html, json_file)):
+            if not file.absolute().parent.is_dir():
+                raise DataError(f"no folder {file.absolute().parent} for {file.name}: make it first")
         sources = open_splits(data)
         reports = [check(source, split, workers) for split, source in sources.items()]
         both = shared(reports, sources)
         classes = [set(report.classes) for report in reports]
         differing = sorted(set.union(*classes) - set.intersection(*classes))
         lines = [summary(report) for report in reports]
+        is_half = len(reports) == 1 and data.is_dir() and reports[0].split != data.name
+        if is_half:
+            lines.append(f"there is no {'val' if reports[0].split == 'train' else 'train'}: a training needs both")
         for title, found in findings(reports, both, differing):
             more = [f"and {len(found) - SHOWN:,} more"] if len(found) > SHOWN else []
             lines.append("\n  ".join([f"{title}: {len(found):,}", *found[:SHOWN], *more]))
@@ -289,7 +299,7 @@ def main(
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("error: stopped")
-    if differing or any(report.damaged for report in reports):
+    if differing or is_half or any(report.damaged for report in reports):
         sys.exit(1)
     print("nothing wrong was found")
 

@@ -66,7 +66,7 @@ def examine(data: NDArray[np.uint8], with_pixels: bool = True, memory: NDArray[n
     """
     if not len(data):
         raise BadImage("the file is empty")
-    if data[:2].tobytes() != b"\xff\xd8" or not has_native():
+    if not _is_jpeg(data):
         return _examine_by_pillow(data)
     try:
         height, width = native.jpeg_size(data)
@@ -100,9 +100,20 @@ def read_header(path: str) -> Header:
     Raises:
         BadImage: it is no image, or too large. OSError: the file can't be read.
     """
-    with open(path, "rb") as file, _open_by_pillow(file) as image:
-        is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-        return Header(image.height, image.width, is_jpeg and not _holds_rgb(image))
+    try:
+        with open(path, "rb") as file, _open_by_pillow(file) as image:
+            is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+            return Header(image.height, image.width, is_jpeg and not _holds_rgb(image))
+    except BadImage as error:
+        data = np.fromfile(path, np.uint8)
+        if not _is_jpeg(data):
+            raise
+        try:  # a JPEG with an odd header may be one to libjpeg, as it is to the converter
+            height, width = native.jpeg_size(data)
+        except native.DecodeError:
+            raise error from None
+        _check_size(height, width)
+        return Header(height, width, plain=False)
 
 
 def _holds_rgb(image: Image.Image) -> bool:
@@ -112,6 +123,11 @@ def _holds_rgb(image: Image.Image) -> bool:
     if "adobe_transform" in image.info:
         return image.info["adobe_transform"] == 0
     return bytes(layer[0] for layer in image.layer) == b"RGB"
+
+
+def _is_jpeg(data: NDArray[np.uint8]) -> bool:
+    """Whether libjpeg is to judge it."""
+    return data[:2].tobytes() == b"\xff\xd8" and has_native()
 
 
 @lru_cache

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -102,6 +103,27 @@ def test_files_that_are_no_images_are_named_among_the_damaged(data, run):
     assert [image["name"] for image in found["splits"]["train"]["damaged"]] == [str(file) for file in bad]
     assert len(found["splits"]["val"]["damaged"]) == 12 and "width × height: none" in text
     assert "not an image that Pillow knows" in text and "the file is empty" in text
+
+
+def test_a_jpeg_whose_header_pillow_does_not_know_is_an_image_on_every_path(data, run, tmp_path):
+    file = data / "train" / "class 0" / "0.JPEG"
+    whole = file.read_bytes()
+    odd = whole[:2] + b"\xff\xe0\0\6JFIF" + whole[2:]
+    file.write_bytes(odd)
+    with pytest.raises(OSError):
+        Image.open(io.BytesIO(odd))
+    for path in (data, converted(data, tmp_path / "out")):
+        code, _, found = run(path)
+        layouts = {"JPEG, 4:2:0": 11, "JPEG, a header that Pillow does not know": 1}
+        assert code == 0 and found["splits"]["train"]["layouts"] == layouts
+
+
+def test_a_split_that_is_missing_and_a_folder_that_is_missing_are_said(data, run, tmp_path):
+    with pytest.raises(SystemExit, match="error: no folder .*nowhere for page.html: make it first"):
+        main(data, html=tmp_path / "nowhere" / "page.html")
+    shutil.rmtree(data / "val")
+    code, text, _ = run(data)
+    assert code == 1 and "there is no val: a training needs both" in text and "nothing wrong" not in text
 
 
 def test_classes_that_differ_are_wrong(data, run):
