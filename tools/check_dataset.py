@@ -114,8 +114,8 @@ def layout(data: NDArray[np.uint8]) -> str:
 def look(source: Source, index: int) -> Seen | str:
     """Image `index`, or what is wrong with it."""
     try:
-        seen = source.examine(index)
         stored = source.read(index)
+        seen = source.examine_stored(index, stored)
     except DataError as error:
         return str(error)
     kind = seen.odd or layout(stored)

@@ -129,7 +129,7 @@ class BetonSource:
         """
         stored = self.read(index)
         if self.checksums is None and not self.is_raw[index] and index not in self._checked:
-            self._examine(index, stored, with_pixels=False)
+            self.examine_stored(index, stored, with_pixels=False)
             self._checked.add(index)
         return stored
 
@@ -146,11 +146,12 @@ class BetonSource:
         Raises:
             DataError: its bytes have changed, or it does not decode.
         """
-        return self._examine(index, self.read(index), with_pixels, memory)
+        return self.examine_stored(index, self.read(index), with_pixels, memory)
 
-    def _examine(
-        self, index: int, stored: NDArray[np.uint8], with_pixels: bool, memory: NDArray[np.uint8] | None = None
+    def examine_stored(
+        self, index: int, stored: NDArray[np.uint8], with_pixels: bool = True, memory: NDArray[np.uint8] | None = None
     ) -> Examined:
+        """As `examine`, of the bytes `stored` (N,) that `read` has given."""
         height, width = self.sizes[index].tolist()
         if self.is_raw[index]:
             return Examined(height, width, stored.reshape(height, width, 3), "pixels")

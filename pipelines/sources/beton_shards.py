@@ -135,6 +135,11 @@ class BetonShards:
         shard, inner = self._find(index)
         return shard.examine(inner, with_pixels, memory)
 
+    def examine_stored(self, index: int, stored: NDArray[np.uint8]) -> Examined:
+        """See `BetonSource.examine_stored`."""
+        shard, inner = self._find(index)
+        return shard.examine_stored(inner, stored)
+
     def decode(self, index: int, memory: NDArray[np.uint8] | None = None) -> Tensor:
         """See `BetonSource.decode`."""
         shard, inner = self._find(index)

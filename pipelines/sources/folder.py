@@ -100,7 +100,7 @@ class FolderSource:
         """
         data = self.read(index)
         if index not in self._checked:
-            self._examine(index, data, with_pixels=False)
+            self.examine_stored(index, data, with_pixels=False)
             self._checked.add(index)
         return data
 
@@ -121,11 +121,12 @@ class FolderSource:
         Raises:
             DataError: the file is gone, does not decode, or is not of the size in the index.
         """
-        return self._examine(index, self.read(index), with_pixels, memory)
+        return self.examine_stored(index, self.read(index), with_pixels, memory)
 
-    def _examine(
-        self, index: int, data: NDArray[np.uint8], with_pixels: bool, memory: NDArray[np.uint8] | None = None
+    def examine_stored(
+        self, index: int, data: NDArray[np.uint8], with_pixels: bool = True, memory: NDArray[np.uint8] | None = None
     ) -> Examined:
+        """As `examine`, of the bytes `data` (N,) that `read` has given."""
         try:
             seen = examine(data, with_pixels, memory)
         except BadImage as error:

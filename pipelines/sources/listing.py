@@ -53,6 +53,13 @@ class LeftOut:
         self.first = self.first or path
         self.kinds[os.path.splitext(path)[1] or "no extension"] += 1
 
+    def take_images(self, files: list[str]) -> list[str]:
+        """Those of the files that should be images; the others are left out."""
+        for file in files:
+            if not is_image(file):
+                self.add(file)
+        return [file for file in files if is_image(file)]
+
     def refuse(self, root: Path) -> None:
         """Raises:
         DataError: something was left out.
@@ -223,12 +230,7 @@ class _Walk:
     def images(self, folder: str, depth: int = 0) -> list[str]:
         """The images in `folder` and below it."""
         folders, files = self.entries(folder)
-        found = []
-        for file in files:
-            if is_image(file):
-                found.append(file)
-            else:
-                self.left_out.add(file)
+        found = self.left_out.take_images(files)
         if depth:
             self.left_out.deeper += len(found)
             self.left_out.first_deeper = self.left_out.first_deeper or next(iter(found), "")

@@ -213,7 +213,7 @@ def test_damage_in_a_class_folder_is_what_it_is_to_the_converter(tmp_path, execu
 
 
 @pytest.mark.parametrize("executor", ["torchvision by batches", "dali"])
-def test_that_an_image_is_sound_is_found_out_once_and_kept(tmp_path, executor, monkeypatch):
+def test_that_an_image_is_sound_is_found_out_once_and_kept(tmp_path, executor):
     source = folder_of(tmp_path, {"a.JPEG": WHOLE})
     runner = executor_of(executor, source)
     pixels(runner, 0, 200, 200)

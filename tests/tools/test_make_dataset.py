@@ -346,18 +346,11 @@ def test_a_file_that_cannot_grow_is_one_line(folder, tmp_path, limit, verbatim):
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_a_full_disk_is_one_line(folder, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("may not mount a small disk")
-    try:
-        with pytest.raises(DataError, match="cannot write .*No space left on device.*: make room there") as caught:
-            make_dataset(folder, disk / "out", Options(), "error", 2)
-        assert "\n" not in str(caught.value) and os.listdir(disk / "out") == []
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_disk_is_one_line(folder, small_disk):
+    disk = small_disk("64k")
+    with pytest.raises(DataError, match="cannot write .*No space left on device.*: make room there") as caught:
+        make_dataset(folder, disk / "out", Options(), "error", 2)
+    assert "\n" not in str(caught.value) and os.listdir(disk / "out") == []
 
 
 def test_the_command_in_a_process_of_its_own(folder, tmp_path):

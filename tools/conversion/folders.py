@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.sources.errors import DataError
 from pipelines.sources.images import EXTENSIONS
-from pipelines.sources.listing import LeftOut, Listing, class_name, is_image, list_folder, list_images
+from pipelines.sources.listing import LeftOut, Listing, class_name, list_folder, list_images
 from tools.conversion.source import SPLITS, Source, Split, check_classes, check_parts, tasks_of
 
 
@@ -60,10 +60,7 @@ def _list_kaggle_val(path: Path, folder: Path) -> Listing:
         raise DataError(f"no file {table}: it names the classes of {folder}; Kaggle has it beside ILSVRC")
     wnids = _read_solution(table)
     left_out = LeftOut()
-    for file in files:
-        if not is_image(file):
-            left_out.add(file)
-    files = [file for file in files if is_image(file)]
+    files = left_out.take_images(files)
     unknown = next((file for file in files if Path(file).stem not in wnids), None)
     if unknown:
         raise DataError(f"{table} has no class for {folder / unknown}: download it again, or remove the image")
