@@ -10,13 +10,13 @@ import os
 import sys
 from dataclasses import asdict
 
-from build_run import errors_in_one_line, find_setting, open_trainer
-from dcd.engine import checkpoint
-from dcd.engine.config import parse_config
-from dcd.engine.recipes import RECIPES
-from dcd.engine.run_log import resolve, write_json
-from dcd.engine.run_profile import RunProfile
-from dcd.engine.trainer import Trainer
+from training import checkpoint
+from training.build import errors_in_one_line, find_setting, open_trainer
+from training.config import parse_config
+from training.profile.run_profile import RunProfile
+from training.recipes import RECIPES
+from training.run_log import resolve, write_json
+from training.trainer import Trainer
 
 PREEMPTED = os.EX_TEMPFAIL  # 75: the exit code of a run that a signal has stopped, with a checkpoint
 

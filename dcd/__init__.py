@@ -4,7 +4,7 @@
     dcd.load_checkpoint(model, "resnet50_dcd.pth.tar")
     model = dcd.deploy.fold(model)  # for inference
 
-Importing this package needs torch and nothing else; `dcd.engine` (the training loop) is imported on its own.
+Importing this package needs torch and nothing else.
 """
 
 from dcd import deploy

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcd.engine.optim import autocast_dtype
+from training.optim import autocast_dtype
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # is read when triton is imported
@@ -65,7 +65,7 @@ def exact_float32():
 def main(capsys, exact_float32):
     """What `train_dist.py` prints, run in this process; the last line is the error where it ends with one."""
     import train_dist
-    from build_run import errors_in_one_line
+    from training.build import errors_in_one_line
 
     def call(*args) -> str:
         try:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STDLIB = set(sys.stdlib_module_names)
-OURS = {"dcd", "pipelines", "tools", "build_run", "train_dist", "tests"}
+OURS = {"dcd", "pipelines", "training", "train_dist", "tools", "benchmarks", "tests"}
 OPTIONAL = {"nvidia", "ffcv", "triton", "apex", "onnx", "onnxruntime"}  # imported where they are used
 # are made of Triton, so they are imported like it
 KERNELS = ("dcd.ops.triton_combine", "dcd.ops.triton_matrices", "dcd.ops.triton_project")
@@ -79,10 +79,10 @@ def broken(package, allowed):
 
 def test_the_reader_of_imports_finds_every_way_to_import():
     source = """
-import dcd.engine.config as c, numpy
+import dcd.registry as r, numpy
 from dcd import models
 from dcd.registry import create_model
-from . import optim
+from . import mobilenet_v2
 from .. import layers
 from ..layers.dcd_linear import DCDLinear
 if TYPE_CHECKING:
@@ -98,13 +98,13 @@ def f():
     async def g():
         import triton
 """
-    names = [(name, at_once) for name, _, at_once in imports(source, "dcd.engine.trainer")]
+    names = [(name, at_once) for name, _, at_once in imports(source, "dcd.models.resnet")]
     assert names == [
-        ("dcd.engine.config", True),
+        ("dcd.registry", True),
         ("numpy", True),
         ("dcd.models", True),
         ("dcd.registry", True),
-        ("dcd.engine.optim", True),
+        ("dcd.models.mobilenet_v2", True),
         ("dcd.layers", True),
         ("dcd.layers.dcd_linear", True),
         ("onnx", False),
@@ -117,7 +117,7 @@ def f():
 
 def test_every_room_is_read():
     read = {module_name(path) for path in FILES}
-    assert {"train_dist", "dcd", "dcd.ops.reference", "dcd.engine.trainer", "pipelines.plan"} <= read
+    assert {"train_dist", "dcd", "dcd.ops.reference", "training.trainer", "pipelines.plan"} <= read
 
 
 def stdlib_or_below(name, *packages):
@@ -137,30 +137,30 @@ def test_ops_layers_models_and_registry_import_only_what_is_below_them(package, 
     assert broken(package, lambda name: stdlib_or_below(name, *allowed)) == []
 
 
-def test_the_engine_imports_no_models_no_layers_and_no_backend():
-    others = ("dcd.models", "dcd.layers", "pipelines", "torchvision", *OPTIONAL)
-    # nor `dcd` itself, which holds the models' constructors
-    assert broken("dcd.engine", lambda name: name != "dcd" and not below(name, *others)) == []
+# Of our own rooms, which one each may import. On top stand train_dist.py, the programs and the tests.
+ROOMS_BELOW = {
+    "dcd": {"dcd"},
+    "pipelines": {"pipelines"},
+    "training": {"training", "dcd", "pipelines"},
+    "train_dist": {"train_dist", "training"},
+    "tools": {"tools", "training", "dcd", "pipelines"},
+    "benchmarks": {"benchmarks", "tools", "training", "dcd", "pipelines"},
+    "tests": OURS,
+}
 
 
-def test_pipelines_never_import_dcd_and_dcd_never_imports_pipelines():
-    assert broken("pipelines", lambda name: not below(name, "dcd")) == []
-    assert broken("dcd", lambda name: not below(name, "pipelines")) == []
+@pytest.mark.parametrize("room, allowed", ROOMS_BELOW.items())
+def test_no_room_imports_one_that_stands_on_it(room, allowed):
+    assert broken(room, lambda name: name.split(".")[0] not in OURS - allowed) == []
 
 
-def test_only_build_run_tools_and_tests_join_the_two():
+def test_in_training_only_build_and_config_join_models_and_data():
     for path, found in FILES.items():
-        if path.relative_to(ROOT).parts[0] in ("build_run.py", "tools", "tests"):
-            continue
-        assert not {"dcd", "pipelines"} <= {name.split(".")[0] for name, _, _ in found}, path
-
-
-def test_nothing_imports_train_dist_or_tools_or_tests():
-    for path, found in FILES.items():
-        room = path.relative_to(ROOT).parts[0]
-        for name, line, _ in found:
-            assert room == "tests" or not below(name, "train_dist", "tests"), f"{path}:{line}"
-            assert room in ("tests", "tools") or not below(name, "tools"), f"{path}:{line}"
+        module = module_name(path)
+        if below(module, "training") and module not in ("training.build", "training.config"):
+            assert not {"dcd", "pipelines"} <= {name.split(".")[0] for name, _, _ in found}, path
+            handed_in = ("dcd.models", "dcd.layers", "pipelines", "torchvision", *OPTIONAL)
+            assert not [name for name, _, _ in found if below(name, *handed_in)], path
 
 
 def test_optional_packages_are_imported_on_use_only():
@@ -179,7 +179,7 @@ def test_no_file_of_ours_shadows_a_module_that_we_import():
 
 
 def test_importing_dcd_needs_torch_and_nothing_else():
-    unwanted = ["torchvision", "tyro", "PIL", "tensorboard", "tqdm", "sklearn", "triton", "pipelines", "dcd.engine"]
+    unwanted = ["torchvision", "tyro", "PIL", "tensorboard", "tqdm", "sklearn", "triton", "pipelines", "training"]
     script = f"""
 import sys
 import torch
@@ -224,7 +224,7 @@ def test_circles_are_found():
     assert circles({"a": ["b", "c"], "b": ["c"], "c": []}) == []
 
 
-@pytest.mark.parametrize("room", ["pipelines", "tools", "dcd"])
+@pytest.mark.parametrize("room", sorted(OURS))
 def test_no_modules_import_each_other(room):
     """Imports inside functions are counted, too."""
     names = {module_name(path): found for path, found in FILES.items() if below(module_name(path), room)}

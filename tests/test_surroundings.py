@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import tyro
 
-from dcd.engine.command_line import parse
-from dcd.engine.config import ConfigError, parse_config
-from dcd.engine.recipes import RECIPES
 from pipelines.cache import _usable, cache_folder
 from tests.test_train_dist import SMALL, command, error_lines, tiny  # noqa: F401 (a fixture)
 from tools.profile_throughput import ThroughputConfig
+from training.command_line import parse
+from training.config import ConfigError, parse_config
+from training.recipes import RECIPES
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

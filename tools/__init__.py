@@ -1,5 +1,5 @@
 """Command-line programs: `python -m tools.NAME --help`."""
 
-from dcd.engine.command_line import name_the_user
+from training.command_line import name_the_user
 
 name_the_user()  # before a tool imports torchvision

@@ -23,12 +23,12 @@ import torch
 import tyro
 from torchvision.datasets import ImageFolder
 
-from dcd.engine.command_line import parse
-from dcd.engine.run_log import device_name
 from pipelines.sources.errors import DataError
 from tools.conversion.images import Options
 from tools.conversion.inputs import open_source
 from tools.conversion.writer import load_ffcv, write_split
+from training.command_line import parse
+from training.run_log import device_name
 
 
 def ours(src: Path, out: Path, workers: int, options: Options) -> int:

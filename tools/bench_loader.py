@@ -33,8 +33,6 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from dcd.engine.command_line import parse
-from dcd.engine.run_log import device_name
 from pipelines import native
 from pipelines.batch import MEAN, STD
 from pipelines.build import build_loader
@@ -43,6 +41,8 @@ from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from tools.conversion.images import Options
 from tools.make_dataset import make_dataset
+from training.command_line import parse
+from training.run_log import device_name
 
 RAW_SIDE = 256  # longest side in pixels of the images that are stored as pixels
 

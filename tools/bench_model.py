@@ -20,11 +20,11 @@ import torch
 from tqdm import tqdm
 
 import dcd
-from dcd.engine.command_line import parse
-from dcd.engine.cpu_memory import keep_freed_memory
-from dcd.engine.optim import autocast_dtype
-from dcd.engine.run_log import device_name
 from tools.profiling.steps import inference_step, seconds_in_turns, train_step
+from training.command_line import parse
+from training.cpu_memory import keep_freed_memory
+from training.optim import autocast_dtype
+from training.run_log import device_name
 
 # small networks first
 STATIC = [name.removesuffix("_dcd") for name in sorted(dcd.list_models(), key=len) if name.endswith("_dcd")]

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from dcd.engine.command_line import parse
 from pipelines import native
 from pipelines.batch import MEAN, STD
 from pipelines.sources.beton import BetonSource
@@ -32,6 +31,7 @@ from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
 from pipelines.threads import Threads
 from tools.thumbnails import Row, write_page
+from training.command_line import parse
 
 SPLITS = ("train", "val")
 CHUNK = 32  # images for each thread between two moves of the progress bar

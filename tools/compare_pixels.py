@@ -22,7 +22,6 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from dcd.engine.command_line import parse
 from pipelines import native
 from pipelines.batch import MEAN, STD
 from pipelines.build import build_loader
@@ -32,6 +31,7 @@ from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
 from tools.conversion.images import Options
 from tools.make_dataset import make_dataset
+from training.command_line import parse
 
 ROWS = (
     ("FFCV, exact", "ffcv", True),

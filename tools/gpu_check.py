@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 
-from dcd.engine.command_line import path
 from tools.gpu.record import Findings, show
+from training.command_line import path
 
 ROOT = Path(__file__).parents[1]
 # Seconds at most; the sections of one line run side by side, and only those take no times.

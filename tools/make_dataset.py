@@ -344,6 +344,6 @@ def main(
 if __name__ == "__main__":
     import tyro  # which the annotations name
 
-    from dcd.engine.command_line import parse
+    from training.command_line import parse
 
     parse(main)

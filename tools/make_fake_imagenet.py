@@ -76,6 +76,6 @@ def main(out: tyro.conf.Positional[Path], train_images: int = 4096, val_images: 
 if __name__ == "__main__":
     import tyro  # which the annotations name
 
-    from dcd.engine.command_line import parse
+    from training.command_line import parse
 
     parse(main)

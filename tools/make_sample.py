@@ -15,7 +15,7 @@ import tyro
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dcd.engine.command_line import parse
+from training.command_line import parse
 
 SIZE = 64
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -22,8 +22,6 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from dcd.engine.command_line import parse
-from dcd.engine.cpu_memory import keep_freed_memory
 from tools.bench_model import STATIC as NETWORKS
 from tools.bench_model import describe_machine
 from tools.profiling.measure import Row, Setting, Subject, measure
@@ -31,6 +29,8 @@ from tools.profiling.parts import PartTime, time_by_part
 from tools.profiling.report import plot_networks, plot_parts, report
 from tools.profiling.shapes import Shape, ShapeError, parse_shape, shapes_of
 from tools.profiling.variants import STATIC, all_variants, create_layer, create_model, has_model
+from training.command_line import parse
+from training.cpu_memory import keep_freed_memory
 
 
 def layer_subject(network: str, shape: Shape, count: int) -> Subject:

@@ -21,17 +21,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from build_run import errors_in_one_line, find_setting, open_trainer, rank_workers
-from dcd.engine.config import Config, ConfigError, parse_config
-from dcd.engine.distributed import Ranks, barrier, sum_over_ranks
-from dcd.engine.optim import autocast_dtype
-from dcd.engine.recipes import RECIPES
-from dcd.engine.run_log import device_name, resolve, write_json
-from dcd.engine.step_timer import NO_TIMER, TRACED_STEPS, StepListener, StepTimer, StepTimes, StepTracer
-from dcd.engine.trainer import Trainer
-from dcd.engine.verdict import Rates, find_bound
 from pipelines.batch import Batch
 from pipelines.loader import Loader
+from training.build import errors_in_one_line, find_setting, open_trainer, rank_workers
+from training.config import Config, ConfigError, parse_config
+from training.distributed import Ranks, barrier, sum_over_ranks
+from training.optim import autocast_dtype
+from training.profile.step_timer import TRACED_STEPS, StepTimer, StepTimes, StepTracer
+from training.profile.verdict import Rates, find_bound
+from training.recipes import RECIPES
+from training.run_log import device_name, resolve, write_json
+from training.step_listener import NO_LISTENER, StepListener
+from training.trainer import Trainer
 
 WARM_UP = 2  # steps before each window
 
@@ -135,7 +136,7 @@ def images_per_sec(
     batches: Iterable[Batch],
     warm_up: int,
     steps: int,
-    timer: StepListener = NO_TIMER,
+    timer: StepListener = NO_LISTENER,
 ) -> float:
     """The rate of all ranks together, each until the slowest is done. `timer` listens to the steps after `warm_up`."""
     iterator, ranks = iter(batches), trainer.ranks
@@ -146,7 +147,7 @@ def images_per_sec(
     consume(window)
     _meet(ranks)
     seconds = time.perf_counter() - start
-    trainer.timer = NO_TIMER
+    trainer.timer = NO_LISTENER
     return sum_over_ranks(torch.tensor(window.images / seconds, dtype=torch.float64, device=ranks.device)).item()
 
 
@@ -164,7 +165,7 @@ def measure(trainer: Trainer, train_feed: Feed, eval_feed: Feed) -> tuple[dict[s
     timer = StepTimer(trainer.ranks, trainer.model)
     modes = {
         "train": (train_feed, partial(train, trainer), timer),
-        "eval": (eval_feed, partial(evaluate, trainer), NO_TIMER),
+        "eval": (eval_feed, partial(evaluate, trainer), NO_LISTENER),
     }
     rates = {mode: {"loader": [], "model": [], "together": []} for mode in modes}
     for _ in tqdm(range(config.windows), desc="turns", disable=not (trainer.ranks.is_first and sys.stderr.isatty())):
@@ -182,10 +183,10 @@ def measure(trainer: Trainer, train_feed: Feed, eval_feed: Feed) -> tuple[dict[s
 
 def write_trace(trainer: Trainer, feed: Feed, path: Path) -> None:
     """The trace of rank 0; the others take part in its steps."""
-    trainer.timer = StepTracer(path, trainer.ranks.device) if trainer.ranks.is_first else NO_TIMER
+    trainer.timer = StepTracer(path, trainer.ranks.device) if trainer.ranks.is_first else NO_LISTENER
     train(trainer, Window(iter(feed), 1 + TRACED_STEPS))
     trainer.timer.close()
-    trainer.timer = NO_TIMER
+    trainer.timer = NO_LISTENER
 
 
 def table(rates: dict[str, Rates]) -> str:

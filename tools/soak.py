@@ -33,10 +33,10 @@ import psutil
 import torch
 import tyro
 
-from dcd.engine.run_log import device_name
 from tools.conversion.images import Options
 from tools.make_dataset import make_dataset
 from tools.make_sample import make_sample
+from training.run_log import device_name
 
 ROOT = Path(__file__).parents[1]
 # A learning rate that stays where it is for as long as the run may take, and too low to diverge

@@ -13,9 +13,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from dcd.engine.command_line import parse
 from tests.fuzz import betons
 from tests.fuzz.inputs import seeds
+from training.command_line import parse
 
 SOURCE = Path(__file__).with_name("native_input.cpp")
 FLAGS = ["-std=c++17", "-O1", "-g", "-pthread"]

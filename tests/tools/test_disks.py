@@ -35,7 +35,7 @@ int fsync(int file) {
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
-from dcd.engine.checkpoint import CheckpointWriter
+from training.checkpoint import CheckpointWriter
 from tools.conversion.images import Options
 from tools.make_dataset import make_dataset
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from dcd.engine.config import ConfigError
-from dcd.engine.step_timer import PHASES
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from pipelines.sources.errors import DataError
 from tests.pipelines.conftest import converted, indices_of
 from tools.profile_throughput import Feed, Window, main
+from training.config import ConfigError
+from training.profile.step_timer import PHASES
 
 ROOT = Path(__file__).parents[2]
 MODEL = "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16"

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import features
 
-from dcd.engine.folder_sync import sync_folder
 from pipelines import native
 from pipelines.sources.beton import BetonSource
 from tools.conversion.images import Options
 from tools.conversion.source import Source
 from tools.conversion.writer import Written, sync, writing
+from training.folder_sync import sync_folder
 
 FORMAT = 1
 PARTIAL = ".partial"  # the folder for what is not finished

@@ -17,9 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from build_run import open_trainer
-from dcd.engine.config import Config
-from dcd.engine.step_timer import StepTimer
 from pipelines.batch import MEAN, STD, Batch
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
@@ -31,6 +28,9 @@ from pipelines.torchvision_loader import TorchvisionExecutor
 from tools.gpu.networks import free
 from tools.gpu.record import Record
 from tools.profiling.steps import wait
+from training.build import open_trainer
+from training.config import Config
+from training.profile.step_timer import StepTimer
 
 UNCOUNTED = 6  # batches at the start, some of which were made before the clock starts
 ON_CORES = "torchvision on cores"  # for which `build_loader` would take the GPU's decoder

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from build_run import open_trainer
-from dcd.engine.config import Config
 from tools.gpu.record import Record
 from tools.profile_throughput import Window, train
 from tools.profiling.steps import wait
+from training.build import open_trainer
+from training.config import Config
 
 STEPS = 20
 WARM_UP = 5

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcd.engine.config import Config
-from dcd.engine.optim import build_optimizer
 from dcd.layers import set_path
 from tools.profiling.steps import inference_step, seconds_in_turns
+from training.config import Config
+from training.optim import build_optimizer
 
 MIB = 2**20
 

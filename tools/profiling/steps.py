@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from dcd.engine.config import Config
-from dcd.engine.optim import build_optimizer
+from training.config import Config
+from training.optim import build_optimizer
 
 WARM_UP = 4  # steps of each model before any is timed: on a CPU the first two or three meet page faults
 

@@ -1,0 +1,108 @@
+"""Options: the official flags, the aliases, the recipes, and one line for what is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from dcd import create_model
+from training.config import Config, ConfigError, parse_config
+from training.recipes import RECIPES
+
+RESNET50 = (
+    "-a resnet50_dcd -d /path/to/imagenet/ -b 256 --epochs 120 --lr-decay schedule --lr 0.1 --wd 1e-4 "
+    "-c /path/to/output -j 48 --input-size 224 --label-smoothing 0.1 --dropout 0.1 --mixup 0.2"
+)
+MOBILENETV2 = (
+    "-a mobilenetv2_dcd -d /path/to/imagenet/ --epochs 300 --lr-decay cos --lr 0.1 --wd 2e-5 -c /path/to/output "
+    "--width-mult 1.0 -j 48 --input-size 224 --label-smoothing 0.1 --dropout 0.2 -b 512 --mixup 0.2 --fc-squeeze 16"
+)
+
+
+def parse(line: str) -> Config:
+    return parse_config(line.split(), RECIPES)
+
+
+def test_the_official_resnet50_command():
+    paths = {"data": Path("/path/to/imagenet/"), "checkpoint": Path("/path/to/output")}
+    assert parse(RESNET50) == Config(
+        **paths, arch="resnet50_dcd", batch_size=256, epochs=120, lr_decay="schedule", schedule=(30, 60, 90), gamma=0.1,
+        lr=0.1, wd=1e-4, workers=48, input_size=224, label_smoothing=0.1, dropout=0.1, mixup=0.2, momentum=0.9,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "line"), [("resnet50_dcd", RESNET50), ("mobilenetv2_dcd", MOBILENETV2)])
+def test_recipes_are_the_official_commands(name, line):
+    own = {"recipe", "data", "checkpoint", "workers"}
+    by_recipe, by_flags = parse(f"--recipe {name}").to_dict(), parse(line).to_dict()
+    assert {k: v for k, v in by_recipe.items() if k not in own} == {k: v for k, v in by_flags.items() if k not in own}
+
+
+def test_flags_override_a_recipe():
+    config = parse("--recipe mobilenetv2_dcd --epochs 5 --no-compile -p 7")
+    assert (config.epochs, config.print_freq, config.arch, config.fc_squeeze) == (5, 7, "mobilenetv2_dcd", 16)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_where_it_comes_from(name):
+    import training.recipes as module
+
+    text = getattr(module, name).__doc__
+    assert all(word in text for word in ("Source:", "Result", f"--recipe {name}"))
+    assert parse(f"--recipe={name}") == RECIPES[name]
+
+
+def test_official_options_keep_their_meaning():
+    config = parse("--schedule 10 20 --gamma 0.5 --warmup --momentum 0.8 --seed 3 --resume x.pth --print-freq 100 -e")
+    assert config.schedule == (10, 20) and config.gamma == 0.5 and config.warmup and config.warmup_epochs == 5
+    assert config.momentum == 0.8 and config.seed == 3 and config.resume == Path("x.pth")
+    assert config.print_freq == 100 and config.evaluate
+    assert parse("--learning-rate 0.3 --weight-decay 0.2").to_dict() == parse("--lr 0.3 --wd 0.2").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--foo 3", "Unrecognized options: --foo"),
+        ("--epochs many", "--epochs"),
+        ("--amp int8", r"--amp.*'auto', 'bf16', 'fp16', 'off'"),
+        ("--recipe nothing", "unknown recipe 'nothing': use one of mobilenetv2_dcd, resnet50_dcd"),
+        ("--recipe", "unknown recipe ''"),
+        ("--epochs 0", "--epochs 0: must be at least 1"),
+        ("-b 0", "--batch-size 0: must be at least 1"),
+        ("--lr nan", "--lr nan: must be at least 0"),
+        ("--input-size 16", "--input-size 16: must lie between 32 and 512"),
+        ("--eval-size 1024", "--eval-size 1024: must lie between 32 and 512"),
+        ("--label-smoothing 1.5", "--label-smoothing 1.5"),
+        ("--ema 1.0", "--ema 1.0"),
+        ("--warmup --epochs 5", "--warmup takes 5 epochs"),
+        ("-a resnet18 --width-mult 0.5", "--width-mult has no meaning for resnet18"),
+        ("-a resnet18_se --zero-init-fusion", "--zero-init-fusion has no meaning for resnet18_se: leave it out"),
+        (
+            "--recipe resnet50_dcd_fast -a resnet50",
+            "no meaning for resnet50: .* undo a recipe's by --no-zero-init-fusion",
+        ),
+    ],
+)
+def test_one_line_for_what_is_wrong(line, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        parse(line)
+    assert "\n" not in str(error.value) and "│" not in str(error.value)
+
+
+def test_an_initialisation_reaches_the_model_and_leaves_checkpoints_fitting():
+    official, zero = (parse(f"-a mobilenetv2_dcd --num-classes 3 {flags}") for flags in ("", "--zero-init-fusion"))
+    assert zero.architecture == official.architecture
+    model, model_zero = (create_model(config.arch, 3, **config.model_kwargs) for config in (official, zero))
+    assert model.classifier.bn2.weight.all() and not model_zero.classifier.bn2.weight.any()
+    assert parse("-a resnet18 --zero-init-residual").model_kwargs["zero_init_residual"]
+    assert parse("--recipe resnet50_dcd_fast").zero_init_fusion
+    assert not parse("--recipe resnet50_dcd_fast -a resnet50 --no-zero-init-fusion").zero_init_fusion
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    flags = [name.replace("_", "-") for name in Config().to_dict()]
+    assert [flag for flag in flags if f"--{flag}" not in text] == []

@@ -1,0 +1,175 @@
+"""The checkpoints of a run: each is there as a whole or not at all, and an older one stays beside the newest.
+
+checkpoints/last.pth      the newest; the same state as best.pth where it was the best
+checkpoints/last.1.pth    the one before it, and so on: `--keep` in all
+checkpoints/best.pth      that of the best evaluation
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcd.checkpoint_file import CheckpointError, DamagedCheckpointError, read_file
+from training.config import ConfigError
+from training.folder_sync import sync_folder
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run in a thread of its own: training waits only while the state is copied.
+
+    Args:
+        folder: where they lie. keep: how many of the newest, at least 1.
+        say: is told, in one line, of a checkpoint that cannot be written.
+    """
+
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None]):
+        self._folder, self._keep, self._say = folder, keep, say
+        self._thread: Thread | None = None
+        self.failure: OSError | None = None  # of the newest checkpoint
+
+    def prepare(self) -> None:
+        """Find out whether the folder can be written to, and remove what a killed run has left half-written.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for name in ("last.tmp", "best.tmp"):
+                (self._folder / name).touch()
+                (self._folder / name).unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to {self._folder} ({error.strerror}): use another --checkpoint folder"
+            ) from error
+
+    def save(self, state: dict, is_best: bool) -> None:
+        """Copy the state to the host and write it in the background, when the one before is written.
+
+        Args:
+            is_best: whether it is best.pth as well.
+        """
+        state = _on_host(state)
+        self.wait()
+        self._thread = Thread(target=self._write, args=(state, is_best))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until everything is written, or has failed to be."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+
+    def _write(self, state: dict, is_best: bool) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_file(state, self._folder / "last.tmp")
+            for age in range(self._keep - 1, 0, -1):
+                if (newer := generation(self._folder, age - 1)).exists():
+                    os.replace(newer, generation(self._folder, age))
+            os.replace(self._folder / "last.tmp", generation(self._folder, 0))
+            if is_best:
+                _link(generation(self._folder, 0), self._folder / "best.tmp")
+                os.replace(self._folder / "best.tmp", self._folder / "best.pth")
+            sync_folder(self._folder)
+            self.failure = None
+        except OSError as error:
+            for name in ("last.tmp", "best.tmp"):
+                (self._folder / name).unlink(missing_ok=True)
+            self.failure = error
+            self._say(
+                f"warning: no checkpoint of epoch {state['epoch'] + 1}, step {state['step']} could be written "
+                f"({error}); training goes on, and the one before it is still there"
+            )
+
+
+def generation(folder: Path, age: int) -> Path:
+    """The checkpoint of a run that is `age` older than the newest."""
+    return folder / ("last.pth" if age == 0 else f"last.{age}.pth")
+
+
+def write_file(state: dict, path: Path) -> None:
+    """Write a checkpoint, and wait until the disk has it."""
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _on_host(value: Any) -> Any:
+    """A copy of every tensor in a tree of dictionaries and lists, on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_host(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on_host(item) for item in value]
+    return value
+
+
+def _link(path: Path, other: Path) -> None:
+    """The file under another name, too; a copy where the file system has no links."""
+    other.unlink(missing_ok=True)
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+        with open(other, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def load_newest(folder: Path, architecture: dict, say: Callable[[str], None]) -> tuple[dict, Path] | None:
+    """The newest whole checkpoint of the run in `folder`, and its path; None where the run has none.
+
+    Args:
+        folder: see above. architecture: see `load`. say: is told of each damaged one that is passed over.
+
+    Raises:
+        CheckpointError: all are damaged, or the newest whole one is of another architecture.
+    """
+    ages = sorted(
+        int(path.name.split(".")[1]) for path in folder.glob("last.*.pth") if path.name.split(".")[1].isdigit()
+    )
+    paths = [path for path in (generation(folder, age) for age in [0, *ages]) if path.exists()]
+    for path in paths:
+        try:
+            return load(path, architecture), path
+        except DamagedCheckpointError as error:
+            say(f"warning: {error}; trying the one before it")
+    if paths:
+        raise CheckpointError(f"no checkpoint in {folder} is whole: remove them to begin anew")
+    return None
+
+
+def load(path: Path, architecture: dict) -> dict:
+    """A checkpoint of this trainer, on the CPU.
+
+    Args:
+        architecture: `Config.architecture` of the run that is to go on from it.
+
+    Raises:
+        CheckpointError: missing, damaged, of another program or of another architecture.
+    """
+    state = read_file(path)
+    if "optimizer" not in state or "architecture" not in state:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this trainer: give it to --weight to start from its weights"
+        )
+    found = state["architecture"]
+    if found != architecture:
+        raise CheckpointError(
+            f"{path} holds {_in_words(found)}, this run is {_in_words(architecture)}: "
+            "use the same model and data, or another --checkpoint folder"
+        )
+    return state
+
+
+def _in_words(architecture: dict) -> str:
+    options = ", ".join(f"{name} {value}" for name, value in architecture.items() if name != "arch")
+    return f"{architecture['arch']} ({options})"

@@ -1,0 +1,240 @@
+"""What a run leaves in its output folder, and what it shows on the terminal. Only rank 0 has one that writes.
+
+Files:
+
+    config.json     every option, versions, device, git commit
+    metrics.jsonl   one JSON object a line: {"kind": "train" | "eval" | "eval_ema", "global_step", "epoch", ...}
+    tensorboard/    the same numbers as TensorBoard events
+    checkpoints/    last.pth, best.pth
+    summary.json    the result
+    status.json     {"state": "running" | "finished" | "stopped" | "preempted" | "failed", "time": ...}
+    .lock           held by the process that writes here
+"""
+
+import errno
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from training.config import Config
+from training.distributed import Ranks
+from training.folder_lock import FolderLock
+from training.optim import autocast_dtype
+
+
+class RunLog:
+    """Writes the log of one run.
+
+    Args:
+        folder: the output folder. enabled: False on every rank but the first, where nothing is written.
+    """
+
+    def __init__(self, folder: Path, enabled: bool):
+        self.folder, self.enabled = folder, enabled
+        self._bar: tqdm | None = None
+        self._show_bar = enabled and sys.stderr.isatty()
+        self._lock: FolderLock | None = None
+        self._metrics: io.FileIO | None = None
+        self._events: Any = None
+        self._lost: dict[str, int] = {}  # lines that could not be written to a file
+
+    def claim(self) -> None:
+        """Keep other runs out of the folder.
+
+        Raises:
+            ConfigError: another run is there, or the folder cannot be written to.
+        """
+        if self.enabled and self._lock is None:
+            self._lock = FolderLock(self.folder)
+
+    def set_state(self, state: Literal["running", "finished", "stopped", "preempted", "failed"]) -> None:
+        """Write `status.json`: torchrun ends with 1 whatever its workers have to say, so a script looks there."""
+        if self._lock is not None:
+            content = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            self._try("status.json", lambda: write_json(self.folder / "status.json", content))
+
+    def open(self, resolved: dict, global_step: int) -> None:
+        """Write `config.json`, and go on with the metrics from `global_step`.
+
+        Lines that a stopped run wrote after its last checkpoint are dropped: those steps are done again.
+        """
+        if not self.enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import; the other ranks need not
+
+        self.set_state("running")
+        write_json(self.folder / "config.json", resolved)
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= global_step]
+            _replace(metrics, "".join(f"{line}\n" for line in kept))
+        threading.excepthook = partial(_thread_failed, threading.excepthook)
+        self._metrics = open(metrics, "ab", buffering=0)  # a line that the disk does not take is not kept for later
+        self._events = SummaryWriter(_in_utf8(self.folder / "tensorboard"), purge_step=global_step + 1)
+
+    def write(self, kind: str, global_step: int, **values: float) -> None:
+        """One line in `metrics.jsonl` and the same numbers in TensorBoard, under `kind`."""
+        if self.enabled:
+            line = json.dumps(_finite({"kind": kind, "global_step": global_step, **values}), allow_nan=False) + "\n"
+            self._try("metrics.jsonl", lambda: self._write_line(line))
+            self._try("tensorboard", lambda: self._add_scalars(kind, values, global_step))
+
+    def _write_line(self, line: str) -> None:
+        data = line.encode()
+        if self._lost.get("metrics.jsonl"):
+            data = b"\n" + data  # behind what may be there of the lost one
+        if self._metrics.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _add_scalars(self, kind: str, values: dict[str, float], global_step: int) -> None:
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(f"{kind}/{name}", value, global_step)
+
+    def _try(self, name: str, write: Callable[[], None]) -> None:
+        """A full disk stops no training: what it does not take is counted, and said once and at the end."""
+        try:
+            write()
+        except OSError as error:
+            self._lost[name] = self._lost.get(name, 0) + 1
+            if self._lost[name] == 1:
+                self.say(f"warning: cannot write {self.folder / name} ({error}); training goes on without")
+            if name == "tensorboard":
+                self._events = None  # its thread has ended
+
+    def say(self, text: str) -> None:
+        """A line on the terminal, above the progress bar."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def start_epoch(self, title: str, steps: int, done: int) -> None:
+        """Show a progress bar where there is a terminal."""
+        if self._show_bar:
+            self._bar = tqdm(desc=title, total=steps, initial=done, unit="step", leave=False, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        if self._bar:
+            self._bar.update()
+
+    def progress(self, position: str, figures: str) -> None:
+        """The figures of the last steps: beside the bar, or as a plain line where there is no terminal."""
+        if self._bar:
+            self._bar.set_postfix_str(figures, refresh=False)
+        else:
+            self.say(f"{position} {figures}")
+
+    def end_epoch(self) -> None:
+        if self._bar:
+            self._bar.close()
+            self._bar = None
+
+    def close(self, summary: dict | None = None) -> None:
+        """Flush everything, write `summary.json` when there is a summary, free the folder. May be called twice."""
+        self.end_epoch()
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+            if self._events is not None:
+                self._try("tensorboard", self._events.close)
+            if summary is not None:
+                write_json(self.folder / "summary.json", summary)
+            for name, count in self._lost.items():
+                self.say(f"warning: {count} writes to {self.folder / name} were lost")
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _thread_failed(otherwise: Callable, failed: threading.ExceptHookArgs) -> None:
+    """What TensorBoard's thread cannot write, it raises where the next figures are added; it need not print it, too."""
+    if not (issubclass(failed.exc_type, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
+        otherwise(failed)
+
+
+def resolve(config: Config, ranks: Ranks) -> dict:
+    """Everything that determines a run, for `config.json`."""
+    return {
+        "config": config.to_dict(),
+        "command": sys.argv,
+        "world_size": ranks.world_size,
+        "device": device_name(ranks.device),
+        "amp_dtype": str(autocast_dtype(config.amp, ranks.device)),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": version("torchvision"),
+            "numpy": version("numpy"),
+            "cuda": torch.version.cuda,
+        },
+        "git_commit": _git_commit(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the number of cores that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, whole or not at all; JSON has no NaN and no infinity, so they become null."""
+    _replace(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _in_utf8(folder: Path) -> str:
+    """The folder, by a name that TensorBoard takes: its own, or where that is no UTF-8, one of an open file's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        return f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}"
+    return str(folder)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["global_step"]
+    except (ValueError, KeyError):
+        return float("inf")  # cut off in the middle of a write
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None  # no git here
