@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.training.test_trainer import CPU, build
 
 from tests.test_train_dist import SMALL, difference, last, lines, read, run
+from tests.training.test_trainer import CPU, build
 from training.config import ConfigError
 from training.profile.run_profile import RunProfile
 from training.profile.verdict import Setting
