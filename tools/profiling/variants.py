@@ -1,4 +1,4 @@
-"""What is measured beside each other: a convolution, or a network, in its static form and in each dynamic one."""
+"""The registry of what is measured beside each other: a convolution, or a network, static and in each dynamic form."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,9 @@ from dcd.models.resnet import static_conv
 from tools.profiling.shapes import Shape, create_network
 
 STATIC = "static"
+AUTO = "dcd auto"  # by the path that a layer takes by itself
+# The networks that have a DCD form, by the names of their static twins; small ones first
+NETWORKS = [name.removesuffix("_dcd") for name in sorted(dcd.list_models(), key=len) if name.endswith("_dcd")]
 
 
 def squeeze_excitation_conv(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Module:
@@ -39,15 +42,8 @@ def create_layer(shape: Shape, variant: str) -> nn.Module:
     """A layer of that shape; in training mode."""
     if variant in LAYERS:
         return LAYERS[variant](shape.in_channels, shape.out_channels, shape.kernel_size, shape.stride)
-    layer = DCDConv2d(
-        shape.in_channels,
-        shape.out_channels,
-        shape.kernel_size,
-        shape.stride,
-        latent_dim=shape.latent_dim,
-        squeeze_dim=shape.squeeze_dim,
-        pool_size=shape.pool_size,
-    )
+    sizes = {"latent_dim": shape.latent_dim, "squeeze_dim": shape.squeeze_dim, "pool_size": shape.pool_size}
+    layer = DCDConv2d(shape.in_channels, shape.out_channels, shape.kernel_size, shape.stride, **sizes)
     set_path(layer, variant.removeprefix("dcd "))
     return layer
 
