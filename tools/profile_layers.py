@@ -31,7 +31,7 @@ from tools.profiling.shapes import Shape, ShapeError, parse_shape, shapes_of
 from tools.profiling.variants import AUTO, NETWORKS, STATIC, all_variants, create_layer, create_model, has_model
 from training.command_line import parse
 from training.cpu_memory import keep_freed_memory
-from training.optim import autocast_dtype
+from training.precision import autocast_dtype
 
 
 def layer_subject(network: str, shape: Shape, count: int) -> Subject:

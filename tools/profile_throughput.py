@@ -10,7 +10,7 @@ through the trainer's own loops; the model alone gets one batch again and again.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,9 +18,10 @@ from tqdm import tqdm
 from tools.profiling.feed import ENDLESS, WARM_UP, Feed, Window, evaluate, median_rates, take_turns, train
 from tools.profiling.machine import describe_machine
 from tools.profiling.report import markdown_table, write_report
-from training.build import errors_in_one_line, find_setting, open_trainer, rank_workers
-from training.config import Config, ConfigError, parse_config
-from training.optim import autocast_dtype
+from training.build import errors_in_one_line, find_setting, open_trainer
+from training.config import Config, parse_config
+from training.options import ConfigError
+from training.precision import autocast_dtype
 from training.profile.step_timer import TRACED_STEPS, StepTimer, StepTimes, StepTracer
 from training.profile.verdict import Rates, find_bound
 from training.recipes import RECIPES
@@ -56,10 +57,10 @@ class ThroughputConfig(Config):
 def measure(trainer: Trainer) -> tuple[dict[str, list[Rates]], StepTimes]:
     """The rates in each turn, of "train" and "eval", and the times of the training steps. Writes the trace, too."""
     config, ranks = trainer.config, trainer.ranks
-    workers = rank_workers(config, ranks)
+    workers = config.data.rank_workers(ranks.local_world_size)
     steps = config.window_steps or max(10, 2 * workers)
     loading = WARM_UP + workers  # each worker may make a batch of its own, and then the first of all come at once
-    train_feed, eval_feed = Feed(trainer.train_loader, config.epochs - 1), Feed(trainer.eval_loader, 0)
+    train_feed, eval_feed = Feed(trainer.loader, config.optim.epochs - 1), Feed(trainer.evaluator.loader, 0)
     timer = StepTimer(ranks, trainer.model)
     turns: dict[str, list[Rates]] = {"train": [], "eval": []}
     for _ in tqdm(range(config.windows), desc="turns", disable=not (ranks.is_first and sys.stderr.isatty())):
@@ -76,8 +77,8 @@ def measure(trainer: Trainer) -> tuple[dict[str, list[Rates]], StepTimes]:
 
 def main(argv: list[str]) -> None:
     """Parse, measure, report on rank 0."""
-    config = parse_config(argv, RECIPES, ThroughputConfig, "python -m tools.profile_throughput")
-    config = replace(config, evaluate=False, **ENDLESS)
+    config = parse_config(argv, RECIPES, ThroughputConfig(), "python -m tools.profile_throughput")
+    config = config.with_options(evaluate=False, **ENDLESS)
     with open_trainer(config, write_log=False) as trainer:
         config, ranks = trainer.config, trainer.ranks
         turns, times = measure(trainer)
@@ -85,14 +86,9 @@ def main(argv: list[str]) -> None:
             return
         rates = {mode: median_rates(found) for mode, found in turns.items()}
         verdict = find_bound(times, find_setting(config, ranks), rates["train"])
-        precision = autocast_dtype(config.amp, ranks.device) or "fp32"
-        settings = {**describe_machine(ranks.device), "world size": ranks.world_size}
-        settings |= {
-            "arch": config.arch,
-            "batch": config.batch_size,
-            "pixels": config.input_size,
-            "precision": precision,
-        }
+        precision = autocast_dtype(config.precision.amp, ranks.device) or "fp32"
+        settings = {**describe_machine(ranks.device), "world size": ranks.world_size, "arch": config.model.arch}
+        settings |= {"batch": config.data.batch_size, "pixels": config.data.input_size, "precision": precision}
         heads = ("images/s", "loader alone", "model alone", "together")
         table = markdown_table(heads, [("training", *rates["train"]), ("evaluation", *rates["eval"])])
         write_report(None, settings, [table, str(times), verdict.sentence])

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule and precision."""
+"""Optimizer and learning-rate schedule."""
 
 import math
 
@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from training.config import Config, ConfigError
+from training.options import ConfigError, OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: Config) -> SGD:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> SGD:
     """SGD with momentum over what is not frozen; `--no-norm-decay` takes weight decay from batch norms and biases (one
     dimension)."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -33,7 +33,7 @@ def build_optimizer(model: nn.Module, config: Config) -> SGD:
     return optimizer
 
 
-def learning_rate(config: Config, position: float) -> float:
+def learning_rate(config: OptimConfig, position: float) -> float:
     """The learning rate at `position` epochs since the start, a fraction within an epoch; >= 0."""
     warmup = config.warmup_epochs if config.warmup else 0
     if position < warmup:
@@ -49,18 +49,3 @@ def learning_rate(config: Config, position: float) -> float:
         case "linear":
             return config.lr * (1 - share)
     raise ConfigError(f"unknown --lr-decay {config.lr_decay}")
-
-
-def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of mixed precision, or None for none. `auto` is bf16 where the device computes in it."""
-    if amp == "auto":
-        return torch.bfloat16 if _computes_in_bf16(device) else None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-
-
-def _computes_in_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # What the cores can do, and what oneDNN, which computes in it, is allowed to use of it (ONEDNN_MAX_CPU_ISA).
-    in_hardware = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return in_hardware and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from training.config import Config
 from training.distributed import Ranks
 from training.folder_lock import FolderLock
-from training.optim import autocast_dtype
+from training.precision import autocast_dtype
 
 
 class RunLog:
@@ -173,7 +173,7 @@ def resolve(config: Config, ranks: Ranks) -> dict:
         "command": sys.argv,
         "world_size": ranks.world_size,
         "device": device_name(ranks.device),
-        "amp_dtype": str(autocast_dtype(config.amp, ranks.device)),
+        "amp_dtype": str(autocast_dtype(config.precision.amp, ranks.device)),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

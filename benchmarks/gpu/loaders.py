@@ -15,9 +15,9 @@ from torch import Tensor
 from benchmarks.gpu.networks import free
 from benchmarks.gpu.record import Record
 from benchmarks.programs import run_program
-from pipelines.batch import MEAN, STD
+from pipelines.batch import MEAN, STD, Place
 from pipelines.build import build_loader
-from pipelines.config import DataConfig
+from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.dali_loader import is_installed as has_dali
 from pipelines.dali_probe import why_no_box_decode
 from pipelines.loader import Loader
@@ -77,11 +77,12 @@ def ways_to_load(record: Record, config: DataConfig, beton: Path, device: torch.
 
 def open_loader(name: str, config: DataConfig, device: torch.device, dtype: torch.dtype) -> Loader:
     """The training loader of that name."""
+    place = Place(device=device, dtype=dtype)
     if name != ON_CORES:
-        return build_loader(config, "train", device=device, dtype=dtype)
+        return build_loader(config, "train", place)
     source = FolderSource(config.root / "train")
     executor = TorchvisionExecutor(source, device, dtype, config.workers)
-    return Loader(source, executor, config, training=True, rank=0, world_size=1)
+    return Loader(source, executor, True, config, AugmentationConfig(), place, seed=0)
 
 
 def compare_pixels(record: Record, ways: dict[str, DataConfig], device: torch.device) -> None:
@@ -163,7 +164,7 @@ def train_beside(record: Record, name: str, data: DataConfig, device: torch.devi
     )
     rounds, warm_up, steps = (1, 1, 2) if rehearsal else (2, UNCOUNTED, 20)
     with open_trainer(config, write_log=False) as trainer:
-        feed, timer = Feed(trainer.train_loader, 0), StepTimer(trainer.ranks, trainer.model)
+        feed, timer = Feed(trainer.loader, 0), StepTimer(trainer.ranks, trainer.model)
         turns = [take_turns(trainer, train, feed, warm_up, steps, timer) for _ in range(rounds)]
         record.say(f"Training from {name}: {timer.times()}.")
         timer.close()

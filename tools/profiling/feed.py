@@ -11,8 +11,9 @@ import torch
 from pipelines.batch import Batch
 from pipelines.loader import Loader
 from tools.profiling.timing import wait
-from training.config import Config, ConfigError
+from training.config import Config
 from training.distributed import Ranks, barrier, sum_over_ranks
+from training.options import ConfigError
 from training.profile.verdict import Rates
 from training.step_listener import NO_LISTENER, StepListener
 from training.trainer import Trainer
@@ -23,8 +24,8 @@ WARM_UP = 2  # steps of the model before each window
 
 
 def endless_run(device: torch.device, **options: object) -> Config:
-    """The options of a run that is measured, not trained: ImageNet's batches of 256 where `options` say no other."""
-    return Config(**{"batch_size": 256, "input_size": 224, "device": device.type, **ENDLESS, **options})
+    """The options of a run that is measured, not trained, by their names on the command line."""
+    return Config().with_options(device=device.type, **ENDLESS, **options)
 
 
 class Feed:
@@ -56,20 +57,11 @@ class Feed:
 
 
 class Window:
-    """Stands in for a loader: the next `steps` of some batches. `images` counts what was handed out."""
+    """The next `steps` of some batches. `images` counts what was handed out."""
 
     def __init__(self, batches: Iterator[Batch], steps: int):
         self._batches, self._steps = batches, steps
         self.images = 0
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """The batches go on where they are."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """The batches go on where they are."""
-
-    def __len__(self) -> int:
-        return self._steps
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in itertools.islice(self._batches, self._steps):
@@ -85,16 +77,13 @@ def load(window: Window, listener: StepListener = NO_LISTENER) -> None:
 
 def train(trainer: Trainer, window: Window, listener: StepListener = NO_LISTENER) -> None:
     """Train on the batches, as in the last epoch."""
-    trainer.train_loader, trainer.timer = window, listener
-    trainer.epoch, trainer.step = trainer.config.epochs - 1, 0
-    trainer.train_epoch()
-    trainer.timer = NO_LISTENER
+    trainer.progress.epoch, trainer.progress.step = trainer.config.optim.epochs - 1, 0
+    trainer.train_on(window, listener)
 
 
 def evaluate(trainer: Trainer, window: Window, listener: StepListener = NO_LISTENER) -> None:
     """Evaluate on the batches."""
-    trainer.eval_loader = window
-    trainer.evaluate(trainer.model)
+    trainer.evaluator.evaluate(batches=window)
 
 
 def images_per_sec(

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dcd
 from dcd.layers import set_path
 from tools.profiling.timing import graphed
-from training.config import Config
 from training.optim import build_optimizer
+from training.options import OptimConfig
 
 MIB = 2**20
 PARTS = ("forward", "backward", "update")  # of a step of training
@@ -56,7 +56,7 @@ class Runner:
 
     def __init__(self, module: nn.Module, x: Tensor, setting: Setting):
         self.module, self.x, self.setting = module.to(x.device, memory_format=setting.torch_memory_format), x, setting
-        self.optimizer = build_optimizer(module, Config(lr=0.0))
+        self.optimizer = build_optimizer(module, OptimConfig(lr=0.0))
         self.called, self.gradient = self._callable(module), None
 
     def _callable(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
