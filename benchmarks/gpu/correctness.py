@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 WORKERS = 6  # tests at a time: most wait for a compiler
 SANITIZED = ["tests/dcd/test_triton.py", "tests/dcd/test_triton_matrices.py", "-q", "-x", "-k"]
 SANITIZED += ["triton-3x3 or positions or zeros or kernels_of_the_images"]
+SUMMARY = ("-rfEs", "--continue-on-collection-errors")  # one file's missing package is no reason to run no other
 ENVIRONMENT = {**os.environ, "COLUMNS": "200"}  # of pytest's lines, which say why a test failed
 
 
@@ -23,18 +24,10 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
     """Both at once: neither takes times."""
     files = ["tests/dcd/test_triton.py", "-k", "positions"] if rehearsal else files_marked("gpu")
     several = ["-n", str(WORKERS)] if find_spec("xdist") and not rehearsal else []
-    # One file's missing package is no reason to run no other.
-    command = [
-        *files,
-        "-m",
-        "not gpu" if rehearsal else "gpu",
-        "-q",
-        "-rfEs",
-        "--continue-on-collection-errors",
-        *several,
-    ]
+    marked = "not gpu" if rehearsal else "gpu"
+    command = [sys.executable, "-m", "pytest", *files, "-m", marked, "-q", *SUMMARY, *several]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENVIRONMENT}
-    tests = subprocess.Popen([sys.executable, "-m", "pytest", *command], cwd=ROOT, **pipes)
+    tests = subprocess.Popen(command, cwd=ROOT, **pipes)
     with record.part("compute-sanitizer"):
         sanitize(record)
     try:
@@ -57,7 +50,7 @@ def files_marked(marker: str) -> list[str]:
 
 
 def read_summary(record: Record, output: str) -> None:
-    """Each test that failed or was skipped, and the counts, from the end of pytest's output (`-q -rfEs`)."""
+    """Each test that failed or was skipped, and the counts, from the end of pytest's output (`-q` and `SUMMARY`)."""
     lines = output.strip().splitlines() or ["no output"]
     for line in lines:
         outcome, _, what = line.partition(" ")

@@ -30,7 +30,7 @@ class Setting:
     memory_format: str = "channels_last"  # or "nchw"
     precision: str = "fp32"  # of DTYPES
     mode: str = "eager"  # or "compiled", "CUDA graph", "compiled, CUDA graph", "DataParallel" (of one GPU)
-    compiler: str = "inductor"  # backend of torch.compile
+    compiler: str | Callable = "inductor"  # backend of torch.compile
 
     def __str__(self) -> str:
         return f"{self.precision}, {self.memory_format}, {self.mode}"
@@ -136,8 +136,9 @@ class Runner:
 
         The libraries' workspaces are not counted once a step has allocated them.
         """
-        if self.x.device.type != "cuda":
-            return None
+        return self._peak_bytes() / MIB if self.x.device.type == "cuda" else None
+
+    def _peak_bytes(self) -> int:
         self.module.train()
         self.train()  # from now on the gradient of the output is there
         momenta = [state["momentum_buffer"] for state in self.optimizer.state.values()]
@@ -145,7 +146,7 @@ class Runner:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.train()
-        return (torch.cuda.max_memory_allocated() - before + storage_bytes(own)) / MIB
+        return torch.cuda.max_memory_allocated() - before + storage_bytes(own)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
