@@ -1,1 +1,1 @@
-"""The sections of `tools.gpu_check`."""
+"""The sections of `benchmarks.gpu_check`."""

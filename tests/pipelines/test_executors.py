@@ -11,6 +11,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 from pipelines.batch import Place
 from pipelines.build import build_loader
@@ -19,12 +21,21 @@ from pipelines.plan import CenterCrop, EpochPlan, RandomCrop
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from tests.pipelines.conftest import EXECUTORS, indices_of, pixels_of
-from tools.compare_pixels import reference
 
 
 def plan_of(config, photos, split, epoch=0):
     crop = RandomCrop() if split == "train" else CenterCrop()
     return EpochPlan(0, epoch, photos.source.sizes, config.batch_size, crop)
+
+
+def reference(path, box, flip, size):
+    """The whole image by Pillow, its box resized in float32, antialiased: (3, size, size) in [0, 255]."""
+    top, left, height, width = box
+    with Image.open(path) as file:
+        whole = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).float()
+    cut = whole[None, :, top : top + height, left : left + width]
+    image = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
+    return image.flip(2) if flip else image
 
 
 def errors(photos, config, split, build):

@@ -23,7 +23,7 @@ from tools.profiling.parts import REST, parts_of, time_by_part
 from tools.profiling.report import show
 from tools.profiling.runner import Runner, Setting, multiply_adds, saved_bytes, storage_bytes
 from tools.profiling.shapes import ShapeError, parse_shape, shapes_of
-from tools.profiling.variants import STATIC, all_variants, create_layer, create_model, has_model
+from tools.profiling.variants import NETWORKS, STATIC, all_variants, create_layer, create_model, has_model
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -79,6 +79,7 @@ def test_the_layers_of_other_networks_have_the_sizes_of_their_modules(network, c
 
 
 def test_variants():
+    assert NETWORKS == ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenetv2"]
     variants = all_variants(CPU)
     assert variants[:5] == (STATIC, "se", "condconv", "dyconv", "odconv")
     assert variants[5:] == tuple(f"dcd {path}" for path in available_paths(CPU)) and "dcd reference" in variants
