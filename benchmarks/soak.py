@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ PER_CLASS = {"train": 16, "val": 8}  # images of each of the ten classes
 # Growth per hour that is still called flat. A day's training may grow by what a single epoch's batches take; a count
 # that rises by one between the two medians of 30 minutes is above its bound.
 BOUNDS = {"memory_mib": 32.0, "threads": 4.0, "open_files": 4.0, "processes": 4.0}
-UNITS = {"memory_mib": "MiB", "threads": "threads", "open_files": "open files", "processes": "processes"}
+UNITS = {"memory_mib": "MiB of memory", "threads": "threads", "open_files": "open files", "processes": "processes"}
 WARM_UP = 1 / 5
 STOP_S = 60  # a run that is asked to stop has ended by then
 
@@ -220,39 +220,30 @@ def watch(runs: Sequence[Run], seconds: float, interval: float) -> None:
 
 def table(runs: Sequence[Run]) -> str:
     """One row a run, in Markdown."""
-    trends = {run.name: {trend.quantity: trend for trend in judge(run.samples)} for run in runs}
 
-    def moved(run: Run, quantity: str) -> str:
-        trend = trends[run.name].get(quantity)
-        return f"{trend.middle:,.4g} → {trend.last:,.4g}" if trend else ""
+    def moved(quantity: str) -> Callable[[Run], str]:
+        def cell(run: Run) -> str:
+            trends = [trend for trend in judge(run.samples) if trend.quantity == quantity]
+            return "".join(f"{trend.middle:,.4g} → {trend.last:,.4g} ({trend.slope:+,.1f})" for trend in trends)
 
-    return table_of(
-        runs,
-        {
-            "backend": lambda run: run.name,
-            "steps": lambda run: run.figures()[0],
-            "evaluations": lambda run: run.figures()[1],
-            "samples": lambda run: len(run.samples),
-            "memory, MiB": lambda run: moved(run, "memory_mib"),
-            "per hour": lambda run: f"{trends[run.name]['memory_mib'].slope:+,.1f}" if trends[run.name] else "",
-            "threads": lambda run: moved(run, "threads"),
-            "open files": lambda run: moved(run, "open_files"),
-            "processes": lambda run: moved(run, "processes"),
-            "result": lambda run: run.verdict,
-        },
-    )
+        return cell
+
+    columns = {"backend": lambda run: run.name, "steps": lambda run: run.figures()[0]}
+    columns |= {"evaluations": lambda run: run.figures()[1], "samples": lambda run: len(run.samples)}
+    columns |= {UNITS[quantity]: moved(quantity) for quantity in BOUNDS} | {"result": lambda run: run.verdict}
+    return table_of(runs, columns)
 
 
 def sections(runs: Sequence[Run], minutes: float, ranks: int) -> list[str]:
     """What was run, the table, and how to read it."""
     allowed = ", ".join(f"{bound:g} {UNITS[quantity]}" for quantity, bound in BOUNDS.items())
+    images = {split: 10 * count for split, count in PER_CLASS.items()}
     return [
-        f"{minutes:g} minutes, {len(runs)} run(s) at the same time, {ranks} rank(s) each, "
-        f"`{TRAINING}`, {10 * PER_CLASS['train']} images to train and {10 * PER_CLASS['val']} to "
-        "evaluate, a checkpoint after every epoch.",
+        f"{minutes:g} minutes, {len(runs)} run(s) at the same time, {ranks} rank(s) each, `{TRAINING}`, "
+        f"{images['train']} images to train and {images['val']} to evaluate, a checkpoint after every epoch.",
         table(runs),
-        "`a → b`: medians of the middle and of the last third of the time after the warm-up (a fifth); per hour: "
-        f"the slope by least squares. Flat: not both grow by more than {allowed} per hour.",
+        "`a → b (c)`: medians of the middle and of the last third of the time after the warm-up (a fifth); the slope "
+        f"by least squares, per hour. Flat: not both grow by more than {allowed} per hour.",
     ]
 
 

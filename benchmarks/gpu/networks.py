@@ -15,6 +15,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -29,29 +30,46 @@ COMPILED_GRAPH = replace(EAGER, mode="compiled, CUDA graph")
 OFFICIAL = Setting("nchw", "fp32", "DataParallel")
 REFERENCE, FUSED = "dcd reference", "dcd fused"
 
-# (network, way, variants beside the static one), in this order, so that what matters most is measured before the time
-# is up.
+
+class Group(NamedTuple):
+    """Variants of a network that take turns, static first. The batch is halved where memory does not suffice."""
+
+    network: str
+    setting: Setting
+    variants: tuple[str, ...]
+    batch_size: int = 256
+
+    def __str__(self) -> str:
+        return f"{self.network} {', '.join(self.variants)}, {self.setting.mode}, batch {self.batch_size}"
+
+    @property
+    def seconds(self) -> float:
+        """What measuring it takes, roughly, on a GPU."""
+        return 40 if "compiled" in self.setting.mode else 10 * len(self.variants)
+
+
+# In this order, so that what matters most is measured before the time is up.
 PLAN = (
-    ("resnet50", EAGER, (AUTO,)),
-    ("resnet50", OFFICIAL, (REFERENCE,)),
-    ("resnet50", GRAPH, (AUTO,)),
-    ("resnet50", COMPILED, (AUTO,)),
-    ("resnet50", COMPILED_GRAPH, (AUTO,)),
-    ("resnet50", EAGER, (REFERENCE, FUSED)),
-    ("mobilenetv2", EAGER, (AUTO,)),
-    ("mobilenetv2", OFFICIAL, (REFERENCE,)),
-    ("mobilenetv2", GRAPH, (AUTO,)),
-    ("resnet18", EAGER, (AUTO, "se", "condconv", "dyconv", "odconv")),
-    ("resnet18", OFFICIAL, (REFERENCE,)),
-    ("resnet50", COMPILED, (FUSED,)),
-    ("mobilenetv2", COMPILED, (AUTO,)),
+    Group("resnet50", EAGER, (STATIC, AUTO)),
+    Group("resnet50", OFFICIAL, (STATIC, REFERENCE)),
+    Group("resnet50", GRAPH, (STATIC, AUTO)),
+    Group("resnet50", COMPILED, (STATIC, AUTO)),
+    Group("resnet50", COMPILED_GRAPH, (STATIC, AUTO)),
+    Group("resnet50", EAGER, (STATIC, REFERENCE, FUSED)),
+    Group("mobilenetv2", EAGER, (STATIC, AUTO)),
+    Group("mobilenetv2", OFFICIAL, (STATIC, REFERENCE)),
+    Group("mobilenetv2", GRAPH, (STATIC, AUTO)),
+    Group("resnet18", EAGER, (STATIC, AUTO, "se", "condconv", "dyconv", "odconv")),
+    Group("resnet18", OFFICIAL, (STATIC, REFERENCE)),
+    *(Group("resnet50", EAGER, (STATIC, AUTO), batch_size) for batch_size in (128, 512, 1024)),
+    Group("resnet50", COMPILED, (STATIC, FUSED)),
+    Group("mobilenetv2", COMPILED, (STATIC, AUTO)),
 )
 SHORT_PLAN = (
-    ("resnet18", EAGER, (AUTO,)),
-    ("resnet18", OFFICIAL, (REFERENCE,)),
-    ("resnet18", replace(COMPILED, compiler="aot_eager"), ()),
+    Group("resnet18", EAGER, (STATIC, AUTO), 2),
+    Group("resnet18", OFFICIAL, (STATIC, REFERENCE), 2),
+    Group("resnet18", replace(COMPILED, compiler="aot_eager"), (STATIC,), 2),
 )
-OTHER_BATCHES = {"resnet50": (128, 512, 1024)}
 COLUMNS: dict[str, Callable[[Row], object]] = {
     "network": lambda row: row.network,
     "variant": lambda row: row.variant,
@@ -69,61 +87,40 @@ COLUMNS: dict[str, Callable[[Row], object]] = {
 Found = dict[tuple[str, str, str], Row]  # {(network, variant, mode): row}
 
 
-def network(name: str, size: int) -> Subject:
-    return Subject(name, "", 1, (3, size, size), partial(create_model, name))
-
-
 def run(record: Record, device: torch.device, rehearsal: bool) -> None:
-    """Measure every group of `PLAN`, then other batch sizes."""
+    """Measure every group of the plan."""
     torch.backends.cudnn.benchmark = True
-    size = 32 if rehearsal else 224
-    extent = Extent(device, *(2, 1, 0.01) if rehearsal else (256, 2, 0.3))
-    table = record.table(f"Networks, {size} pixels, {extent.rounds} windows of {extent.window_s} s", *COLUMNS)
+    plan, size, rounds, window_s = (SHORT_PLAN, 32, 1, 0.01) if rehearsal else (PLAN, 224, 2, 0.3)
+    table = record.table(f"Networks, {size} pixels, {rounds} windows of {window_s} s", *COLUMNS)
     found: Found = {}
-    for name, setting, variants in SHORT_PLAN if rehearsal else PLAN:
-        what = f"{name} {', '.join(variants or [STATIC])}, {setting.mode}"
-        if record.has_time(what, 40 if "compiled" in setting.mode else 10 * (1 + len(variants))):
+    for group in plan:
+        if record.has_time(str(group), group.seconds):
             # "highest" is PyTorch's own default, with which the official code runs; the trainer's is "high".
-            torch.set_float32_matmul_precision("highest" if setting == OFFICIAL else "high")
-            with record.part(what):
-                subject, fold = network(name, size), setting == EAGER
-                for row in measure_what_fits(record, subject, (STATIC, *variants), setting, replace(extent, fold=fold)):
+            torch.set_float32_matmul_precision("highest" if group.setting == OFFICIAL else "high")
+            with record.part(str(group)):
+                subject = Subject(group.network, "", 1, (3, size, size), partial(create_model, group.network))
+                extent = Extent(device, group.batch_size, rounds, window_s, fold=group.setting == EAGER)
+                for row in measure_what_fits(record, subject, group, extent):
                     found.setdefault((row.network, row.variant, row.mode), row)
                     record.add(table, *(cell(row) for cell in COLUMNS.values()))
             free()
-    table = record.table("Training, other batch sizes", "network", "batch", "images/s", "peak GiB")
-    for name, batch_sizes in ({"resnet18": (4,)} if rehearsal else OTHER_BATCHES).items():
-        for batch_size in batch_sizes:
-            what = f"{name}, batch {batch_size}"
-            if record.has_time(what, 10):
-                with record.part(what):
-                    other = replace(extent, batch_size=batch_size, rounds=1)
-                    rows, failures = measure(network(name, size), (AUTO,), EAGER, other)
-                    for row in rows:
-                        rate, peak = COLUMNS["training images/s"](row), COLUMNS["peak GiB"](row)
-                        record.add(table, name, batch_size, rate, peak)
-                    for failure in failures:
-                        record.fail(what, failure)
-                free()
     report_targets(record, found)
 
 
-def measure_what_fits(
-    record: Record, subject: Subject, variants: tuple[str, ...], setting: Setting, extent: Extent
-) -> list[Row]:
-    """A row for each variant that works. Where the memory does not suffice, the batch of all is halved."""
+def measure_what_fits(record: Record, subject: Subject, group: Group, extent: Extent) -> list[Row]:
+    """A row for each variant that works."""
     while True:
         try:
-            rows, failures = measure(subject, variants, setting, extent)
+            rows, failures = measure(subject, group.variants, group.setting, extent)
         except torch.OutOfMemoryError as error:
             rows, failures = [], [f"{type(error).__name__}: {error}".splitlines()[0]]
         if extent.batch_size <= 2 or not any("OutOfMemoryError" in failure for failure in failures):
             break
-        record.say(f"{subject.network}, {setting}: a batch of {extent.batch_size} does not fit into the memory.")
+        record.say(f"{group}: {extent.batch_size} images do not fit into the memory.")
         extent = replace(extent, batch_size=extent.batch_size // 2)
         free()
     for failure in failures:
-        record.fail(subject.network, failure)
+        record.fail(str(group), failure)
     return rows
 
 
