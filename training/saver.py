@@ -77,7 +77,7 @@ class Saver:
             is_best: whether it is `best.pth` as well as `last.pth`.
 
         Raises:
-            DivergedError: the weights are no numbers any more; the last checkpoint stays.
+            DivergedError: the weights are not finite any more; the last checkpoint stays.
         """
         self._last_save = time.monotonic()
         if not self._ranks.is_first or self._is_saved():
