@@ -35,11 +35,15 @@ def build_loader(
     source = _open_source(config, split)
     backend = _choose_backend(source, device) if config.backend == "auto" else config.backend
     if backend == "synthetic":
-        from pipelines.synthetic_loader import SyntheticExecutor
+        from pipelines.executors.synthetic_executor import SyntheticExecutor
 
         executor = SyntheticExecutor(source, device, dtype)
     elif backend == "torchvision":
-        from pipelines.torchvision_loader import TorchvisionExecutor, TorchvisionGpuExecutor, shared_memory_need
+        from pipelines.executors.torchvision_executor import (
+            TorchvisionExecutor,
+            TorchvisionGpuExecutor,
+            shared_memory_need,
+        )
 
         if device.type == "cuda":
             executor = TorchvisionGpuExecutor(source, device, dtype, config.workers)
@@ -47,11 +51,11 @@ def build_loader(
             need = shared_memory_need(config, training, world_size, len(source))
             executor = TorchvisionExecutor(source, device, dtype, config.workers, need)
     elif backend == "ffcv":
-        from pipelines.ffcv_loader import FfcvExecutor
+        from pipelines.executors.ffcv_executor import FfcvExecutor
 
         executor = FfcvExecutor(source, device, dtype, config.workers, exact)
     elif backend == "dali":
-        from pipelines.dali_loader import DaliExecutor
+        from pipelines.executors.dali_executor import DaliExecutor
 
         batch_size_per_rank = config.batch_size // world_size
         full_decode = config.dali_full_decode
@@ -88,7 +92,7 @@ def _open_source(config: DataConfig, split: str) -> Source:
 
 def _choose_backend(source: Source, device: torch.device) -> str:
     """DALI decodes on a GPU; on a CPU our own threads are the fastest, and they read .beton files."""
-    from pipelines.dali_loader import is_installed
+    from pipelines.executors.dali_executor import is_installed
     from pipelines.sources.folder import FolderSource
 
     if device.type == "cuda" and is_installed():

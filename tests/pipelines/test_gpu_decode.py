@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from pipelines.config import DataConfig
-from pipelines.dali_loader import is_installed
+from pipelines.executors.dali_executor import is_installed
+from pipelines.executors.torchvision_executor import TorchvisionExecutor
 from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
-from pipelines.torchvision_loader import TorchvisionExecutor
 from tests.pipelines.conftest import converted, pixels_of, write_photos
 
 pytestmark = pytest.mark.gpu
@@ -151,7 +151,7 @@ def test_what_torchvision_decodes_on_the_cpu_arrives_as_it_is(photographs, worke
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_ffcv_decodes_on_the_cpu_arrives_as_bytes(photographs, tmp_path, workers):
     pytest.importorskip("ffcv", reason="needs FFCV")
-    from pipelines.ffcv_loader import FfcvExecutor
+    from pipelines.executors.ffcv_executor import FfcvExecutor
 
     source = BetonSource(converted(photographs, tmp_path / "beton") / "train.beton")
     wanted, found = (

@@ -10,11 +10,11 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
 from pipelines.batch import MEAN, STD
+from pipelines.executors.torchvision_executor import TorchvisionExecutor, TorchvisionGpuExecutor
 from pipelines.plan import StepPlan
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
 from pipelines.sources.images import BadImage, examine
-from pipelines.torchvision_loader import TorchvisionExecutor, TorchvisionGpuExecutor
 from tools.conversion.images import Options, convert
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def folder_of(tmp_path, files: dict[str, bytes]) -> FolderSource:
 
 def executor_of(name: str, source: FolderSource):
     if name == "dali":
-        from pipelines.dali_loader import DaliExecutor
+        from pipelines.executors.dali_executor import DaliExecutor
 
         return DaliExecutor(source, CPU, torch.float32, 1, 1)
     if name == "torchvision":

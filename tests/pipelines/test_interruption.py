@@ -13,12 +13,13 @@ import multiprocessing, os, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 import torch
-from pipelines import native, threads, torchvision_loader
+from pipelines import native, threads
+from pipelines.executors import torchvision_executor
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
 
-threads.PATIENCE_S = torchvision_loader.PATIENCE_S = 0.5
+threads.PATIENCE_S = torchvision_executor.PATIENCE_S = 0.5
 folder, beton = map(Path, sys.argv[1:])
 config = DataConfig(folder, "torchvision", batch_size=4, workers=2, input_size=32)
 pipe, _ = os.pipe()  # which nobody writes to
@@ -45,7 +46,7 @@ def block_decoder():
 
 def on_gpu(config):
     source = build_loader(config, "train")._source
-    executor = torchvision_loader.TorchvisionGpuExecutor(source, torch.device("cpu"), torch.float32, 2)
+    executor = torchvision_executor.TorchvisionGpuExecutor(source, torch.device("cpu"), torch.float32, 2)
     return Loader(source, executor, config, True, 0, 1)
 
 def open_train(config):

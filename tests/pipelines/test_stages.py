@@ -9,11 +9,11 @@ import torch
 from pipelines.batch import MEAN, STD
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
+from pipelines.executors.torchvision_executor import TorchvisionGpuExecutor
 from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.stages import Buffers, HostBatch, normalise
 from pipelines.threads import in_background
-from pipelines.torchvision_loader import TorchvisionGpuExecutor
 
 
 def counted(made, closed, stop=10**9):

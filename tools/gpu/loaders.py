@@ -20,11 +20,11 @@ from torch import Tensor
 from pipelines.batch import MEAN, STD, Batch
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
-from pipelines.dali_loader import is_installed as has_dali
-from pipelines.dali_probe import why_no_box_decode
+from pipelines.executors.dali_executor import is_installed as has_dali
+from pipelines.executors.dali_probe import why_no_box_decode
+from pipelines.executors.torchvision_executor import TorchvisionExecutor
 from pipelines.loader import Loader
 from pipelines.sources.folder import FolderSource
-from pipelines.torchvision_loader import TorchvisionExecutor
 from tools.gpu.networks import free
 from tools.gpu.record import Record
 from tools.profiling.steps import wait

@@ -1,4 +1,4 @@
-"""JPEG and raw images, decoded and resized by `native.cpp` on threads of this process.
+"""JPEG and raw images, decoded and resized by `native.cpp` on threads of this process: its Python binding.
 
 The C++ file is compiled at its first use on a machine, with the machine's own instructions, and kept under
 `$XDG_CACHE_HOME/dcd` (`~/.cache/dcd`) for every later start. It needs a C++ compiler and libjpeg-turbo's header.

@@ -30,7 +30,7 @@ def why_no_box_decode(device: torch.device) -> str | None:
         torch.cuda.get_device_name(device),
         driver.read_text() if driver.exists() else "",
     ]
-    command = [sys.executable, "-m", "pipelines.dali_probe", str(device.index or 0)]
+    command = [sys.executable, "-m", "pipelines.executors.dali_probe", str(device.index or 0)]
     return probe(command, setting, LIMIT_S)
 
 
@@ -48,7 +48,7 @@ def probe(command: list[str], setting: list[str], limit_s: float) -> str | None:
         pass  # not tried yet, or torn
     try:
         # in the root of the code, wherever this program was started
-        root = Path(__file__).parents[1]
+        root = Path(__file__).parents[2]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, errors="replace", timeout=limit_s)
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         error = next((line for line in said if "nvImageCodec" in line), said[-1])[:200]

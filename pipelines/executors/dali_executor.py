@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.batch import MEAN, STD, Batch, ImageSource
-from pipelines.dali_probe import decoder_options, why_no_box_decode
+from pipelines.executors.dali_probe import decoder_options, why_no_box_decode
 from pipelines.plan import StepPlan
 from pipelines.sources.errors import DataError
 from pipelines.stages import HostBatch, host_batch, read_images, to_device

@@ -11,7 +11,7 @@
 // transformed nor upsampled. The resizer takes rows as they are decoded, so a thread's working set is a few rows and stays
 // in its cache.
 //
-// `native.py` compiles this file and is its only caller; it states what each function takes.
+// `__init__.py` compiles this file and is its only caller; it states what each function takes.
 
 #include <atomic>
 #include <csetjmp>
@@ -275,7 +275,7 @@ static bool can_shrink(const jpeg_decompress_struct &info) {
 
 // ------------------------------------------------------------------------------------------------------------- render
 
-struct Job {  // as in native.py
+struct Job {  // as in __init__.py
     const uint8_t *data;
     uint64_t size, checksum;
     int32_t height, width;               // of the stored image

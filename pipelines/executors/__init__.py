@@ -1,0 +1,1 @@
+"""The backends: each carries out the plan's steps with one library."""
