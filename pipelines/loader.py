@@ -61,8 +61,16 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to where a loader was when it saved `state`."""
         self.epoch, self._step = state["epoch"], state["step"]
-        crop = self._config.train_crop if self.training else self._config.eval_crop
-        self._plan = EpochPlan(self._config.seed, self.epoch, self._source.sizes, self._config.batch_size, crop)
+        config, training = self._config, self.training
+        self._plan = EpochPlan(
+            config.seed,
+            self.epoch,
+            self._source.sizes,
+            config.batch_size,
+            config.train_crop if training else config.eval_crop,
+            shuffle=training,
+            drop_last=training,
+        )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,6 +1,6 @@
 """What an epoch does to the data, decided before any image is read.
 
-    EpochPlan(seed, epoch, sizes, global_batch_size, augmentation)  ->  step -> (indices, boxes, flips)
+    EpochPlan(seed, epoch, sizes, global_batch_size, crop, …)  ->  step -> (indices, boxes, flips)
 
 The plan is a pure function of its arguments: which image stands where, which box is cut from it and whether it is
 flipped depend on (seed, epoch, image index) and on nothing else: not on the rank, the worker, the backend or the
@@ -40,7 +40,7 @@ def random_bits(seed: int, epoch: int, indices: NDArray, columns: NDArray | slic
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Training: a random box (Szegedy et al., arXiv 1409.4842) and a random horizontal flip; the order is shuffled.
+    """Training: a random box (Szegedy et al., arXiv 1409.4842) and a random horizontal flip.
 
     Args:
         area: lowest and highest share of the image's area, in (0, 1].
@@ -86,7 +86,7 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Evaluation: the square in the middle, in the dataset's order, every image once.
+    """Evaluation: the square in the middle, never flipped.
 
     `share` of the shorter side is kept: 224 / 256 cuts what "resize the shorter side to 256, cut the middle 224"
     cuts, to the nearest source pixel.
@@ -99,6 +99,7 @@ class CenterCrop:
             raise ValueError(f"the share of the centre crop must lie in (0, 1], not {self.share}")
 
     def draw(self, seed: int, epoch: int, indices: NDArray, sizes: NDArray) -> tuple[NDArray, NDArray]:
+        """As `RandomCrop.draw`; seed and epoch change nothing."""
         side = np.maximum(1, np.rint(sizes.min(1) * self.share)).astype(np.int32)  # [N]
         top, left = (sizes[:, 0] - side) // 2, (sizes[:, 1] - side) // 2
         return np.stack([top, left, side, side], 1).astype(np.int32), np.zeros(len(indices), bool)
@@ -124,26 +125,34 @@ class EpochPlan:
         seed, epoch: at least 0.
         sizes: (N, 2) height and width of every image in pixels.
         global_batch_size: images in a step over all ranks, at least 1.
-        augmentation: `RandomCrop` shuffles and leaves out the last, incomplete batch; `CenterCrop` keeps the order
-            and every image.
+        crop: draws the box and the flip of each image.
+        shuffle: the order is drawn anew for each epoch; else it is the dataset's.
+        drop_last: leave out the last batch where it is incomplete.
     """
 
     def __init__(
-        self, seed: int, epoch: int, sizes: NDArray, global_batch_size: int, augmentation: RandomCrop | CenterCrop
+        self,
+        seed: int,
+        epoch: int,
+        sizes: NDArray,
+        global_batch_size: int,
+        crop: RandomCrop | CenterCrop,
+        *,
+        shuffle: bool,
+        drop_last: bool,
     ):
         if not (0 <= seed < 2**63 and 0 <= epoch < 2**63):
             raise ValueError(f"seed and epoch must lie in [0, 2**63), not {seed} and {epoch}")
         if global_batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, not {global_batch_size}")
         self.seed, self.epoch, self.sizes = seed, epoch, sizes
-        self.global_batch_size, self.augmentation = global_batch_size, augmentation
-        if isinstance(augmentation, RandomCrop):
-            keys = random_bits(seed, epoch, np.arange(len(sizes)), slice(ORDER, ORDER + 1))[:, 0]
+        self.global_batch_size, self.crop = global_batch_size, crop
+        self.order = np.arange(len(sizes))
+        if shuffle:
+            keys = random_bits(seed, epoch, self.order, slice(ORDER, ORDER + 1))[:, 0]
             self.order = np.argsort(keys, kind="stable")
-            self._num_steps = len(sizes) // global_batch_size
-        else:
-            self.order = np.arange(len(sizes))
-            self._num_steps = -(-len(sizes) // global_batch_size)
+        whole, rest = divmod(len(sizes), global_batch_size)
+        self._num_steps = whole if drop_last or not rest else whole + 1
 
     def __len__(self) -> int:
         return self._num_steps
@@ -165,5 +174,5 @@ class EpochPlan:
         """What `rank` of `world_size` ranks does in `step`."""
         start, stop = self.bounds(step, rank, world_size)
         indices = self.order[start:stop].astype(np.int64)
-        boxes, flips = self.augmentation.draw(self.seed, self.epoch, indices, self.sizes[indices])
+        boxes, flips = self.crop.draw(self.seed, self.epoch, indices, self.sizes[indices])
         return StepPlan(indices, boxes, flips)

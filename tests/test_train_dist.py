@@ -17,7 +17,7 @@ import torch
 import dcd
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
-from tests.pipelines.conftest import converted
+from tests.pipelines.helpers import converted
 
 ROOT = Path(__file__).parents[1]
 MODEL = "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipelines.conftest import converted
+from tests.pipelines.helpers import converted
 from tests.processes import Job, WarmPython, start_command
 from tests.test_train_dist import SMALL, command, difference, last, part_of
 

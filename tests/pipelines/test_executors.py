@@ -14,16 +14,9 @@ import torch
 
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
-from pipelines.plan import CenterCrop, EpochPlan, RandomCrop
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
-from tests.pipelines.conftest import EXECUTORS, indices_of, pixels_of
-from tools.compare_pixels import reference
-
-
-def plan_of(config, photos, split, epoch=0):
-    crop = RandomCrop() if split == "train" else CenterCrop()
-    return EpochPlan(config.seed, epoch, photos.source.sizes, config.batch_size, crop)
+from tests.pipelines.helpers import EXECUTORS, indices_of, pixels_of, plan_of, reference
 
 
 def errors(photos, config, split, build):

@@ -16,7 +16,7 @@ from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
-from tests.pipelines.conftest import converted, pixels_of, write_photos
+from tests.pipelines.helpers import converted, pixels_of, write_photos
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -13,7 +13,7 @@ import pytest
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from pipelines.sources.errors import DataError
-from tests.pipelines.conftest import converted, indices_of
+from tests.pipelines.helpers import converted, indices_of
 from tools.profile_throughput import Feed, Window, main
 from training.config import ConfigError
 from training.profile.step_timer import PHASES
