@@ -1,13 +1,17 @@
 """What loaders, sources and executors share: the batch, ImageNet's statistics, and what each promises to the others."""
 
 from collections.abc import Generator, Iterable
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.config import DataConfig
 from pipelines.plan import StepPlan
+from pipelines.sources.errors import DataError
 from pipelines.sources.images import Examined
 
 # ImageNet's statistics, on pixels in [0, 255]
@@ -70,14 +74,58 @@ class ImageSource(Source, Protocol):
         """These images (N,) will be read soon."""
 
 
-class Executor(Protocol):
-    """Carries out steps of the plan."""
+class MappedSource(Source, Protocol):
+    """A source whose stored bytes all lie in memory: what the executor for .beton files uses besides.
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
-        """One batch for each step, in order, of images `image_size` pixels high and wide.
+    lengths: (N,) int64, bytes of each image. is_raw: (N,) bool, whether they are height × width × 3 pixels, not a JPEG.
+    checksums: (N,) uint64, their XXH64, or None.
+    """
+
+    lengths: NDArray[np.int64]
+    is_raw: NDArray[np.bool_]
+    checksums: NDArray[np.uint64] | None
+
+    def addresses(self, indices: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Where in memory the bytes of these images (N,) begin."""
+
+    def will_need(self, indices: NDArray[np.int64]) -> None:
+        """These images (N,) will be read soon."""
+
+    def damaged_image(self, index: int, reason: str) -> DataError:
+        """The error for image `index`, which can't be used."""
+
+
+# Steps of the plan, in order, each with its images: what an executor hands out
+Executed: TypeAlias = Generator[tuple[StepPlan, Tensor], None, None]
+
+
+class Executor(Protocol):
+    """Carries out steps of the plan: reads and decodes each image, cuts its box, resizes and flips it."""
+
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
+        """Each step with its images (N, S, S, 3), where S is `image_size`.
+
+        They are uint8; or floats that are normalised already, but not with `ExecutorOptions.as_bytes`. They lie in the
+        host's memory, pinned where they go to a GPU, or on the GPU, where nothing is still writing to them.
 
         Closing the generator ends whatever works ahead for it. The last one is closed before the next `run`.
         """
 
     def close(self) -> None:
         """Free what is kept from one run to the next; the last run is closed."""
+
+
+@dataclass(frozen=True)
+class ExecutorOptions:
+    """What executors are made by, beside the source.
+
+    training: the split is train. world_size: ranks that share a global batch. device, dtype: of the batches.
+    as_bytes: images are handed out as uint8, since they are to be augmented.
+    """
+
+    config: DataConfig
+    training: bool
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    as_bytes: bool

@@ -1,14 +1,26 @@
 """From options to a loader: the source is opened, the backend chosen and imported on use."""
 
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from pipelines.batch import Source
+from pipelines.augmentation import PixelAugmentation
+from pipelines.batch import ExecutorOptions, Source
 from pipelines.config import BACKENDS, DataConfig
 from pipelines.loader import Loader
 from pipelines.sources.errors import DataError
+from pipelines.stages import DeviceStage
+
+# A backend is a module with a `create_executor(source, options)`, and a line here.
+EXECUTORS = {
+    "dali": "pipelines.executors.dali_executor",
+    "ffcv": "pipelines.executors.ffcv_executor",
+    "torchvision": "pipelines.executors.torchvision_executor",
+    "synthetic": "pipelines.executors.synthetic_executor",
+}
 
 
 def build_loader(
@@ -18,8 +30,13 @@ def build_loader(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    augmentations: Sequence[PixelAugmentation] = (),
 ) -> Loader:
     """The loader of one split; its backend is imported here, on use.
+
+    Args:
+        device, dtype: of the batches.
+        augmentations: on pixels, of this split, carried out one after another.
 
     Raises:
         DataError: missing or damaged data, a backend that can't be used, or a batch size that the world size does not
@@ -31,38 +48,14 @@ def build_loader(
             f"use a multiple of {world_size}"
         )
     device, training = torch.device(device), split == "train"
-    exact = config.exact_decode or not training
     source = _open_source(config, split)
     backend = _choose_backend(source, device) if config.backend == "auto" else config.backend
-    if backend == "synthetic":
-        from pipelines.executors.synthetic_executor import SyntheticExecutor
-
-        executor = SyntheticExecutor(source, device, dtype)
-    elif backend == "torchvision":
-        from pipelines.executors.torchvision_executor import (
-            TorchvisionExecutor,
-            TorchvisionGpuExecutor,
-            shared_memory_need,
-        )
-
-        if device.type == "cuda":
-            executor = TorchvisionGpuExecutor(source, device, dtype, config.workers)
-        else:
-            need = shared_memory_need(config, training, world_size, len(source))
-            executor = TorchvisionExecutor(source, device, dtype, config.workers, need)
-    elif backend == "ffcv":
-        from pipelines.executors.ffcv_executor import FfcvExecutor
-
-        executor = FfcvExecutor(source, device, dtype, config.workers, exact)
-    elif backend == "dali":
-        from pipelines.executors.dali_executor import DaliExecutor
-
-        batch_size_per_rank = config.batch_size // world_size
-        full_decode = config.dali_full_decode
-        executor = DaliExecutor(source, device, dtype, config.workers, batch_size_per_rank, full_decode)
-    else:
+    if backend not in EXECUTORS:
         raise DataError(f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
-    return Loader(source, executor, config, training, rank, world_size)
+    options = ExecutorOptions(config, training, world_size, device, dtype, as_bytes=bool(augmentations))
+    executor = import_module(EXECUTORS[backend]).create_executor(source, options)
+    stage = DeviceStage(device, dtype, tuple(augmentations))
+    return Loader(source, executor, stage, config, training, rank, world_size)
 
 
 def _open_source(config: DataConfig, split: str) -> Source:

@@ -1,9 +1,10 @@
 """The loader: a plan, carried out by a backend.
 
-    source (sizes, labels, images)  +  EpochPlan  ->  executor: read, decode, cut, resize, flip  ->  Batch on the device
+    source (sizes, labels, images)  +  EpochPlan  ->  executor: read, decode, cut, resize, flip
+                                                  ->  DeviceStage: to the device, augment, normalise  ->  Batch
 
 `Loader` walks through the plan and keeps the state; an executor (`batch.Executor`) only carries out the steps that it
-is handed. `build.py` joins the two.
+is handed, and `DeviceStage` is the same behind all of them. `build.py` joins the three.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -15,6 +16,7 @@ from pipelines.config import DataConfig
 from pipelines.fingerprint import fingerprint
 from pipelines.plan import EpochPlan
 from pipelines.sources.errors import DataError
+from pipelines.stages import DeviceStage
 
 
 class Loader:
@@ -24,15 +26,22 @@ class Loader:
     another goes on from with exactly the images that were left.
 
     Args:
-        source: the images. executor: the backend.
+        source: the images. executor: the backend. stage: the way from it to the device, with the augmentations.
         config: see `DataConfig`. training: random crops in shuffled order, else centre crops in order, once each.
         rank, world_size: this process takes slice `rank` of `world_size` of every global batch.
     """
 
     def __init__(
-        self, source: Source, executor: Executor, config: DataConfig, training: bool, rank: int, world_size: int
+        self,
+        source: Source,
+        executor: Executor,
+        stage: DeviceStage,
+        config: DataConfig,
+        training: bool,
+        rank: int,
+        world_size: int,
     ):
-        self._source, self._executor, self._config = source, executor, config
+        self._source, self._executor, self._stage, self._config = source, executor, stage, config
         self.training, self.rank, self.world_size = training, rank, world_size
         self._running: Generator[Batch, None, None] | None = None
         self.classes = source.classes
@@ -70,6 +79,7 @@ class Loader:
             config.train_crop if training else config.eval_crop,
             shuffle=training,
             drop_last=training,
+            augmentations=self._stage.augmentations,
         )
 
     @property
@@ -104,7 +114,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         self._stop()  # an epoch that was left early
         steps = (self._plan.step(step, self.rank, self.world_size) for step in self._steps_left())
-        self._running = self._executor.run(steps, self.image_size)
+        self._running = self._stage.run(self._executor.run(steps, self.image_size), self._source.labels)
         for batch in self._running:
             self._step += 1
             yield batch

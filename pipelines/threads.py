@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable
 from queue import SimpleQueue
 from threading import Thread
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -81,6 +81,25 @@ class Threads:
         while (work := self._work.get()) is not None:
             if not self._closed:
                 work()
+
+    def submit(self, function: Callable[..., R], *arguments: Any) -> Callable[[], R]:
+        """Call the function on a thread. What is returned waits for the result, or raises the error."""
+        done: SimpleQueue[tuple[R | None, BaseException | None]] = SimpleQueue()
+
+        def call() -> None:
+            try:
+                done.put((function(*arguments), None))
+            except BaseException as error:
+                done.put((None, error))
+
+        def result() -> R:
+            value, error = done.get()
+            if error is not None:
+                raise error
+            return value
+
+        self._work.put(call)
+        return result
 
     def map(self, function: Callable[[T], R], arguments: Iterable[T]) -> list[R]:
         """The function of each argument, in order; the first error of any is raised."""

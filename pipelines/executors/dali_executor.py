@@ -1,7 +1,6 @@
 """The executor by NVIDIA DALI: region decode, resize and normalise in one DALI pipeline, on the CPU or the GPU.
 
     thread:    steps of the plan -> bytes, boxes, flips -> DALI's own threads: decode the box, resize, flip, normalise
-    caller:                                                                                            -> to the device
 
 On a GPU nvJPEG and the hardware decoder decode ("mixed"). With `full_decode` whole images are decoded and the boxes cut
 from them. The bytes of a .beton file go to DALI without a copy.
@@ -18,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import MEAN, STD, Batch, ImageSource
+from pipelines.batch import MEAN, STD, Executed, ExecutorOptions, ImageSource
+from pipelines.executors.common import read_images
 from pipelines.executors.dali_probe import decoder_options, why_no_box_decode
 from pipelines.plan import StepPlan
 from pipelines.sources.errors import DataError
-from pipelines.stages import HostBatch, host_batch, read_images, to_device
 from pipelines.threads import in_background
 
 # Each step with the stored bytes of its images
@@ -46,6 +45,13 @@ def choose_full_decode(
     return HARDWARE_SHARE
 
 
+def create_executor(source: ImageSource, options: ExecutorOptions) -> "DaliExecutor":
+    """The executor of a loader."""
+    config, batch_size = options.config, options.config.batch_size // options.world_size
+    rest = (config.workers, batch_size, config.dali_full_decode, options.as_bytes)
+    return DaliExecutor(source, options.device, options.dtype, *rest)
+
+
 class DaliExecutor:
     """Decodes a folder or a .beton file by DALI.
 
@@ -54,6 +60,7 @@ class DaliExecutor:
         workers: DALI's threads, at least 1.
         batch_size: images in a step of this rank, at most.
         full_decode: see `DataConfig.dali_full_decode`.
+        as_bytes: hand out bytes instead of normalised floats.
     """
 
     def __init__(
@@ -64,12 +71,16 @@ class DaliExecutor:
         workers: int,
         batch_size: int,
         full_decode: float | None = None,
+        as_bytes: bool = False,
     ):
         if not is_installed():
             raise DataError("--backend dali needs NVIDIA DALI: pip install nvidia-dali-cuda130")
         if full_decode is not None and not 0 <= full_decode <= 1:
             raise DataError(f"--dali-full-decode {full_decode}: must lie in [0, 1]")
-        self._source, self._device, self._dtype = source, device, dtype
+        self._source, self._device = source, device
+        # floats of half the bytes where the trainer wants 16 bits; bfloat16 has fewer digits still
+        floats = torch.float32 if dtype == torch.float32 else torch.float16
+        self._dtype = torch.uint8 if as_bytes else floats
         self._threads, self._batch_size = max(1, workers), batch_size
         self._full_decode = choose_full_decode(full_decode, device)
         self._pipeline: Any = None
@@ -78,14 +89,14 @@ class DaliExecutor:
         self._in_dali: deque[tuple[StepPlan, Any]] = deque()  # the steps whose batches are to come, and their inputs
         self._is_running = False
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
         if image_size != self._image_size:
             self.close()
         if self._pipeline is None:
             self._pipeline, self._image_size = self._build(image_size), image_size
         inputs = in_background(self._read(steps), BATCHES_AHEAD)
         with closing(in_background(self._outputs(inputs), ahead=1)) as batches:
-            yield from to_device(batches, self._device, self._dtype)
+            yield from batches
 
     def close(self) -> None:
         if not self._is_running:  # else in a thread that was left behind in a read: the pipeline is its own
@@ -124,15 +135,12 @@ class DaliExecutor:
                 images = fn.decoders.image(encoded, **decoder, hw_decoder_load=self._full_decode)
                 images = fn.slice(images, **box)
             images = fn.resize(images, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
-            images = fn.crop_mirror_normalize(
-                images,
-                mirror=mirror,
-                mean=MEAN,
-                std=STD,
-                output_layout="HWC",
-                # half the bytes where the trainer wants 16 bits; bfloat16 has fewer digits still
-                dtype=types.FLOAT if self._dtype == torch.float32 else types.FLOAT16,
-            )
+            if self._dtype == torch.uint8:
+                images = fn.flip(images, horizontal=mirror)
+            else:
+                dtype = types.FLOAT if self._dtype == torch.float32 else types.FLOAT16
+                statistics = {"mean": MEAN, "std": STD, "dtype": dtype, "output_layout": "HWC"}
+                images = fn.crop_mirror_normalize(images, mirror=mirror, **statistics)
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
@@ -162,7 +170,7 @@ class DaliExecutor:
         self._in_dali.append((step, inputs))
         return inputs
 
-    def _outputs(self, inputs: Inputs) -> Generator[HostBatch, None, None]:
+    def _outputs(self, inputs: Inputs) -> Executed:
         """Keeps DALI filled, and takes the batches out in order."""
         self._inputs, self._error = inputs, None
         finished, self._is_running = False, True
@@ -181,8 +189,8 @@ class DaliExecutor:
                 self._end_pipeline()
             self._is_running = False
 
-    def _take(self) -> HostBatch:
-        """The images of the oldest step in DALI."""
+    def _take(self) -> tuple[StepPlan, Tensor]:
+        """The oldest step in DALI, with its images."""
         step, _ = self._in_dali[0]
         try:
             (output,) = self._pipeline.share_outputs()
@@ -192,7 +200,7 @@ class DaliExecutor:
         self._pipeline.release_outputs()
         self._in_dali.popleft()
         self._pipeline.schedule_run()
-        return host_batch(images, step.indices, self._source.labels)
+        return step, images
 
     def _as_tensor(self, output: Any) -> Tensor:
         """DALI's images (N, S, S, 3): on a CPU in DALI's own memory, on a GPU copied into PyTorch's."""
@@ -201,8 +209,7 @@ class DaliExecutor:
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         with torch.cuda.stream(self._stream):
-            dtype = torch.float32 if self._dtype == torch.float32 else torch.float16
-            images = torch.empty(output.shape(), dtype=dtype, device=self._device)
+            images = torch.empty(output.shape(), dtype=self._dtype, device=self._device)
             feed_ndarray(output, images, cuda_stream=self._stream)
         self._stream.synchronize()  # this thread waits, not the training's
         return images

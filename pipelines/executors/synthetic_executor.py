@@ -1,32 +1,44 @@
 """The executor that reads nothing: one resident batch again and again, the upper bound of every loader."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 
 import torch
 
-from pipelines.batch import Batch, Source
+from pipelines.batch import Executed, ExecutorOptions, Source
 from pipelines.plan import StepPlan
 
 
+def create_executor(source: Source, options: ExecutorOptions) -> "SyntheticExecutor":
+    """The executor of a loader."""
+    return SyntheticExecutor(options.device, options.dtype, options.as_bytes)
+
+
 class SyntheticExecutor:
-    """Hands out the same normally distributed images, resident on the device, with the labels of the plan."""
+    """Hands out the same images, resident on the device: normally distributed, or with `as_bytes` random bytes."""
 
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype):
-        self._source, self._device, self._dtype = source, device, dtype
-        self._images = torch.empty(0, 3, 0, 0)
+    def __init__(self, device: torch.device, dtype: torch.dtype, as_bytes: bool = False):
+        self._device, self._dtype, self._as_bytes = device, dtype, as_bytes
+        self._images = torch.empty(0)
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
         for step in steps:
             count = len(step.indices)
-            if self._images.shape[0] < count or self._images.shape[2] != image_size:
-                generator = torch.Generator().manual_seed(0)
-                images = torch.randn(count, 3, image_size, image_size, generator=generator)
-                self._images = images.to(self._device, self._dtype, memory_format=torch.channels_last)
-            labels = torch.from_numpy(self._source.labels[step.indices])
-            if self._device.type == "cuda":
-                labels = labels.pin_memory()  # from other memory a copy would make the host wait
-            labels = labels.to(self._device, non_blocking=True)
-            yield Batch(self._images[:count], labels, torch.from_numpy(step.indices))
+            if len(self._images) < count or self._images.shape[1] != image_size:
+                self._images = self._make(count, image_size)
+            yield step, self._images[:count]
+
+    def _make(self, count: int, size: int) -> torch.Tensor:
+        """(count, size, size, 3)."""
+        generator = torch.Generator().manual_seed(0)
+        if self._as_bytes:
+            images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+            images = images.to(self._device)
+        else:
+            images = torch.randn(count, 3, size, size, generator=generator)
+            images = images.to(self._device, self._dtype, memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # another stream is to read them
+        return images
 
     def close(self) -> None:
-        self._images = torch.empty(0, 3, 0, 0)
+        self._images = torch.empty(0)

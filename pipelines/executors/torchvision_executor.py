@@ -1,6 +1,6 @@
 """The executors by torchvision: on the CPU in PyTorch's DataLoader, on a GPU by its batch decoder.
 
-    this process:      steps of the plan ->                                       -> to the device, normalise
+    this process:      steps of the plan ->
     worker processes:                       one whole rank's batch each: decode (libjpeg-turbo), cut, resize, flip
 
 A worker makes a whole batch, in uint8 and right in shared memory: one tensor instead of hundreds, at a quarter of the
@@ -24,18 +24,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipelines.batch import Batch, ImageSource
+from pipelines.batch import Executed, ExecutorOptions, ImageSource
 from pipelines.config import DataConfig
+from pipelines.executors.common import read_images
 from pipelines.plan import StepPlan
 from pipelines.shared_memory import Need, free_and_size
 from pipelines.sources.errors import DataError
-from pipelines.stages import HostBatch, host_batch, normalise, read_images, to_device
 from pipelines.threads import PATIENCE_S, in_background
 
 BATCHES_AHEAD = 2  # of each worker
@@ -73,8 +72,8 @@ def resize_steps(height: int, width: int, size: int) -> list[tuple[int, int]]:
 
 
 class _Batches(Dataset):
-    """The key of an item is the work itself: (step of the plan, side of the images). The item is the images
-    (N, S, S, 3) uint8 and their indices (N,).
+    """The key of an item is the work itself: (step of the plan, side of the images). The item is the step and its
+    images (N, S, S, 3) uint8.
     """
 
     def __init__(self, source: ImageSource, need: Need):
@@ -83,7 +82,7 @@ class _Batches(Dataset):
         largest = 3 * int(source.sizes.astype(np.int64).prod(1).max())
         self._memory = np.empty(min(largest, MEMORY_BYTES), np.uint8)
 
-    def __getitem__(self, work: tuple[StepPlan, int]) -> tuple[Tensor, NDArray[np.int64]] | DataError:
+    def __getitem__(self, work: tuple[StepPlan, int]) -> tuple[StepPlan, Tensor] | DataError:
         step, size = work
         try:
             images = self._empty(len(step.indices), size, size, 3)
@@ -91,7 +90,7 @@ class _Batches(Dataset):
                 image.copy_(render(self.source.decode(index, self._memory), box, flip, size))
         except DataError as error:
             return error  # raised in the training process; the DataLoader would wrap it into a page of text
-        return images, step.indices
+        return step, images
 
     def _empty(self, *shape: int) -> Tensor:
         """Uninitialised bytes: in a worker in shared memory, where the DataLoader would otherwise copy them later, in
@@ -114,6 +113,15 @@ class _Work(Sampler):
 
     def __iter__(self) -> Iterator[tuple[StepPlan, int]]:
         return iter(self.items)
+
+
+def create_executor(source: ImageSource, options: ExecutorOptions) -> "TorchvisionExecutor | TorchvisionGpuExecutor":
+    """The executor of a loader: by the device's own decoder. All images are handed out as bytes."""
+    config, device = options.config, options.device
+    if device.type == "cuda":
+        return TorchvisionGpuExecutor(source, device, config.workers)
+    need = shared_memory_need(config, options.training, options.world_size, len(source))
+    return TorchvisionExecutor(source, device, config.workers, need)
 
 
 def shared_memory_need(config: DataConfig, training: bool, world_size: int, num_images: int) -> Need:
@@ -151,7 +159,7 @@ class TorchvisionExecutor:
     """Decodes a folder or a .beton file on the CPU.
 
     Args:
-        source: the images. device, dtype: of the batches.
+        source: the images. device: of the batches.
         workers: processes, at least 0; with 0 the images are decoded in this process.
         need: of shared memory, where there are workers; by default not looked at.
 
@@ -159,10 +167,7 @@ class TorchvisionExecutor:
         DataError: there is less of it.
     """
 
-    def __init__(
-        self, source: ImageSource, device: torch.device, dtype: torch.dtype, workers: int, need: Need | None = None
-    ):
-        self._source, self._device, self._dtype = source, device, dtype
+    def __init__(self, source: ImageSource, device: torch.device, workers: int, need: Need | None = None):
         self._need = need or Need()
         if workers and not self._need.is_met():
             raise DataError(f"too little shared memory: {self._need.advice()}")
@@ -170,7 +175,7 @@ class TorchvisionExecutor:
         self._batches: DataLoader | None = DataLoader(
             _Batches(source, self._need),
             batch_size=None,
-            collate_fn=lambda item: item,  # PyTorch's would make a tensor of the indices, which takes shared memory
+            collate_fn=lambda item: item,  # PyTorch's would make tensors of the step, which take shared memory
             sampler=self._work,
             num_workers=workers,
             prefetch_factor=BATCHES_AHEAD if workers else None,
@@ -182,11 +187,8 @@ class TorchvisionExecutor:
             worker_init_fn=_start_worker if workers else None,
         )
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
         self._work.items = ((step, image_size) for step in steps)
-        yield from to_device(self._host_batches(), self._device, self._dtype)
-
-    def _host_batches(self) -> Iterator[HostBatch]:
         try:
             batches = iter(self._batches)
             if current_thread() is main_thread():
@@ -196,8 +198,8 @@ class TorchvisionExecutor:
             for item in batches:
                 if isinstance(item, DataError):
                     raise item
-                images, indices = item
-                yield host_batch(images, indices, self._source.labels)
+                step, images = item
+                yield step, images
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
@@ -244,26 +246,21 @@ class TorchvisionGpuExecutor:
     """Decodes a folder or a .beton file on the GPU (nvJPEG), a batch at a time.
 
         threads:     steps of the plan -> bytes of the batch
-        thread:                                              -> GPU: decode whole images, cut, resize, flip, normalise
+        thread:                                              -> GPU: decode whole images, cut, resize, flip
 
     Args:
-        source: the images. device, dtype: of the batches (on a CPU the CPU's decoder does the same).
+        source: the images. device: of the batches (on a CPU the CPU's decoder does the same).
         workers: threads that read; 0 is one.
     """
 
-    def __init__(self, source: ImageSource, device: torch.device, dtype: torch.dtype, workers: int):
-        self._source, self._device, self._dtype = source, device, dtype
+    def __init__(self, source: ImageSource, device: torch.device, workers: int):
+        self._source, self._device = source, device
         self._threads = max(1, workers)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
         encoded = in_background(read_images(steps, self._read, self._threads), ahead=2)
-        with closing(in_background(self._decode(encoded, image_size), ahead=1)) as batches:
-            for batch in batches:
-                for tensor in batch[:2] if self._stream else ():
-                    # it was allocated on the other stream
-                    tensor.record_stream(torch.cuda.current_stream(self._device))
-                yield batch
+        return in_background(self._decode(encoded, image_size), ahead=1)
 
     def close(self) -> None:
         """Nothing: no thread outlives a run."""
@@ -274,23 +271,20 @@ class TorchvisionGpuExecutor:
             return torch.from_numpy(self._source.read_sound(index).copy())
         return self._source.decode(index)
 
-    def _decode(
-        self, encoded: Generator[tuple[StepPlan, list[Tensor]], None, None], size: int
-    ) -> Generator[Batch, None, None]:
+    def _decode(self, encoded: Generator[tuple[StepPlan, list[Tensor]], None, None], size: int) -> Executed:
         with closing(encoded):
             for step, data in encoded:
                 with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                     whole = self._decode_batch(step, data)
                     boxes = zip(whole, step.boxes.tolist(), step.flips, strict=True)
                     images = torch.stack([render(image, box, flip, size) for image, box, flip in boxes])
-                    batch = normalise(host_batch(images, step.indices, self._source.labels), self._device, self._dtype)
                 if self._stream:
                     # It must be here, and this thread waits, not the training's: nvJPEG's hardware decoder writes
                     # before the work that is queued on its stream is done (torchvision's pull request 9606,
                     # torchcodec's 1634), so the next batch may only be decoded, into memory that this one has used,
                     # when this one is finished.
                     self._stream.synchronize()
-                yield batch
+                yield step, images
 
     def _decode_batch(self, step: StepPlan, data: list[Tensor]) -> list[Tensor]:
         """Whole images (3, H, W) uint8 on the device."""

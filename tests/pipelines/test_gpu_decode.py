@@ -16,6 +16,7 @@ from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
+from pipelines.stages import DeviceStage
 from tests.pipelines.helpers import converted, pixels_of, write_photos
 
 pytestmark = pytest.mark.gpu
@@ -120,10 +121,10 @@ def test_what_the_gpu_does_not_decode_comes_out_all_the_same(copied, build, deco
     agree(found.images[8], wanted.images[8])
 
 
-def batches_of_two_epochs(executor, source) -> list[torch.Tensor]:
+def batches_of_two_epochs(executor, source, device) -> list[torch.Tensor]:
     """Pixels in [0, 255]. Each batch is freed before the GPU, which has other work first, has read it."""
-    config = DataConfig(batch_size=4, input_size=64)
-    loader = Loader(source, executor, config, training=True, rank=0, world_size=1)
+    config, stage = DataConfig(batch_size=4, input_size=64), DeviceStage(device, torch.float32)
+    loader = Loader(source, executor, stage, config, training=True, rank=0, world_size=1)
     kept = []
     for epoch in (0, 1):
         loader.set_epoch(epoch)
@@ -141,8 +142,7 @@ def batches_of_two_epochs(executor, source) -> list[torch.Tensor]:
 def test_what_torchvision_decodes_on_the_cpu_arrives_as_it_is(photographs, workers):
     source = FolderSource(photographs / "train")
     wanted, found = (
-        batches_of_two_epochs(TorchvisionExecutor(source, device, torch.float32, workers), source)
-        for device in (CPU, GPU)
+        batches_of_two_epochs(TorchvisionExecutor(source, device, workers), source, device) for device in (CPU, GPU)
     )
     for batch, expected in zip(found, wanted, strict=True):
         assert torch.equal(batch.round(), expected.round())  # bytes, normalised on the device
@@ -155,7 +155,7 @@ def test_what_ffcv_decodes_on_the_cpu_arrives_as_bytes(photographs, tmp_path, wo
 
     source = BetonSource(converted(photographs, tmp_path / "beton") / "train.beton")
     wanted, found = (
-        batches_of_two_epochs(FfcvExecutor(source, device, torch.float32, workers, exact=True), source)
+        batches_of_two_epochs(FfcvExecutor(source, device, workers, exact=True), source, device)
         for device in (CPU, GPU)
     )
     for batch, expected in zip(found, wanted, strict=True):

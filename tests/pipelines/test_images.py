@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from pipelines.batch import MEAN, STD
 from pipelines.executors.torchvision_executor import TorchvisionExecutor, TorchvisionGpuExecutor
 from pipelines.plan import StepPlan
 from pipelines.sources.errors import DataError
@@ -54,18 +53,18 @@ def executor_of(name: str, source: FolderSource):
     if name == "dali":
         from pipelines.executors.dali_executor import DaliExecutor
 
-        return DaliExecutor(source, CPU, torch.float32, 1, 1)
+        return DaliExecutor(source, CPU, torch.float32, 1, 1, as_bytes=True)
     if name == "torchvision":
-        return TorchvisionExecutor(source, CPU, torch.float32, 0)
-    return TorchvisionGpuExecutor(source, CPU, torch.float32, 1)  # the same code by the CPU's decoder
+        return TorchvisionExecutor(source, CPU, 0)
+    return TorchvisionGpuExecutor(source, CPU, 1)  # the same code by the CPU's decoder
 
 
 def pixels(executor, index: int, height: int, width: int) -> np.ndarray:
     """The square in the upper left corner of an image, as an executor hands it out, (S, S, 3)."""
     side = min(height, width)
     box = np.array([[0, 0, side, side]], np.int32)
-    (batch,) = executor.run([StepPlan(np.array([index]), box, np.zeros(1, bool))], side)
-    return (batch.images[0].permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)).numpy()
+    ((_, images),) = executor.run([StepPlan(np.array([index]), box, np.zeros(1, bool))], side)
+    return images[0].float().numpy()
 
 
 def without(marker: int, data: bytes) -> bytes:

@@ -18,6 +18,7 @@ from pipelines.executors import torchvision_executor
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from pipelines.loader import Loader
+from pipelines.stages import DeviceStage
 
 threads.PATIENCE_S = torchvision_executor.PATIENCE_S = 0.5
 folder, beton = map(Path, sys.argv[1:])
@@ -46,8 +47,9 @@ def block_decoder():
 
 def on_gpu(config):
     source = build_loader(config, "train")._source
-    executor = torchvision_executor.TorchvisionGpuExecutor(source, torch.device("cpu"), torch.float32, 2)
-    return Loader(source, executor, config, True, 0, 1)
+    cpu = torch.device("cpu")
+    executor = torchvision_executor.TorchvisionGpuExecutor(source, cpu, 2)
+    return Loader(source, executor, DeviceStage(cpu, torch.float32), config, True, 0, 1)
 
 def open_train(config):
     return build_loader(config, "train")

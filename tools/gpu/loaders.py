@@ -25,6 +25,7 @@ from pipelines.executors.dali_probe import why_no_box_decode
 from pipelines.executors.torchvision_executor import TorchvisionExecutor
 from pipelines.loader import Loader
 from pipelines.sources.folder import FolderSource
+from pipelines.stages import DeviceStage
 from tools.gpu.networks import free
 from tools.gpu.record import Record
 from tools.profiling.steps import wait
@@ -87,8 +88,8 @@ def open_loader(name: str, config: DataConfig, device: torch.device, dtype: torc
     if name != ON_CORES:
         return build_loader(config, "train", device=device, dtype=dtype)
     source = FolderSource(config.root / "train")
-    executor = TorchvisionExecutor(source, device, dtype, config.workers)
-    return Loader(source, executor, config, training=True, rank=0, world_size=1)
+    executor = TorchvisionExecutor(source, device, config.workers)
+    return Loader(source, executor, DeviceStage(device, dtype), config, training=True, rank=0, world_size=1)
 
 
 def compare_pixels(record: Record, ways: dict[str, DataConfig], device: torch.device) -> None:
