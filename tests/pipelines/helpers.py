@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipelines.batch import MEAN, STD
 from pipelines.config import DataConfig
-from pipelines.plan import CenterCrop, EpochPlan, RandomCrop
+from pipelines.plan import CenterCrop, EpochPlan, RandomCrop, random_bits
 from pipelines.sources.folder import FolderSource
 
 # Every way from stored images to batches: backend and form of the data
@@ -71,6 +71,17 @@ def config_of(executor: str, photos: Photos) -> DataConfig:
     backend, _, folder = executor.partition(" on a ")
     root = photos.folder if folder else photos.verbatim
     return DataConfig(root=root, backend=backend, batch_size=4, workers=1, input_size=64, eval_size=64, seed=5)
+
+
+class Inverted:
+    """An augmentation: half of the images become their negatives, drawn anew in each epoch."""
+
+    def draw(self, seed, epoch, indices):
+        return random_bits(seed, epoch, indices, range(1), "inverted")[:, 0] % 2 == 1
+
+    def apply(self, images, operations):
+        bits = 255 * torch.from_numpy(operations).to(images.device, torch.uint8)
+        return images ^ bits[:, None, None, None]
 
 
 def training_plan(seed, epoch, sizes, batch_size) -> EpochPlan:

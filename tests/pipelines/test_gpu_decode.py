@@ -17,7 +17,7 @@ from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
 from pipelines.stages import DeviceStage
-from tests.pipelines.helpers import converted, pixels_of, write_photos
+from tests.pipelines.helpers import Inverted, converted, pixels_of, write_photos
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -121,9 +121,9 @@ def test_what_the_gpu_does_not_decode_comes_out_all_the_same(copied, build, deco
     agree(found.images[8], wanted.images[8])
 
 
-def batches_of_two_epochs(executor, source, device) -> list[torch.Tensor]:
+def batches_of_two_epochs(executor, source, device, augmentations=()) -> list[torch.Tensor]:
     """Pixels in [0, 255]. Each batch is freed before the GPU, which has other work first, has read it."""
-    config, stage = DataConfig(batch_size=4, input_size=64), DeviceStage(device, torch.float32)
+    config, stage = DataConfig(batch_size=4, input_size=64), DeviceStage(device, torch.float32, augmentations)
     loader = Loader(source, executor, stage, config, training=True, rank=0, world_size=1)
     kept = []
     for epoch in (0, 1):
@@ -138,14 +138,16 @@ def batches_of_two_epochs(executor, source, device) -> list[torch.Tensor]:
     return [torch.cat([pixels_of(images.cpu()).flatten(), labels.cpu()]) for images, labels in kept]
 
 
+@pytest.mark.parametrize("augmentations", [(), (Inverted(),)])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_torchvision_decodes_on_the_cpu_arrives_as_it_is(photographs, workers):
+def test_what_torchvision_decodes_on_the_cpu_arrives_as_it_is(photographs, workers, augmentations):
     source = FolderSource(photographs / "train")
     wanted, found = (
-        batches_of_two_epochs(TorchvisionExecutor(source, device, workers), source, device) for device in (CPU, GPU)
+        batches_of_two_epochs(TorchvisionExecutor(source, device, workers), source, device, augmentations)
+        for device in (CPU, GPU)
     )
     for batch, expected in zip(found, wanted, strict=True):
-        assert torch.equal(batch.round(), expected.round())  # bytes, normalised on the device
+        assert torch.equal(batch.round(), expected.round())  # bytes, augmented and normalised on the device
 
 
 @pytest.mark.parametrize("workers", [1, 2])

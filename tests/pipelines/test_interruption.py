@@ -51,6 +51,19 @@ def on_gpu(config):
     executor = torchvision_executor.TorchvisionGpuExecutor(source, cpu, 2)
     return Loader(source, executor, DeviceStage(cpu, torch.float32), config, True, 0, 1)
 
+class Stuck:
+    def draw(self, seed, epoch, indices):
+        return indices
+
+    def apply(self, images, operations):
+        os.read(pipe, 1)
+
+def augmented(config):
+    return build_loader(config, "train", augmentations=[Stuck()])
+
+def do_nothing():
+    pass
+
 def open_train(config):
     return build_loader(config, "train")
 
@@ -60,6 +73,7 @@ cases = {
     "torchvision, on a GPU": (on_gpu, config, make_pipe),
     "DALI": (open_train, replace(config, backend="dali"), make_pipe),
     "torchvision, stopped workers": (open_train, replace(config, root=beton), stop_workers),
+    "augmentation": (augmented, replace(config, root=beton, backend="ffcv"), do_nothing),
     "FFCV": (open_train, replace(config, root=beton, backend="ffcv"), block_decoder),
 }
 image = stuck.read_bytes()
@@ -101,5 +115,5 @@ def test_a_stop_while_waiting_for_data_ends_at_once_on_every_backend(photos, tmp
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     *closed, left = done.stdout.splitlines()
-    assert len(closed) == 6 and all(float(line.split()[0]) < 3 for line in closed)
+    assert len(closed) == 7 and all(float(line.split()[0]) < 3 for line in closed)
     assert not [pid for pid in left.split()[1:] if Path("/proc", pid).exists()]
