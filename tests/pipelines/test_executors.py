@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,14 @@ import psutil
 import pytest
 import torch
 
+from pipelines import build as build_module
+from pipelines.batch import ExecutorOptions, ImageSource, MappedSource, Source
 from pipelines.build import build_loader
-from pipelines.config import DataConfig
+from pipelines.config import BACKENDS, DataConfig
+from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
+from pipelines.stages import DeviceStage
 from tests.pipelines.helpers import EXECUTORS, indices_of, pixels_of, plan_of, reference
 
 
@@ -56,10 +61,40 @@ def overwrite(path, offset, data):
         file.write(data)
 
 
-def test_these_are_all_backends(photos):
-    from pipelines.config import BACKENDS
+def test_these_are_all_backends():
+    tested = {name.split()[0] for name in EXECUTORS} | {"synthetic"}
+    assert tested == set(build_module.EXECUTORS) == set(BACKENDS) - {"auto"}
 
-    assert {name.split()[0] for name in EXECUTORS} | {"auto", "synthetic"} == set(BACKENDS)
+
+class Promised:
+    """A source of which nothing can be had but what a protocol names."""
+
+    def __init__(self, source, protocol):
+        self._source = source
+        kinds = [kind for kind in protocol.__mro__ if kind.__module__ == protocol.__module__]
+        self._names = {name for kind in kinds for name in (*vars(kind), *kind.__annotations__)}
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getattr__(self, name):
+        assert name in self._names, f"{name} is not promised"
+        return getattr(self._source, name)
+
+
+def test_executors_use_of_a_source_what_its_protocol_promises(photos, small, build):
+    """In one process: what a worker of torchvision uses would be found out there, too."""
+    source = BetonSource(small.root / "train.beton") if small.root == photos.verbatim else photos.source
+    narrow = Promised(source, MappedSource if small.backend == "ffcv" else ImageSource)
+    with pytest.raises(AssertionError, match="examine_stored is not promised"):
+        _ = narrow.examine_stored
+    device, dtype = torch.device("cpu"), torch.float32
+    options = ExecutorOptions(replace(small, workers=0), True, 1, device, dtype, as_bytes=False)
+    executor = import_module(build_module.EXECUTORS[small.backend]).create_executor(narrow, options)
+    loader = Loader(Promised(source, Source), executor, DeviceStage(device, dtype), small, True, 0, 1)
+    for batch, expected in zip(loader, build(small, "train"), strict=True):
+        assert torch.equal(batch.images, expected.images) and torch.equal(batch.labels, expected.labels)
+    loader.close()
 
 
 @pytest.mark.parametrize("world_size, workers", [(1, 1), (1, 4), (2, 1), (3, 4)])
