@@ -69,7 +69,8 @@ class BetonSource:
     """
 
     def __init__(self, path: str | Path, record: tuple[Path, dict[str, Any]] | None = None):
-        self.path, self.note = Path(path), None
+        self.path = Path(path)
+        self.note: str | None = None
         try:
             # Not np.memmap: this mapping is also asked to read ahead (`will_need`).
             with open(self.path, "rb") as file:
@@ -94,7 +95,8 @@ class BetonSource:
         for label in (self.labels.min(), self.labels.max()):
             if not 0 <= label < MOST_CLASSES:
                 raise self._damaged(f"label {label}, which is not in [0, {MOST_CLASSES:,})")
-        self.classes, self.has_names = [str(label) for label in range(self.labels.max() + 1)], False
+        self.classes = [str(label) for label in range(self.labels.max() + 1)]
+        self.has_names = False
         self.checksums: NDArray[np.uint64] | None = None
         self._use_record(record)
 
@@ -154,7 +156,7 @@ class BetonSource:
         """As `examine`, of the bytes `stored` (N,) that `read` has given."""
         height, width = self.sizes[index].tolist()
         if self.is_raw[index]:
-            return Examined(height, width, stored.reshape(height, width, 3), "pixels")
+            return Examined(height, width, stored.reshape(height, width, 3), reencoded_because="pixels")
         try:
             seen = examine(stored, with_pixels, memory)
         except BadImage as error:

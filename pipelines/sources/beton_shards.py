@@ -64,19 +64,28 @@ def open_betons(root: str | Path, split: str) -> "BetonSource | BetonShards | No
 
 
 class BetonShards:
-    """One split in several files, with all that loaders use of a `BetonSource`.
+    """One split in several files, with all that loaders and programs use of a `BetonSource`.
 
     Args:
         files: all shards, in order; `dataset.json` must lie beside them: only with it is a split whole.
 
     Attributes:
-        offsets: (N,) int64, where the bytes of each image are in its own file.
+        classes … checksums: as of a `BetonSource`; offsets: where the bytes of each image are in its own file.
 
     Raises:
         DataError: see `BetonSource`; or no dataset.json.
     """
 
-    has_names, note = True, None
+    classes: list[str]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    is_raw: NDArray[np.bool_]
+    plain: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    checksums: NDArray[np.uint64] | None
+    has_names = True
+    note: str | None = None
 
     def __init__(self, files: list[Path]):
         record = files[0].with_name(DATASET_FILE)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -31,7 +32,7 @@ _WANTED = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000"
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 EXTENSIONS = tuple(sorted(end for end, name in Image.registered_extensions().items() if name in _WANTED))
 
-# A file is an image or it is none: warnings of odd metadata or of many pixels are for nobody.
+# A file is an image or it is none: nobody needs warnings of unusual metadata or of many pixels.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 # Text and colour profiles may be as long as an image: Pillow refuses a PNG with more than 1 MB of them.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -45,13 +46,14 @@ class BadImage(ValueError):
 class Examined:
     """What an image is. height, width in pixels. pixels: (H, W, 3) uint8 RGB, or None where they were not needed.
 
-    odd: why a plain JPEG decoder could not take it ("PNG, RGBA"), or None.
+    reencoded_because: None for a JPEG that is RGB or grey. Else what it is ("PNG, RGBA"; "pixels" in a .beton file),
+        which is why the converter encodes it anew.
     """
 
     height: int
     width: int
     pixels: NDArray[np.uint8] | None
-    odd: str | None
+    reencoded_because: str | None
 
 
 def examine(data: NDArray[np.uint8], with_pixels: bool = True, memory: NDArray[np.uint8] | None = None) -> Examined:
@@ -72,9 +74,9 @@ def examine(data: NDArray[np.uint8], with_pixels: bool = True, memory: NDArray[n
         height, width = native.jpeg_size(data)
         _check_size(height, width)
         if with_pixels:
-            return Examined(height, width, native.decode_jpeg(data, memory), None)
+            return Examined(height, width, native.decode_jpeg(data, memory), reencoded_because=None)
         native.check_jpeg(data)
-        return Examined(height, width, None, None)
+        return Examined(height, width, None, reencoded_because=None)
     except native.DecodeError as error:
         if str(error) != NOT_RGB:  # a damaged file, which Pillow might take
             raise BadImage(str(error)) from error
@@ -94,7 +96,7 @@ class Header:
     plain: bool
 
 
-def read_header(path: str) -> Header:
+def read_header(path: str | Path) -> Header:
     """The header of the image in a file.
 
     Raises:
@@ -108,7 +110,7 @@ def read_header(path: str) -> Header:
         data = np.fromfile(path, np.uint8)
         if not _is_jpeg(data):
             raise
-        try:  # a JPEG with an odd header may be one to libjpeg, as it is to the converter
+        try:  # libjpeg, and so the converter, may read a JPEG whose header Pillow refuses
             height, width = native.jpeg_size(data)
         except native.DecodeError:
             raise error from None
@@ -151,11 +153,12 @@ def _check_size(height: int, width: int) -> None:
 
 def _examine_by_pillow(data: NDArray[np.uint8]) -> Examined:
     with _open_by_pillow(io.BytesIO(data)) as image:
-        odd = f"{image.format}, {image.mode}"
+        form = f"{image.format}, {image.mode}"
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255 rather than scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         pixels = np.array(image.convert("RGB"))
-        return Examined(*pixels.shape[:2], pixels, odd)
+        height, width, _ = pixels.shape
+        return Examined(height, width, pixels, reencoded_because=form)
 
 
 @contextlib.contextmanager

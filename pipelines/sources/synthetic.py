@@ -6,7 +6,8 @@ import numpy as np
 class SyntheticSource:
     """`num_images` images that exist in name only, of ImageNet's typical size, with labels in turn."""
 
-    has_names, note = False, None
+    has_names = False
+    note: str | None = None
 
     def __init__(self, num_images: int, num_classes: int):
         self.classes = [f"{label:08d}" for label in range(num_classes)]

@@ -140,8 +140,8 @@ def test_odd_images_hold_what_their_makers_put_in(name):
         assert np.abs(seen.pixels - expected).mean() <= tolerance
     else:
         assert name == "turned tiff.JPEG"
-    assert (seen.odd is None) == (name in ("grey.JPEG", "progressive.JPEG", "stored as RGB.JPEG"))
-    assert convert(np.frombuffer(ODD[name], np.uint8), 0, Options()).odd == seen.odd
+    assert (seen.reencoded_because is None) == (name in ("grey.JPEG", "progressive.JPEG", "stored as RGB.JPEG"))
+    assert convert(np.frombuffer(ODD[name], np.uint8), 0, Options()).odd == seen.reencoded_because
 
 
 def with_rows(data: bytes, rows: int) -> bytes:
@@ -181,7 +181,7 @@ def test_zeros_of_a_plain_image_and_behind_one_are_no_damage(mode):
     plain = saved(Image.new(mode, (2000, 2000)), "JPEG", optimize=True)
     assert bytes(2000) in plain
     assert examine(np.frombuffer(plain, np.uint8)).pixels.max() == 0
-    assert examine(np.frombuffer(WHOLE + bytes(4096), np.uint8), with_pixels=False).odd is None
+    assert examine(np.frombuffer(WHOLE + bytes(4096), np.uint8), with_pixels=False).reencoded_because is None
     longer = WHOLE[:-2] + b"some bytes more than needed" + WHOLE[-2:]  # as some programs leave them
     assert (examine(np.frombuffer(longer, np.uint8)).pixels == examine(np.frombuffer(WHOLE, np.uint8)).pixels).all()
 
