@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from training import checkpoint
 from training.build import errors_in_one_line, find_setting, open_trainer
-from training.config import parse_config
+from training.config import Config, parse_config
 from training.profile.run_profile import RunProfile
 from training.recipes import RECIPES
 from training.run_log import resolve, write_json
@@ -23,9 +23,9 @@ PREEMPTED = os.EX_TEMPFAIL  # 75: the exit code of a run that a signal has stopp
 
 def main(argv: list[str]) -> None:
     """Parse, build, train or evaluate, tear down."""
-    config = parse_config(argv, RECIPES)
+    config = parse_config(argv, RECIPES, Config())
     with open_trainer(config) as trainer, trainer.watchdog:
-        evaluate(trainer) if config.evaluate else train(trainer)
+        evaluate(trainer) if config.run.evaluate else train(trainer)
 
 
 def train(trainer: Trainer) -> None:
@@ -34,17 +34,18 @@ def train(trainer: Trainer) -> None:
     trainer.interruption.listen(trainer.watchdog.tell_stop)
     trainer.open_output()
     go_on(trainer)
-    if trainer.epoch >= config.epochs:
+    if trainer.epoch >= config.optim.epochs:
         log.say(
-            f"{config.checkpoint} has done all {config.epochs} epochs: --evaluate it, or train on with more --epochs"
+            f"{config.run.checkpoint} has done all {config.optim.epochs} epochs: "
+            "--evaluate it, or train on with more --epochs"
         )
         return
     log.open(resolve(config, trainer.ranks), trainer.global_step)
-    if config.profile is not None:
+    if config.run.profile is not None:
         setting = find_setting(config, trainer.ranks)
         trainer.timer = RunProfile(config, trainer.ranks, trainer.model, setting, log)
     with trainer.saved_on_failure():
-        while trainer.epoch < config.epochs and not trainer.stopped:
+        while trainer.epoch < config.optim.epochs and not trainer.stopped:
             trainer.train_epoch()
             if not trainer.stopped:
                 trainer.evaluate_epoch()
@@ -60,16 +61,16 @@ def train(trainer: Trainer) -> None:
         sys.exit(0 if trainer.out_of_steps else PREEMPTED)
     log.set_state("finished")
     log.close(trainer.summary())
-    log.say(f"best top1 {trainer.best_top1:.2f} in epoch {trainer.best_epoch + 1}; results in {config.checkpoint}")
+    log.say(f"best top1 {trainer.best_top1:.2f} in epoch {trainer.best_epoch + 1}; results in {config.run.checkpoint}")
 
 
 def go_on(trainer: Trainer) -> None:
     """Go on from --resume, or else from the newest whole checkpoint of the run, if it has any."""
     config, log = trainer.config, trainer.log
-    if config.resume:
-        found = checkpoint.load(config.resume, config.architecture), config.resume
+    if config.run.resume:
+        found = checkpoint.load(config.run.resume, config.model.architecture), config.run.resume
     else:
-        found = checkpoint.load_newest(trainer.checkpoint_path().parent, config.architecture, log.say)
+        found = checkpoint.load_newest(trainer.checkpoint_path().parent, config.model.architecture, log.say)
     if found:
         state, path = found
         trainer.resume(state)
@@ -79,7 +80,7 @@ def go_on(trainer: Trainer) -> None:
 
 def evaluate(trainer: Trainer) -> None:
     """Evaluate --weight, or else the run's own best checkpoint (its moving average with --ema); keep the figures."""
-    config, path = trainer.config, trainer.config.weight
+    config, path = trainer.config, trainer.config.model.weight
     result = trainer.evaluate(trainer.model)
     trainer.log.say(
         f"{path}: loss {result.loss:.6f} top1 {result.top1:.3f} top5 {result.top5:.3f} ({result.images} images)"
@@ -88,7 +89,7 @@ def evaluate(trainer: Trainer) -> None:
         trainer.log.say(f"warning: {result.warning}")
     if trainer.ranks.is_first:
         content = {**resolve(config, trainer.ranks), "weight": str(path), "result": asdict(result)}
-        write_json(config.checkpoint / "evaluation.json", content)
+        write_json(config.run.checkpoint / "evaluation.json", content)
 
 
 if __name__ == "__main__":

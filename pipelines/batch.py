@@ -30,6 +30,18 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
+class Place(NamedTuple):
+    """Where batches go: to `rank` of `world_size` ranks, of which `ranks_of_machine` are on this machine; in the memory
+    of `device`, the images in `dtype`.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    ranks_of_machine: int = 1
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+
 class Source(Protocol):
     """The images of one split. `sizes` (N, 2) int32, height first; `labels` (N,) int64, positions in `classes`.
 
@@ -119,13 +131,16 @@ class Executor(Protocol):
 class ExecutorOptions:
     """What executors are made by, beside the source.
 
-    training: the split is train. world_size: ranks that share a global batch. device, dtype: of the batches.
-    as_bytes: images are handed out as uint8, since they are to be augmented.
+    training: the split is train. place: where the batches go.
+    as_bytes: images are handed out as uint8, since their pixels are to be augmented.
     """
 
     config: DataConfig
     training: bool
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype
+    place: Place
     as_bytes: bool
+
+    @property
+    def workers(self) -> int:
+        """Threads or processes of this rank."""
+        return self.config.rank_workers(self.place.ranks_of_machine)

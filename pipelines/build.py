@@ -8,11 +8,10 @@ from typing import Literal
 import torch
 
 from pipelines.augmentation import PixelAugmentation
-from pipelines.batch import ExecutorOptions, Source
-from pipelines.config import BACKENDS, DataConfig
+from pipelines.batch import ExecutorOptions, Place, Source
+from pipelines.config import BACKENDS, AugmentationConfig, DataConfig
 from pipelines.loader import Loader
 from pipelines.sources.errors import DataError
-from pipelines.stages import DeviceStage
 
 # A backend is a module with a `create_executor(source, options)`, and a line here.
 EXECUTORS = {
@@ -22,40 +21,41 @@ EXECUTORS = {
     "synthetic": "pipelines.executors.synthetic_executor",
 }
 
+HERE, DEFAULT_AUGMENTATION = Place(), AugmentationConfig()
+
 
 def build_loader(
     config: DataConfig,
     split: Literal["train", "val"],
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    augmentations: Sequence[PixelAugmentation] = (),
+    place: Place = HERE,
+    augmentation: AugmentationConfig = DEFAULT_AUGMENTATION,
+    seed: int = 0,
+    pixel_augmentations: Sequence[PixelAugmentation] = (),
 ) -> Loader:
     """The loader of one split; its backend is imported here, on use.
 
     Args:
-        device, dtype: of the batches.
-        augmentations: on pixels, of this split, carried out one after another.
+        config, augmentation: the options. place: where the batches go, by default to one rank on the CPU.
+        seed: the order of the images, their boxes and flips follow from it; at least 0.
+        pixel_augmentations: what is done to the pixels of this split, one after another.
 
     Raises:
         DataError: missing or damaged data, a backend that can't be used, or a batch size that the world size does not
             divide.
     """
-    if config.batch_size % world_size:
+    if config.batch_size % place.world_size:
         raise DataError(
-            f"--batch-size {config.batch_size} is global and is shared by {world_size} ranks: "
-            f"use a multiple of {world_size}"
+            f"--batch-size {config.batch_size} is global and is shared by {place.world_size} ranks: "
+            f"use a multiple of {place.world_size}"
         )
-    device, training = torch.device(device), split == "train"
     source = _open_source(config, split)
-    backend = _choose_backend(source, device) if config.backend == "auto" else config.backend
+    backend = _choose_backend(source, place.device) if config.backend == "auto" else config.backend
     if backend not in EXECUTORS:
         raise DataError(f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
-    options = ExecutorOptions(config, training, world_size, device, dtype, as_bytes=bool(augmentations))
+    training = split == "train"
+    options = ExecutorOptions(config, training, place, as_bytes=bool(pixel_augmentations))
     executor = import_module(EXECUTORS[backend]).create_executor(source, options)
-    stage = DeviceStage(device, dtype, tuple(augmentations))
-    return Loader(source, executor, stage, config, training, rank, world_size)
+    return Loader(source, executor, training, config, augmentation, place, seed, pixel_augmentations)
 
 
 def _open_source(config: DataConfig, split: str) -> Source:
@@ -63,7 +63,7 @@ def _open_source(config: DataConfig, split: str) -> Source:
         from pipelines.sources.synthetic import SyntheticSource
 
         images = config.synthetic_images if split == "train" else config.synthetic_images // 10
-        return SyntheticSource(images, config.synthetic_classes)
+        return SyntheticSource(images, config.synthetic_classes or 1000)
     from pipelines.sources.beton_shards import open_betons
     from pipelines.sources.folder import FolderSource
 

@@ -11,8 +11,9 @@ from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
-from pipelines.batch import Batch, Executor, Source
-from pipelines.config import DataConfig
+from pipelines.augmentation import PixelAugmentation
+from pipelines.batch import Batch, Executor, Place, Source
+from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.fingerprint import fingerprint
 from pipelines.plan import EpochPlan
 from pipelines.sources.errors import DataError
@@ -26,23 +27,27 @@ class Loader:
     another goes on from with exactly the images that were left.
 
     Args:
-        source: the images. executor: the backend. stage: the way from it to the device, with the augmentations.
-        config: see `DataConfig`. training: random crops in shuffled order, else centre crops in order, once each.
-        rank, world_size: this process takes slice `rank` of `world_size` of every global batch.
+        source: the images. executor: the backend; it hands out bytes where there are `pixel_augmentations`.
+        training: random crops in shuffled order, else centre crops in order, once each.
+        config, augmentation: the options. seed: of the plan, at least 0.
+        place: this process takes slice `rank` of `world_size` of every global batch, on that device.
+        pixel_augmentations: what is done to the pixels, one after another.
     """
 
     def __init__(
         self,
         source: Source,
         executor: Executor,
-        stage: DeviceStage,
-        config: DataConfig,
         training: bool,
-        rank: int,
-        world_size: int,
+        config: DataConfig,
+        augmentation: AugmentationConfig,
+        place: Place,
+        seed: int,
+        pixel_augmentations: Sequence[PixelAugmentation] = (),
     ):
-        self._source, self._executor, self._stage, self._config = source, executor, stage, config
-        self.training, self.rank, self.world_size = training, rank, world_size
+        self._source, self._executor, self._config, self._seed = source, executor, config, seed
+        self._crop, self._stage = augmentation.crop(training), DeviceStage(place, tuple(pixel_augmentations))
+        self.training, self.rank, self.world_size = training, place.rank, place.world_size
         self._running: Generator[Batch, None, None] | None = None
         self.classes = source.classes
         self.class_names = source.classes if source.has_names else None
@@ -70,15 +75,14 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to where a loader was when it saved `state`."""
         self.epoch, self._step = state["epoch"], state["step"]
-        config, training = self._config, self.training
         self._plan = EpochPlan(
-            config.seed,
+            self._seed,
             self.epoch,
             self._source.sizes,
-            config.batch_size,
-            config.train_crop if training else config.eval_crop,
-            shuffle=training,
-            drop_last=training,
+            self._config.batch_size,
+            self._crop,
+            shuffle=self.training,
+            drop_last=self.training,
             augmentations=self._stage.augmentations,
         )
 
@@ -90,7 +94,7 @@ class Loader:
     @property
     def image_size(self) -> int:
         """Side in pixels of the images of this epoch."""
-        return self._config.train_size(self.epoch) if self.training else self._config.eval_size
+        return self._config.image_size(self.training, self.epoch)
 
     def name(self, index: int) -> str:
         """What image `index` of the dataset is called in a message."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augmentation import PixelAugmentation
-from pipelines.batch import MEAN, STD, Batch, Executed
+from pipelines.batch import MEAN, STD, Batch, Executed, Place
 from pipelines.plan import StepPlan
 from pipelines.threads import Threads
 
@@ -26,11 +26,10 @@ from pipelines.threads import Threads
 class DeviceStage:
     """What stands between an executor and the trainer.
 
-    device, dtype: of the batches. augmentations: on pixels, carried out one after another.
+    place: where the batches go. augmentations: on pixels, carried out one after another.
     """
 
-    device: torch.device
-    dtype: torch.dtype
+    place: Place
     augmentations: tuple[PixelAugmentation, ...] = ()
 
     def run(self, executed: Executed, labels: NDArray[np.int64]) -> Generator[Batch, None, None]:
@@ -42,7 +41,7 @@ class DeviceStage:
         Raises:
             TypeError: the executor has normalised images that are to be augmented.
         """
-        if self.device.type == "cuda":
+        if self.place.device.type == "cuda":
             return self._run_on_gpu(executed, labels)
         if self.augmentations:
             return self._run_in_thread(executed, labels)
@@ -64,12 +63,12 @@ class DeviceStage:
                 yield waiting.popleft()()
 
     def _run_on_gpu(self, executed: Executed, labels: NDArray[np.int64]) -> Generator[Batch, None, None]:
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.place.device)
         waiting: deque[tuple[Batch, torch.cuda.Event]] = deque()
 
         def hand_out() -> Batch:
             batch, finished = waiting.popleft()
-            compute = torch.cuda.current_stream(self.device)
+            compute = torch.cuda.current_stream(self.place.device)
             compute.wait_event(finished)
             for tensor in (batch.images, batch.labels):
                 tensor.record_stream(compute)  # it was allocated on the other stream, which must not reuse it too early
@@ -90,16 +89,16 @@ class DeviceStage:
         """The batch of one step; copies from pinned memory do not wait."""
         if self.augmentations and images.dtype != torch.uint8:
             raise TypeError(f"augmentations change bytes, and the executor has made {images.dtype} of them")
-        images = images.to(self.device, non_blocking=True)
+        images = images.to(self.place.device, non_blocking=True)
         for augmentation, operations in zip(self.augmentations, step.operations, strict=True):
             images = augmentation.apply(images, operations)
         if images.dtype == torch.uint8:
             images = normalise(images)
-        images = images.to(self.dtype).permute(0, 3, 1, 2)  # channels_last strides without a copy
+        images = images.to(self.place.dtype).permute(0, 3, 1, 2)  # channels_last strides without a copy
         own_labels = torch.from_numpy(labels[step.indices])
-        if self.device.type == "cuda":
+        if self.place.device.type == "cuda":
             own_labels = own_labels.pin_memory()  # from other memory a copy would make the host wait
-        return Batch(images, own_labels.to(self.device, non_blocking=True), torch.from_numpy(step.indices))
+        return Batch(images, own_labels.to(self.place.device, non_blocking=True), torch.from_numpy(step.indices))
 
 
 def normalise(images: Tensor) -> Tensor:

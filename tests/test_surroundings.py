@@ -14,7 +14,8 @@ from pipelines.cache import _usable, cache_folder
 from tests.test_train_dist import SMALL, command, error_lines, tiny  # noqa: F401 (a fixture)
 from tools.profile_throughput import ThroughputConfig
 from training.command_line import parse
-from training.config import ConfigError, parse_config
+from training.config import Config, parse_config
+from training.options import ConfigError
 from training.recipes import RECIPES
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -127,11 +128,11 @@ def test_a_home_that_is_the_root_or_cannot_be_written_to_is_none(monkeypatch, tm
 def test_every_path_that_is_given_may_begin_with_the_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     options = ["--checkpoint=~/run", "-d", "~/data", "--weight", "~/w.pth", "--resume=~/r.pth", "--json=~/out.json"]
-    config = parse_config(options, RECIPES, ThroughputConfig)
-    given = (config.checkpoint, config.data, config.weight, config.resume, config.json)
+    config = parse_config(options, RECIPES, ThroughputConfig())
+    given = (config.run.checkpoint, config.data.root, config.model.weight, config.run.resume, config.json)
     assert given == tuple(tmp_path / name for name in ("run", "data", "w.pth", "r.pth", "out.json"))
     with pytest.raises(ConfigError, match="~nobodyatall/run: no home folder is known for it"):
-        parse_config(["-c", "~nobodyatall/run"], RECIPES)
+        parse_config(["-c", "~nobodyatall/run"], RECIPES, Config())
 
     def tool(src: tyro.conf.Positional[Path], out: Path | None = None) -> tuple[Path, Path | None]:
         return src, out

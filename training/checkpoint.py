@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dcd.checkpoint_file import CheckpointError, DamagedCheckpointError, read_file
-from training.config import ConfigError
 from training.folder_sync import sync_folder
+from training.options import ConfigError
 
 
 class CheckpointWriter:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training import slurm
-from training.config import ConfigError
+from training.options import ConfigError
 from training.rendezvous import open_store
 
 SECONDS_TO_LEAVE = 15  # the process group, with works of it that may be under way

@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from training.config import ConfigError
+from training.options import ConfigError
 
 PATIENCE_S = 5.0  # for a run that is just being killed, to be followed by this one
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # some network file systems

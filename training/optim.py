@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from training.config import Config, ConfigError
+from training.options import ConfigError, OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: Config) -> SGD:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> SGD:
     """SGD with momentum over what is not frozen; `--no-norm-decay` takes weight decay from batch norms and biases (one
     dimension)."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -33,7 +33,7 @@ def build_optimizer(model: nn.Module, config: Config) -> SGD:
     return optimizer
 
 
-def learning_rate(config: Config, position: float) -> float:
+def learning_rate(config: OptimConfig, position: float) -> float:
     """The learning rate at `position` epochs since the start, a fraction within an epoch; >= 0."""
     warmup = config.warmup_epochs if config.warmup else 0
     if position < warmup:

@@ -173,7 +173,7 @@ def resolve(config: Config, ranks: Ranks) -> dict:
         "command": sys.argv,
         "world_size": ranks.world_size,
         "device": device_name(ranks.device),
-        "amp_dtype": str(autocast_dtype(config.amp, ranks.device)),
+        "amp_dtype": str(autocast_dtype(config.precision.amp, ranks.device)),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

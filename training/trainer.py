@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training.checkpoint import CheckpointWriter
 from training.classes import Classes, check_same
-from training.config import Config, ConfigError
+from training.config import Config
 from training.distributed import LostRankError, Ranks, highest_over_ranks, share_buffers, sum_over_ranks
 from training.freezing import train_what_is_not_frozen
 from training.interruption import Interrupted, Interruption
@@ -25,6 +25,7 @@ from training.metrics import Metrics, Summary
 from training.mixup import mix, mixed_cross_entropy, mixup_share
 from training.moving_average import MovingAverage
 from training.optim import autocast_dtype, build_optimizer, learning_rate
+from training.options import ConfigError
 from training.run_log import RunLog
 from training.safe_step import SafeStep
 from training.same_data import check_same_data
@@ -67,7 +68,7 @@ class Trainer:
         self.train_loader, self.eval_loader = train_loader, eval_loader
         self.timer: StepListener = NO_LISTENER  # another one may take its place between two epochs
         self.interruption = Interruption()
-        self.watchdog = Watchdog(ranks, config.timeout, self.interruption.request_from_thread)
+        self.watchdog = Watchdog(ranks, config.run.timeout, self.interruption.request_from_thread)
         self.epoch, self.step, self.steps_per_epoch = 0, 0, 0  # training goes on with this step of this epoch
         self.best_top1, self.best_epoch = -1.0, -1  # in percent; before the first evaluation
         self.stopped = False  # True once all ranks have agreed to stop
@@ -76,21 +77,21 @@ class Trainer:
         self._steps_here = 0
         self._rates: list[tuple[int, float]] = []  # images and seconds between the lines of the log
         self.results: dict[str, Summary] = {}  # of the evaluations of this epoch
-        self._amp_dtype = autocast_dtype(config.amp, ranks.device)
-        self._eval_forward = torch.compile(model) if config.compile else model
+        self._amp_dtype = autocast_dtype(config.precision.amp, ranks.device)
+        self._eval_forward = torch.compile(model) if config.precision.compile else model
         if train_loader is not None:
             self._prepare_training()
 
     def _prepare_training(self) -> None:
         config, device = self.config, self.ranks.device
         self.steps_per_epoch = self.train_loader.steps_per_epoch
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizer = build_optimizer(self.model, config.optim)
         self.scaler = GradScaler(device.type, enabled=self._amp_dtype == torch.float16)
         self.ema = None
-        if config.ema is not None:
-            self.ema = MovingAverage(self.model, config.ema)
+        if config.optim.ema is not None:
+            self.ema = MovingAverage(self.model, config.optim.ema)
         average = None if self.ema is None else self.ema.module
-        self._safe_step = SafeStep(self.model, self.optimizer, self.scaler, config.clip_grad, average)
+        self._safe_step = SafeStep(self.model, self.optimizer, self.scaler, config.optim.clip_grad, average)
         self._parallel = self.model
         if self.ranks.world_size > 1:
             self._parallel = DistributedDataParallel(
@@ -99,11 +100,11 @@ class Trainer:
                 broadcast_buffers=False,  # see share_buffers
                 gradient_as_bucket_view=True,
             )
-        self._forward = torch.compile(self._parallel) if config.compile else self._parallel
+        self._forward = torch.compile(self._parallel) if config.precision.compile else self._parallel
         self._metrics = Metrics(device)
         self._data = self.train_loader.fingerprint()  # and what is known from checkpoints of other forms of the data
         self._records: list[StepRecord] = []  # since the last line of the log
-        self._writer = CheckpointWriter(self.checkpoint_path().parent, config.keep, self.log.say)
+        self._writer = CheckpointWriter(self.checkpoint_path().parent, config.run.keep, self.log.say)
         self._last_save, self._saved = time.monotonic(), (-1, -1)  # when, and of which epoch and step
 
     def close(self) -> None:
@@ -165,7 +166,7 @@ class Trainer:
         config = self.config
         self.train_loader.load_state_dict({"epoch": self.epoch, "step": self.step})
         train_what_is_not_frozen(self._parallel)
-        self.log.start_epoch(f"epoch {self.epoch + 1}/{config.epochs}", self.steps_per_epoch, self.step)
+        self.log.start_epoch(f"epoch {self.epoch + 1}/{config.optim.epochs}", self.steps_per_epoch, self.step)
         self._safe_step.keep_statistics()
         watch = _Stopwatch()
         self.timer.start()
@@ -174,10 +175,10 @@ class Trainer:
             self.step += 1
             self._steps_here += 1
             self.log.advance()
-            due = config.checkpoint_steps is not None and self.global_step % config.checkpoint_steps == 0
-            if self.step % config.print_freq == 0 or self.step == self.steps_per_epoch or due:
+            due = config.run.checkpoint_steps is not None and self.global_step % config.run.checkpoint_steps == 0
+            if self.step % config.run.print_freq == 0 or self.step == self.steps_per_epoch or due:
                 self._log_steps(watch)
-                if due or time.monotonic() - self._last_save > 60 * config.checkpoint_minutes:
+                if due or time.monotonic() - self._last_save > 60 * config.run.checkpoint_minutes:
                     self.save()
                 watch.restart()
             self.timer.end_step()
@@ -186,13 +187,13 @@ class Trainer:
         self.log.end_epoch()
 
     def _learning_rate(self, step: int) -> float:
-        return learning_rate(self.config, self.epoch + step / self.steps_per_epoch)
+        return learning_rate(self.config.optim, self.epoch + step / self.steps_per_epoch)
 
     def _train_step(self, images: Tensor, labels: Tensor, indices: Tensor) -> None:
         """One optimizer step on this rank's share of a global batch; returns before the device is done."""
-        config, parts, timer = self.config, self.config.accumulate, self.timer
-        torch.manual_seed(((config.seed * 1_000_003 + self.global_step) * 65_537 + self.ranks.rank) % 2**63)
-        share = mixup_share(config.mixup, self.epoch, config.mixup_epochs, config.seed, self.step)
+        config, parts, timer = self.config, self.config.optim.accumulate, self.timer
+        torch.manual_seed(((config.run.seed * 1_000_003 + self.global_step) * 65_537 + self.ranks.rank) % 2**63)
+        share = mixup_share(config.optim.mixup, self.epoch, config.optim.mixup_epochs, config.run.seed, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
         with timer.phase("copy"):
@@ -208,7 +209,7 @@ class Trainer:
                     mixed, targets = mix(part_images, part_labels, share)
                     with self._autocast():
                         logits = self._forward(mixed)
-                    loss = mixed_cross_entropy(logits, targets, config.label_smoothing)
+                    loss = mixed_cross_entropy(logits, targets, config.optim.label_smoothing)
                 with timer.phase("backward"):
                     self.scaler.scale(loss / parts).backward()
             finite.append(self._metrics.update(loss.detach() * len(part_labels), logits.detach(), part_labels))
@@ -245,7 +246,7 @@ class Trainer:
             skipped_steps=sum(skipped),
         )
         self.log.progress(
-            f"epoch {self.epoch + 1}/{self.config.epochs} step {self.step}/{self.steps_per_epoch}",
+            f"epoch {self.epoch + 1}/{self.config.optim.epochs} step {self.step}/{self.steps_per_epoch}",
             f"loss {summary.loss:.4f} top1 {summary.top1:.2f} lr {lr:.4g} {rate:.0f} images/s "
             f"data wait {100 * waiting:.0f} %" + (f" skipped steps {sum(skipped)}" if any(skipped) else ""),
         )
@@ -271,12 +272,12 @@ class Trainer:
             f"step {record.global_step % self.steps_per_epoch + 1} ({self._images_of(record)})" for record in bad
         ]
         where = f"at epoch {self.epoch + 1}, {', '.join(sentences[:5])}"
-        if self.bad_steps > self.config.max_bad_steps:
+        if self.bad_steps > self.config.run.max_bad_steps:
             what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
             raise DivergedError(f"{what} {where}: {DIVERGED}")
         print(
             f"rank {self.ranks.rank}: warning: not finite {where}: left out, "
-            f"{self.bad_steps} of --max-bad-steps {self.config.max_bad_steps}",
+            f"{self.bad_steps} of --max-bad-steps {self.config.run.max_bad_steps}",
             file=sys.stderr,
             flush=True,
         )
@@ -324,7 +325,7 @@ class Trainer:
     def evaluate_epoch(self) -> None:
         """Evaluate the model, and its moving average, where this epoch is due for it."""
         self.results = {}
-        if (self.epoch + 1) % self.config.eval_every and self.epoch + 1 != self.config.epochs:
+        if (self.epoch + 1) % self.config.run.eval_every and self.epoch + 1 != self.config.optim.epochs:
             return
         for kind, model in (("eval", self.model), ("eval_ema", self.ema and self.ema.module)):
             if model is not None and not self.stopped:
@@ -336,7 +337,7 @@ class Trainer:
             figures = {"loss": result.loss, "top1": result.top1, "top5": result.top5, "not_finite": result.not_finite}
             self.log.write(kind, self.global_step, epoch=self.epoch, **figures)
             self.log.say(
-                f"epoch {self.epoch + 1}/{self.config.epochs} {kind} loss {result.loss:.4f} "
+                f"epoch {self.epoch + 1}/{self.config.optim.epochs} {kind} loss {result.loss:.4f} "
                 f"top1 {result.top1:.2f} top5 {result.top5:.2f} ({result.images} images)"
             )
             if result.not_finite:
@@ -353,8 +354,8 @@ class Trainer:
         on_gpu = self.ranks.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
         return {
-            "arch": self.config.arch,
-            "epochs": self.config.epochs,
+            "arch": self.config.model.arch,
+            "epochs": self.config.optim.epochs,
             "best_top1": self.best_top1,
             "best_epoch": self.best_epoch,
             **{kind: asdict(result) for kind, result in self.results.items()},
@@ -370,7 +371,7 @@ class Trainer:
     @property
     def out_of_steps(self) -> bool:
         """Whether `--stop-after-steps` is reached."""
-        return self.config.stop_after_steps is not None and self._steps_here >= self.config.stop_after_steps
+        return self.config.run.stop_after_steps is not None and self._steps_here >= self.config.run.stop_after_steps
 
     @contextmanager
     def saved_on_failure(self) -> Iterator[None]:
@@ -387,7 +388,7 @@ class Trainer:
             raise
 
     def checkpoint_path(self, name: str = "last.pth") -> Path:
-        return self.config.checkpoint / "checkpoints" / name
+        return self.config.run.checkpoint / "checkpoints" / name
 
     def open_output(self) -> None:
         """Take the output folder for this run, on rank 0, and make sure that checkpoints can be written.
@@ -417,7 +418,7 @@ class Trainer:
         if not nn.utils.get_total_norm(floats).isfinite():
             raise DivergedError(f"the weights are not finite in epoch {self.epoch + 1}: {DIVERGED}")
         state = {
-            "architecture": self.config.architecture,
+            "architecture": self.config.model.architecture,
             "classes": self.eval_loader.class_names,  # what the outputs mean; None where the data does not say
             "data": self._data,  # which images it was trained on
             "config": self.config.to_dict(),
@@ -432,7 +433,7 @@ class Trainer:
             "best_epoch": self.best_epoch,
             "bad_steps": self.bad_steps,
             # All of it: every draw is keyed by the seed and by (epoch, step, rank or image).
-            "random_state": {"seed": self.config.seed},
+            "random_state": {"seed": self.config.run.seed},
         }
         self._writer.save(state, is_best)
         self._saved = self.epoch, self.step
@@ -470,10 +471,10 @@ class Trainer:
             self.log.say(note)
         self._data = {**(state.get("data") or {}), **self._data}
         seed = state["random_state"]["seed"]
-        if state["step"] and (seed, state["steps_per_epoch"]) != (self.config.seed, self.steps_per_epoch):
+        if state["step"] and (seed, state["steps_per_epoch"]) != (self.config.run.seed, self.steps_per_epoch):
             raise ConfigError(
                 f"the checkpoint stands in the middle of an epoch of {state['steps_per_epoch']} steps with --seed "
-                f"{seed}, this run has {self.steps_per_epoch} steps and --seed {self.config.seed}: "
+                f"{seed}, this run has {self.steps_per_epoch} steps and --seed {self.config.run.seed}: "
                 "use the same --batch-size, --seed and data"
             )
         self.model.load_state_dict(state["model"])
@@ -509,7 +510,7 @@ class Trainer:
         if (epoch, step) != (-least_epoch, -least_step):
             raise ConfigError(
                 f"rank {self.ranks.rank} would go on from epoch {self.epoch + 1}, step {self.step}, another one from "
-                f"elsewhere: {self.config.checkpoint} must be the same folder on every machine"
+                f"elsewhere: {self.config.run.checkpoint} must be the same folder on every machine"
             )
 
     # --- precision and layout ---
@@ -518,7 +519,7 @@ class Trainer:
         return torch.autocast(self.ranks.device.type, dtype=self._amp_dtype, enabled=self._amp_dtype is not None)
 
     def _in_format(self, images: Tensor) -> Tensor:
-        return images if self.config.channels_last else images.contiguous()
+        return images if self.config.precision.channels_last else images.contiguous()
 
 
 class _Stopwatch:

@@ -47,9 +47,10 @@ def choose_full_decode(
 
 def create_executor(source: ImageSource, options: ExecutorOptions) -> "DaliExecutor":
     """The executor of a loader."""
-    config, batch_size = options.config, options.config.batch_size // options.world_size
-    rest = (config.workers, batch_size, config.dali_full_decode, options.as_bytes)
-    return DaliExecutor(source, options.device, options.dtype, *rest)
+    config, place = options.config, options.place
+    batch_size = config.batch_size // place.world_size
+    how = (options.workers, batch_size, config.dali_full_decode, options.as_bytes)
+    return DaliExecutor(source, place.device, place.dtype, *how)
 
 
 class DaliExecutor:
@@ -75,8 +76,6 @@ class DaliExecutor:
     ):
         if not is_installed():
             raise DataError("--backend dali needs NVIDIA DALI: pip install nvidia-dali-cuda130")
-        if full_decode is not None and not 0 <= full_decode <= 1:
-            raise DataError(f"--dali-full-decode {full_decode}: must lie in [0, 1]")
         self._source, self._device = source, device
         # floats of half the bytes where the trainer wants 16 bits; bfloat16 has fewer digits still
         floats = torch.float32 if dtype == torch.float32 else torch.float16

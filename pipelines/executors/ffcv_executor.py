@@ -26,7 +26,7 @@ BATCHES_AHEAD = 2
 def create_executor(source: MappedSource, options: ExecutorOptions) -> "FfcvExecutor":
     """The executor of a loader; evaluation is always exact."""
     exact = options.config.exact_decode or not options.training
-    return FfcvExecutor(source, options.device, options.config.workers, exact, options.as_bytes)
+    return FfcvExecutor(source, options.place.device, options.workers, exact, options.as_bytes)
 
 
 class FfcvExecutor:

@@ -10,7 +10,7 @@ from pipelines.plan import StepPlan
 
 def create_executor(source: Source, options: ExecutorOptions) -> "SyntheticExecutor":
     """The executor of a loader."""
-    return SyntheticExecutor(options.device, options.dtype, options.as_bytes)
+    return SyntheticExecutor(options.place.device, options.place.dtype, options.as_bytes)
 
 
 class SyntheticExecutor:

@@ -14,13 +14,12 @@ import pytest
 import torch
 
 from pipelines import build as build_module
-from pipelines.batch import ExecutorOptions, ImageSource, MappedSource, Source
+from pipelines.batch import ExecutorOptions, ImageSource, MappedSource, Place, Source
 from pipelines.build import build_loader
-from pipelines.config import BACKENDS, DataConfig
+from pipelines.config import BACKENDS, AugmentationConfig, DataConfig
 from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
-from pipelines.stages import DeviceStage
 from tests.pipelines.helpers import EXECUTORS, indices_of, pixels_of, plan_of, reference
 
 
@@ -88,10 +87,9 @@ def test_executors_use_of_a_source_what_its_protocol_promises(photos, small, bui
     narrow = Promised(source, MappedSource if small.backend == "ffcv" else ImageSource)
     with pytest.raises(AssertionError, match="examine_stored is not promised"):
         _ = narrow.examine_stored
-    device, dtype = torch.device("cpu"), torch.float32
-    options = ExecutorOptions(replace(small, workers=0), True, 1, device, dtype, as_bytes=False)
+    options = ExecutorOptions(replace(small, workers=0), training=True, place=Place(), as_bytes=False)
     executor = import_module(build_module.EXECUTORS[small.backend]).create_executor(narrow, options)
-    loader = Loader(Promised(source, Source), executor, DeviceStage(device, dtype), small, True, 0, 1)
+    loader = Loader(Promised(source, Source), executor, True, small, AugmentationConfig(), Place(), seed=0)
     for batch, expected in zip(loader, build(small, "train"), strict=True):
         assert torch.equal(batch.images, expected.images) and torch.equal(batch.labels, expected.labels)
     loader.close()
@@ -102,7 +100,7 @@ def test_executors_use_of_a_source_what_its_protocol_promises(photos, small, bui
 def test_batches_are_the_plans_on_any_number_of_ranks_and_workers(small, photos, build, split, world_size, workers):
     config = replace(small, batch_size=6, workers=workers)
     source, plan = photos.source, plan_of(config, photos, split, epoch=1)
-    loaders = [build(config, split, rank, world_size) for rank in range(world_size)]
+    loaders = [build(config, split, Place(rank, world_size)) for rank in range(world_size)]
     seen = []
     for rank, loader in enumerate(loaders):
         for epoch in (0, 1):  # the second one with the workers of the first
@@ -122,7 +120,7 @@ def test_batches_are_the_plans_on_any_number_of_ranks_and_workers(small, photos,
 def test_pixels_do_not_depend_on_ranks_or_workers(small, build, split):
     whole = list(build(small, split))
     for config, world_size in ((replace(small, workers=4), 1), (small, 2)):
-        parts = [list(build(config, split, rank, world_size)) for rank in range(world_size)]
+        parts = [list(build(config, split, Place(rank, world_size))) for rank in range(world_size)]
         for step, batch in enumerate(whole):
             images = torch.cat([part[step].images for part in parts])
             assert torch.equal(images, batch.images)
@@ -131,7 +129,7 @@ def test_pixels_do_not_depend_on_ranks_or_workers(small, build, split):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("split, sizes", [("train", [5, 5]), ("val", [5, 5, 2])])
 def test_the_contract_of_a_batch(small, build, split, sizes, dtype):
-    loader = build(replace(small, batch_size=5, eval_size=96), split, dtype=dtype)
+    loader = build(replace(small, batch_size=5, eval_size=96), split, Place(dtype=dtype))
     side = 64 if split == "train" else 96
     assert loader.num_samples == 12 and loader.image_size == side and loader.classes == ["china", "flower"]
     batches = list(loader)
@@ -150,7 +148,7 @@ def test_the_contract_of_a_batch(small, build, split, sizes, dtype):
 def test_16_bit_images_are_the_rounded_float32_images(small, build):
     # DALI rounds to float16 before bfloat16
     for dtype in (torch.bfloat16, torch.float16):
-        for batch, rounded in zip(build(small, "train"), build(small, "train", dtype=dtype), strict=True):
+        for batch, rounded in zip(build(small, "train"), build(small, "train", Place(dtype=dtype)), strict=True):
             tolerance = 2**-8 if dtype == torch.bfloat16 else 2**-10
             torch.testing.assert_close(rounded.images.float(), batch.images, rtol=tolerance, atol=tolerance)
 
@@ -193,10 +191,9 @@ def test_dali_cuts_the_same_pixels_from_whole_images(photos, build, data, split)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_a_share_of_whole_images_outside_its_bounds_is_refused(photos, share):
-    config = DataConfig(root=photos.folder, backend="dali", batch_size=4, dali_full_decode=share)
-    with pytest.raises(DataError, match=r"--dali-full-decode .*: must lie in \[0, 1\]"):
-        build_loader(config, "train")
+def test_a_share_of_whole_images_outside_its_bounds_is_refused(share):
+    with pytest.raises(ValueError, match=r"--dali-full-decode .*: must lie in \[0, 1\]"):
+        DataConfig(dali_full_decode=share)
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision"])
@@ -227,7 +224,7 @@ def test_any_other_loader_goes_on_with_exactly_the_images_that_are_left(small, p
         other = replace(small, backend=backend, root=photos.verbatim, workers=2)
         parts = []
         for rank in range(world_size):
-            loader = build(other, split, rank, world_size)
+            loader = build(other, split, Place(rank, world_size))
             loader.load_state_dict(state)
             assert len(loader) == 3 - done
             parts.append(list(loader))

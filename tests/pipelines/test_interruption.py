@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from pipelines import native, threads
 from pipelines.executors import torchvision_executor
+from pipelines.batch import Place
 from pipelines.build import build_loader
-from pipelines.config import DataConfig
+from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.loader import Loader
-from pipelines.stages import DeviceStage
 
 threads.PATIENCE_S = torchvision_executor.PATIENCE_S = 0.5
 folder, beton = map(Path, sys.argv[1:])
@@ -47,9 +47,8 @@ def block_decoder():
 
 def on_gpu(config):
     source = build_loader(config, "train")._source
-    cpu = torch.device("cpu")
-    executor = torchvision_executor.TorchvisionGpuExecutor(source, cpu, 2)
-    return Loader(source, executor, DeviceStage(cpu, torch.float32), config, True, 0, 1)
+    executor = torchvision_executor.TorchvisionGpuExecutor(source, torch.device("cpu"), 2)
+    return Loader(source, executor, True, config, AugmentationConfig(), Place(), seed=0)
 
 class Stuck:
     def draw(self, seed, epoch, indices):
@@ -59,7 +58,7 @@ class Stuck:
         os.read(pipe, 1)
 
 def augmented(config):
-    return build_loader(config, "train", augmentations=[Stuck()])
+    return build_loader(config, "train", pixel_augmentations=[Stuck()])
 
 def do_nothing():
     pass

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.batch import MEAN, STD
-from pipelines.config import DataConfig
+from pipelines.batch import MEAN, STD, Place
+from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.executors.common import Buffers
 from pipelines.executors.torchvision_executor import TorchvisionGpuExecutor
 from pipelines.loader import Loader
@@ -76,7 +76,7 @@ def test_memory_is_used_again_only_when_nobody_holds_it():
 def test_bytes_are_normalised_and_floats_are_taken_as_they_are(dtype):
     def finish(images, dtype):
         step = StepPlan(np.array([2, 0]), np.zeros((2, 4), np.int32), np.zeros(2, bool))
-        (batch,) = DeviceStage(torch.device("cpu"), dtype).run((item for item in [(step, images)]), np.array([5, 6, 7]))
+        (batch,) = DeviceStage(Place(dtype=dtype)).run((item for item in [(step, images)]), np.array([5, 6, 7]))
         assert batch.labels.tolist() == [7, 5] and batch.indices.tolist() == [2, 0]
         return batch.images
 
@@ -92,9 +92,9 @@ def test_bytes_are_normalised_and_floats_are_taken_as_they_are(dtype):
 def test_the_executor_for_a_gpu_does_on_a_cpu_what_the_other_does(photos, build, data):
     config = DataConfig(getattr(photos, data), "torchvision", batch_size=4, workers=0, input_size=64)
     other = build(config, "train")
-    source, cpu = BetonSource(config.root / "train.beton"), torch.device("cpu")
-    stage = DeviceStage(cpu, torch.float32)
-    loader = Loader(source, TorchvisionGpuExecutor(source, cpu, 2), stage, config, training=True, rank=0, world_size=1)
+    source = BetonSource(config.root / "train.beton")
+    executor = TorchvisionGpuExecutor(source, torch.device("cpu"), 2)
+    loader = Loader(source, executor, True, config, AugmentationConfig(), Place(), seed=0)
     for batch, expected in zip(loader, other, strict=True):
         assert torch.equal(batch.indices, expected.indices) and torch.equal(batch.labels, expected.labels)
         assert torch.equal(batch.images, expected.images)

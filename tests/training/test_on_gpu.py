@@ -50,7 +50,7 @@ def opened(folder: Path, **options):
     shape = {"arch": "mobilenetv2_dcd", "width_mult": 0.1, "fc_squeeze": 16, "num_classes": 5, "input_size": 32}
     data = {"backend": "synthetic", "synthetic_images": 96, "batch_size": 16}
     run = {"device": "cuda", "checkpoint": folder, "lr": 0.005, "epochs": 3}
-    with open_trainer(Config(**{**shape, **data, **run, **options}), write_log=False) as trainer:
+    with open_trainer(Config().with_options(**{**shape, **data, **run, **options}), write_log=False) as trainer:
         trainer.epoch = 1
         trainer.log = KeptLosses()
         yield trainer
@@ -72,12 +72,12 @@ def test_a_resumed_run_has_the_state_that_was_saved_and_the_same_losses(tmp_path
         assert first.stopped and first.step == 3
         first.save()
         first.finish_saving()
-        second.resume(checkpoint.load(second.checkpoint_path(), second.config.architecture))
+        second.resume(checkpoint.load(second.checkpoint_path(), second.config.model.architecture))
         assert (second.epoch, second.step) == (1, 3)
         for found, saved in zip(state_of(second), state_of(first), strict=True):
             assert torch.equal(found, saved) if isinstance(saved, torch.Tensor) else found == saved
 
-        first.config = replace(first.config, stop_after_steps=None)
+        first.config = first.config.with_options(stop_after_steps=None)
         for trainer in (first, second):
             trainer.train_epoch()
         assert len(second.log.losses) == 3

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dcd
 from dcd.checkpoint_file import CheckpointError
 from pipelines.build import build_loader
-from pipelines.config import DataConfig
-from pipelines.plan import CenterCrop, RandomCrop
+from pipelines.config import AugmentationConfig, DataConfig
 from training import moving_average
-from training.config import Config, ConfigError
+from training.config import Config
 from training.distributed import Ranks
 from training.freezing import freeze_all_but_classifier
+from training.options import ConfigError
 from training.run_log import RunLog
 from training.trainer import DivergedError, Trainer
 
@@ -28,11 +28,11 @@ CPU = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch
 def build(tmp_path, images: int = 64, **options) -> Trainer:
     """A trainer on synthetic data: 16 images in a step."""
     options = {"amp": "off", **options}
-    config = Config(arch="mobilenetv2_dcd", num_classes=5, batch_size=16, checkpoint=tmp_path, **options)
+    config = Config().with_options(arch="mobilenetv2_dcd", num_classes=5, batch_size=16, checkpoint=tmp_path, **options)
     data = DataConfig(backend="synthetic", batch_size=16, input_size=32, synthetic_images=images, synthetic_classes=5)
     torch.manual_seed(0)
     model = dcd.create_model("mobilenetv2_dcd", 5, width_mult=0.1, fc_squeeze=16).to(memory_format=torch.channels_last)
-    if config.freeze:
+    if config.optim.freeze:
         freeze_all_but_classifier(model)
     loaders = [build_loader(data, split) for split in ("train", "val")]
     trainer = Trainer(config, CPU, model, *loaders, RunLog(tmp_path, enabled=True))
@@ -105,12 +105,14 @@ def test_one_batch_is_overfitted(digits, tmp_path):
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(image, target)
     options = {"epochs": 24, "lr": 0.02, "lr_decay": "cos", "amp": "off"}
-    config = Config(arch="resnet18_dcd", num_classes=10, batch_size=20, checkpoint=tmp_path / "out", **options)
-    same = {"train_crop": RandomCrop(area=(1, 1), ratio=(1, 1), flip=0), "eval_crop": CenterCrop(1)}
-    data = DataConfig(root=tmp_path, batch_size=20, input_size=32, eval_size=32, workers=0, **same)
+    config = Config().with_options(
+        arch="resnet18_dcd", num_classes=10, batch_size=20, checkpoint=tmp_path / "out", **options
+    )
+    whole = AugmentationConfig(crop_area=(1, 1), crop_ratio=(1, 1), flip=0, eval_crop=1)
+    data = DataConfig(root=tmp_path, batch_size=20, input_size=32, workers=0)
     torch.manual_seed(0)
     model = dcd.create_model("resnet18_dcd", 10).to(memory_format=torch.channels_last)
-    train_loader, eval_loader = build_loader(data, "train"), build_loader(data, "val")
+    train_loader, eval_loader = (build_loader(data, split, augmentation=whole) for split in ("train", "val"))
     trainer = Trainer(config, CPU, model, train_loader, eval_loader, RunLog(tmp_path / "out", enabled=True))
     trainer.log.open({}, 0)
     for trainer.epoch in range(24):

@@ -17,15 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipelines.batch import MEAN, STD, Batch
+from pipelines.batch import MEAN, STD, Batch, Place
 from pipelines.build import build_loader
-from pipelines.config import DataConfig
+from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.executors.dali_executor import is_installed as has_dali
 from pipelines.executors.dali_probe import why_no_box_decode
 from pipelines.executors.torchvision_executor import TorchvisionExecutor
 from pipelines.loader import Loader
 from pipelines.sources.folder import FolderSource
-from pipelines.stages import DeviceStage
 from tools.gpu.networks import free
 from tools.gpu.record import Record
 from tools.profiling.steps import wait
@@ -86,10 +85,11 @@ def ways_to_load(record: Record, config: DataConfig, beton: Path, device: torch.
 def open_loader(name: str, config: DataConfig, device: torch.device, dtype: torch.dtype) -> Loader:
     """The training loader of that name."""
     if name != ON_CORES:
-        return build_loader(config, "train", device=device, dtype=dtype)
+        return build_loader(config, "train", Place(device=device, dtype=dtype))
     source = FolderSource(config.root / "train")
-    executor = TorchvisionExecutor(source, device, config.workers)
-    return Loader(source, executor, DeviceStage(device, dtype), config, training=True, rank=0, world_size=1)
+    executor = TorchvisionExecutor(source, device, config.rank_workers(1))
+    place = Place(device=device, dtype=dtype)
+    return Loader(source, executor, True, config, AugmentationConfig(), place, seed=0)
 
 
 def compare_pixels(record: Record, ways: dict[str, DataConfig], device: torch.device) -> None:
@@ -191,7 +191,7 @@ def train_beside(
     """Images/s of the loader alone, the model alone and both together; the last, to the smaller of the others."""
     from tools.profile_throughput import Feed, images_per_sec, load, train
 
-    config = Config(
+    config = Config().with_options(
         arch="mobilenetv2_dcd" if rehearsal else "resnet50_dcd",
         num_classes=1000,
         data=data.root,

@@ -96,7 +96,7 @@ def summarise(record: Record, events: list[tuple[str, float, float]], steps: int
 
 def run(record: Record, device: torch.device, rehearsal: bool) -> None:
     """Train on synthetic images by the trainer's own loop, and trace the device alone, which slows nothing down."""
-    config = Config(
+    config = Config().with_options(
         arch="resnet18_dcd" if rehearsal else "resnet50_dcd",
         num_classes=1000,
         backend="synthetic",

@@ -7,7 +7,7 @@ import pytest
 
 from tests.test_train_dist import SMALL, difference, last, lines, read, run
 from tests.training.test_trainer import CPU, build
-from training.config import ConfigError
+from training.options import ConfigError
 from training.profile.run_profile import RunProfile
 from training.profile.verdict import Setting
 from training.trainer import Trainer
