@@ -1,4 +1,4 @@
-"""What several executors use: images read side by side on threads, and memory for batches."""
+"""What executors share: images read side by side on threads, and memory for batches."""
 
 import weakref
 from collections.abc import Callable, Generator, Iterable
@@ -30,8 +30,8 @@ def read_images(
 
 
 class Buffers:
-    """Memory for batches on the host. On a CPU it is used again as soon as nobody holds the tensor that it was handed
-    out as, for the system clears fresh pages first, which shows in a loader's rate. Pinned memory PyTorch keeps itself.
+    """Memory for batches on the host. Unpinned memory is used again as soon as nobody holds the tensor that was made of
+    it: the system clears fresh pages first, which shows in a loader's rate. PyTorch itself keeps pinned memory.
     """
 
     KEPT = 6  # more than a loader has in hand at a time, unless its user keeps batches
@@ -46,7 +46,7 @@ class Buffers:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         kind = torch.empty(0, dtype=dtype).numpy().dtype
         memory = np.empty(0)
-        while (memory.shape, memory.dtype) != (shape, kind):  # one of another size is dropped
+        while (memory.shape, memory.dtype) != (shape, kind):  # memory of another size is dropped
             memory = self._free.pop() if self._free else np.empty(shape, kind)
         handed_out = memory.view()  # lives as long as a tensor that is made of it
         weakref.finalize(handed_out, self._give_back, memory).atexit = False

@@ -2,8 +2,8 @@
 
     thread:    steps of the plan -> bytes, boxes, flips -> DALI's own threads: decode the box, resize, flip, normalise
 
-On a GPU nvJPEG and the hardware decoder decode ("mixed"). With `full_decode` whole images are decoded and the boxes cut
-from them. The bytes of a .beton file go to DALI without a copy.
+On a GPU nvJPEG and the hardware decoder decode ("mixed"). With `full_decode` whole images are decoded, and the boxes
+are cut from them. DALI gets the bytes of a .beton file without a copy.
 """
 
 from collections import deque
@@ -28,18 +28,18 @@ from pipelines.threads import in_background
 Inputs: TypeAlias = Generator[tuple[StepPlan, list[NDArray[np.uint8]]], None, None]
 
 HARDWARE_SHARE = 0.65  # DALI's own default
-BATCHES_AHEAD = 2  # in DALI, beside the one that is being used
+BATCHES_AHEAD = 2  # in DALI, beside the one in use
 
 
 def is_installed() -> bool:
-    """Whether DALI can be imported; it is not, yet."""
+    """Whether DALI can be imported. This does not import it."""
     return bool(find_spec("nvidia") and find_spec("nvidia.dali"))
 
 
 def choose_full_decode(
     wanted: float | None, device: torch.device, why_not: Callable[[torch.device], str | None] = why_no_box_decode
 ) -> float | None:
-    """`DataConfig.dali_full_decode` as it is carried out: where a GPU can't decode boxes, whole images are decoded."""
+    """The wanted `DataConfig.dali_full_decode`; where a GPU can't decode boxes, whole images are decoded instead."""
     if wanted is not None or device.type != "cuda" or why_not(device) is None:
         return wanted
     return HARDWARE_SHARE
@@ -85,7 +85,7 @@ class DaliExecutor:
         self._pipeline: Any = None
         self._image_size = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._in_dali: deque[tuple[StepPlan, Any]] = deque()  # the steps whose batches are to come, and their inputs
+        self._in_dali: deque[tuple[StepPlan, Any]] = deque()  # the steps in DALI, and their inputs
         self._is_running = False
 
     def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
@@ -98,12 +98,12 @@ class DaliExecutor:
             yield from batches
 
     def close(self) -> None:
-        if not self._is_running:  # else in a thread that was left behind in a read: the pipeline is its own
+        if not self._is_running:  # else a thread was left behind in a read, and it still uses the pipeline
             self._end_pipeline()
 
     def _end_pipeline(self) -> None:
-        # Private, but the only way to do it now: a pipeline in a cycle of references, as an error makes one, would be
-        # destroyed by a later garbage collection, perhaps in a forked process, where it waits for threads for ever.
+        # A private method, but the only way to end it now. An error puts the pipeline into a cycle of references. If a
+        # garbage collection ends it later, perhaps in a forked process, that waits for its threads for ever.
         if self._pipeline is not None:
             self._pipeline._shutdown()
         self._pipeline = None
@@ -158,11 +158,11 @@ class DaliExecutor:
         yield from read_images(announced(), read, self._threads)
 
     def _next_step(self) -> tuple[list[NDArray[np.uint8]], NDArray, NDArray, NDArray]:
-        """What DALI asks for when it starts a batch; StopIteration at the end of the epoch, or where reading fails."""
+        """The inputs of a batch, asked for by DALI. StopIteration at the end of the epoch, or where reading fails."""
         try:
             step, data = next(self._inputs)
         except DataError as error:
-            self._error = error  # raised after the batches that DALI has already
+            self._error = error  # raised after the batches that DALI already has
             raise StopIteration from error
         starts, shapes = np.ascontiguousarray(step.boxes[:, :2]), np.ascontiguousarray(step.boxes[:, 2:])
         inputs = (data, starts, shapes, step.flips.astype(np.int32))
@@ -170,7 +170,7 @@ class DaliExecutor:
         return inputs
 
     def _outputs(self, inputs: Inputs) -> Executed:
-        """Keeps DALI filled, and takes the batches out in order."""
+        """Keeps DALI filled and takes the batches out in order."""
         self._inputs, self._error = inputs, None
         finished, self._is_running = False, True
         try:
@@ -184,7 +184,7 @@ class DaliExecutor:
         finally:
             inputs.close()
             self._in_dali.clear()
-            if not finished:  # there are steps in DALI that would come out first in the next epoch
+            if not finished:  # DALI holds steps that would come out first in the next epoch
                 self._end_pipeline()
             self._is_running = False
 
@@ -194,7 +194,7 @@ class DaliExecutor:
         try:
             (output,) = self._pipeline.share_outputs()
         except RuntimeError as error:
-            raise self._named(error, step) from error
+            raise self._find_damaged(error, step) from error
         images = self._as_tensor(output.as_tensor())
         self._pipeline.release_outputs()
         self._in_dali.popleft()
@@ -202,7 +202,7 @@ class DaliExecutor:
         return step, images
 
     def _as_tensor(self, output: Any) -> Tensor:
-        """DALI's images (N, S, S, 3): on a CPU in DALI's own memory, on a GPU copied into PyTorch's."""
+        """DALI's images (N, S, S, 3): on a CPU in DALI's memory, on a GPU copied into PyTorch's memory."""
         if self._stream is None:
             return torch.from_dlpack(output)  # the memory lives as long as the tensor
         from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -210,11 +210,11 @@ class DaliExecutor:
         with torch.cuda.stream(self._stream):
             images = torch.empty(output.shape(), dtype=self._dtype, device=self._device)
             feed_ndarray(output, images, cuda_stream=self._stream)
-        self._stream.synchronize()  # this thread waits, not the training's
+        self._stream.synchronize()  # this thread waits, not that of the training
         return images
 
-    def _named(self, error: RuntimeError, step: StepPlan) -> DataError:
-        """DALI does not say which image it could not decode: another decoder will."""
+    def _find_damaged(self, error: RuntimeError, step: StepPlan) -> DataError:
+        """The error that names the image: DALI does not say which one it could not decode, our own decoder does."""
         for index in step.indices:
             try:
                 self._source.decode(index)

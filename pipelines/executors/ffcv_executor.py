@@ -3,8 +3,8 @@
     thread 1:    steps of the plan -> jobs: addresses, boxes; ask the disk for the bytes
     thread 2:                              -> `native.render` on `workers` threads, a whole batch a call
 
-It reads what FFCV's own loader reads, and nothing of FFCV's is needed for it. FFCV decodes whole images, ignores errors
-of the decoder, draws its crops by worker, and compiles its pipeline at every start; see docs/data.md for the figures.
+It reads the same files as FFCV's own loader, without FFCV, which decodes whole images, ignores errors of the decoder,
+draws its crops by worker, and compiles its pipeline at every start; docs/data.md has the figures.
 """
 
 from collections.abc import Generator, Iterable
@@ -51,7 +51,7 @@ class FfcvExecutor:
         return in_background(self._render(work, image_size), BATCHES_AHEAD)
 
     def close(self) -> None:
-        """Nothing: no thread outlives a run, and memory goes with the executor."""
+        """Nothing to do: no thread outlives a run, and the memory goes with the executor."""
 
     def _prepare(self, steps: Iterable[StepPlan]) -> Generator[tuple[StepPlan, NDArray], None, None]:
         """Each step with its jobs (N,) of `native.JOB`."""
