@@ -13,14 +13,6 @@ from pipelines.config import BACKENDS, AugmentationConfig, DataConfig
 from pipelines.loader import Loader
 from pipelines.sources.errors import DataError
 
-# A backend is a module with a `create_executor(source, options)`, and a line here.
-EXECUTORS = {
-    "dali": "pipelines.executors.dali_executor",
-    "ffcv": "pipelines.executors.ffcv_executor",
-    "torchvision": "pipelines.executors.torchvision_executor",
-    "synthetic": "pipelines.executors.synthetic_executor",
-}
-
 HERE, DEFAULT_AUGMENTATION = Place(), AugmentationConfig()
 
 
@@ -50,11 +42,12 @@ def build_loader(
         )
     source = _open_source(config, split)
     backend = _choose_backend(source, place.device) if config.backend == "auto" else config.backend
-    if backend not in EXECUTORS:
+    if backend not in BACKENDS:
         raise DataError(f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
     training = split == "train"
     options = ExecutorOptions(config, training, place, as_bytes=bool(pixel_augmentations))
-    executor = import_module(EXECUTORS[backend]).create_executor(source, options)
+    # A backend is a module of this name with a `create_executor`, and its name in `config.Backend`.
+    executor = import_module(f"pipelines.executors.{backend}_executor").create_executor(source, options)
     return Loader(source, executor, training, config, augmentation, place, seed, pixel_augmentations)
 
 
