@@ -276,8 +276,6 @@ def test_closing_in_the_middle_of_an_epoch_leaves_nothing_ten_times(small):
 @pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_overwritten_bytes_of_an_image_are_named(photos, tmp_path, backend, workers):
-    from pipelines.sources.beton import BetonSource
-
     root = damaged_copy(photos, tmp_path)
     source = BetonSource(root / "val.beton")
     # in the middle of the code: most decoders would go on and give something else

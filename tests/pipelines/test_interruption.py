@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
-
 # Each case in turn in one process, which has all that is stuck in it when it ends.
 SCRIPT = """
 import multiprocessing, os, signal, sys, time
@@ -108,10 +106,10 @@ print("left", *(worker.pid for worker in multiprocessing.active_children()))
 """
 
 
-def test_a_stop_while_waiting_for_data_ends_at_once_on_every_backend(photos, tmp_path):
+def test_a_stop_while_waiting_for_data_ends_at_once_on_every_backend(photos, tmp_path, root):
     folder = shutil.copytree(photos.folder, tmp_path / "folder")
     command = [sys.executable, "-c", SCRIPT, str(folder), str(photos.verbatim)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     *closed, left = done.stdout.splitlines()
     assert len(closed) == 7 and all(float(line.split()[0]) < 3 for line in closed)

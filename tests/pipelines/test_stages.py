@@ -1,7 +1,6 @@
-"""Threads between stages, memory that is used again, normalisation, and the GPU's executor on a CPU."""
+"""Threads between stages, memory that is used again, normalisation, and the executor for a GPU on a CPU."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -28,15 +27,19 @@ def counted(made, closed, stop=10**9):
 
 
 def test_items_are_made_ahead_in_another_thread_and_in_order():
-    made, closed = [], []
-    items = in_background(counted(made, closed, 50), ahead=3)
-    assert next(items) == 0
-    deadline = time.monotonic() + 5
-    while len(made) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert len(made) == 5  # one handed out, three in the queue, one that waits for a place
-    assert list(items) == list(range(1, 50))
+    made, closed, taken, is_ahead = [], [], [], threading.Event()
+
+    def watched():
+        for item in counted(made, closed, 50):
+            if item == 4:
+                is_ahead.set()
+            yield item
+
+    for item in in_background(watched(), ahead=3):
+        taken.append(item)
+        assert is_ahead.wait(5)
+        assert len(made) <= len(taken) + 4  # three in the queue, one that waits for a place
+    assert taken == list(range(50))
     assert closed != [threading.current_thread()]
 
 
