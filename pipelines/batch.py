@@ -89,7 +89,7 @@ class ImageSource(Source, Protocol):
 class MappedSource(Source, Protocol):
     """A source whose stored bytes all lie in memory: all that the executor for .beton files uses.
 
-    lengths: (N,) int64, bytes of each image. is_raw: (N,) bool, whether they are height × width × 3 pixels or a JPEG.
+    lengths: (N,) int64, bytes of each image. is_raw: (N,) bool, True for height × width × 3 pixels, False for a JPEG.
     checksums: (N,) uint64, their XXH64, or None.
     """
 
@@ -117,8 +117,8 @@ class Executor(Protocol):
     def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
         """Each step with its images (N, S, S, 3), where S is `image_size`.
 
-        They are uint8; or floats that are normalised already, but not with `ExecutorOptions.as_bytes`. They lie in the
-        host's memory, pinned where they go to a GPU, or on the GPU, where nothing is still writing to them.
+        They are uint8, or normalised floats unless `ExecutorOptions.as_bytes` asks for bytes. They lie in the host's
+        memory, pinned where they go to a GPU, or on the GPU, where nothing is still writing to them.
 
         Closing the generator ends all work that runs ahead of it. It is closed before the next `run`.
         """

@@ -102,7 +102,7 @@ class DeviceStage:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Images (N, S, S, 3) uint8, contiguous, without ImageNet's mean and over its deviation: float32, (N, S, S, 3)."""
+    """(images - MEAN) / STD of images (N, S, S, 3) uint8, contiguous: float32, (N, S, S, 3)."""
     scale, shift = _statistics(images.device, images.shape[2])
     rows = images.flatten(2).float()  # [N, S, S*3]
     return torch.addcmul(shift, rows, scale, out=rows).view(images.shape)
