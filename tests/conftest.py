@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.optim import autocast_dtype
+from training.precision import autocast_dtype
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # is read when triton is imported

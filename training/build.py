@@ -1,11 +1,12 @@
-"""From options to a run: the ranks, the loaders and the model, handed to a trainer. Models and loaders meet here."""
+"""From options to a trainer or an evaluator: ranks, loaders and model. Models and loaders meet here."""
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 
@@ -20,14 +21,27 @@ from training.classes import Classes, fits_classifier, match_by_name
 from training.config import Config
 from training.cpu_memory import keep_freed_memory
 from training.distributed import Ranks
+from training.evaluator import Evaluator
 from training.freezing import freeze_all_but_classifier
-from training.optim import autocast_dtype
+from training.lockstep import Lockstep
 from training.options import ConfigError
+from training.precision import autocast_dtype
 from training.profile.verdict import Setting
 from training.run_log import RunLog
-from training.trainer import DivergedError, Trainer
+from training.saver import DivergedError
+from training.trainer import Trainer
 
 SETUP_TIMEOUT_S = 1800.0
+
+
+class Parts(NamedTuple):
+    """What training and evaluation are made of. train_loader is None for an evaluation only."""
+
+    config: Config  # the number of classes filled in
+    ranks: Ranks
+    log: RunLog
+    train_loader: Loader | None
+    evaluator: Evaluator
 
 
 @contextmanager
@@ -40,14 +54,32 @@ def open_trainer(config: Config, write_log: bool = True) -> Iterator[Trainer]:
     Raises:
         LostRankError: another rank has failed.
     """
+    with _open_parts(config, write_log) as parts:
+        model = parts.evaluator.model
+        with closing(
+            Trainer(parts.config, parts.ranks, model, parts.train_loader, parts.evaluator, parts.log)
+        ) as trainer:
+            yield trainer
+
+
+@contextmanager
+def open_evaluator(config: Config, write_log: bool = True) -> Iterator[Evaluator]:
+    """The evaluator of this rank, of --weight or else of the run's own best checkpoint; otherwise as `open_trainer`."""
+    with _open_parts(config, write_log) as parts, closing(parts.evaluator) as evaluator:
+        yield evaluator
+
+
+@contextmanager
+def _open_parts(config: Config, write_log: bool) -> Iterator[Parts]:
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     # A hang in training is the watchdog's, which knows more; before it, one rank may read the sizes of all images.
-    ranks = distributed.start(config.precision.device, timedelta(seconds=max(SETUP_TIMEOUT_S, config.run.timeout) + 60))
+    timeout = timedelta(seconds=max(SETUP_TIMEOUT_S, config.run.timeout) + 60)
+    ranks = distributed.start(config.precision.device, timeout)
     failure = None
     try:
-        with distributed.lost_ranks_named(), build_trainer(config, ranks, write_log) as trainer:
-            yield trainer
+        with distributed.lost_ranks_named(), _build_parts(config, ranks, write_log) as parts:
+            yield parts
     except BaseException as error:
         failure = error
         raise
@@ -57,27 +89,27 @@ def open_trainer(config: Config, write_log: bool = True) -> Iterator[Trainer]:
 
 
 @contextmanager
-def build_trainer(config: Config, ranks: Ranks, write_log: bool) -> Iterator[Trainer]:
-    """The trainer of one of these ranks; it, its loaders and its log are closed at the end."""
+def _build_parts(config: Config, ranks: Ranks, write_log: bool) -> Iterator[Parts]:
+    """Loaders and log are closed at the end."""
     if ranks.device.type == "cpu":
         keep_freed_memory()
     config, weights = read_weights(config)
     with ExitStack() as stack:
         with distributed.first_on_machine(ranks):  # it reads the sizes of the images, the others find them
             train_loader, eval_loader = build_loaders(config, ranks)
-        for loader in filter(None, (train_loader, eval_loader)):
+        loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
+        for loader in loaders:
             stack.callback(loader.close)
         log = RunLog(config.run.checkpoint, enabled=write_log and ranks.is_first)
         stack.callback(log.close)
-        for loader in filter(None, (train_loader, eval_loader)):
+        for loader in loaders:
             if loader.note:
                 log.say(loader.note)
         config, same_classes = settle_classes(config, eval_loader, weights, log)
         model = build_model(config, ranks, weights, same_classes)
         del weights  # the memory is not held for the whole run
-        trainer = Trainer(config, ranks, model, train_loader, eval_loader, log)
-        stack.callback(trainer.close)
-        yield trainer
+        lockstep = Lockstep(ranks, config.run.timeout)
+        yield Parts(config, ranks, log, train_loader, Evaluator(config, ranks, model, eval_loader, lockstep, log))
 
 
 def read_weights(config: Config) -> tuple[Config, dcd.Weights | None]:

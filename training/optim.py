@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule and precision."""
+"""Optimizer and learning-rate schedule."""
 
 import math
 
@@ -49,18 +49,3 @@ def learning_rate(config: OptimConfig, position: float) -> float:
         case "linear":
             return config.lr * (1 - share)
     raise ConfigError(f"unknown --lr-decay {config.lr_decay}")
-
-
-def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of mixed precision, or None for none. `auto` is bf16 where the device computes in it."""
-    if amp == "auto":
-        return torch.bfloat16 if _computes_in_bf16(device) else None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-
-
-def _computes_in_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # What the cores can do, and what oneDNN, which computes in it, is allowed to use of it (ONEDNN_MAX_CPU_ISA).
-    in_hardware = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return in_hardware and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from training.config import Config
 from training.distributed import Ranks
 from training.folder_lock import FolderLock
-from training.optim import autocast_dtype
+from training.precision import autocast_dtype
 
 
 class RunLog:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import dcd
-from training.optim import autocast_dtype, build_optimizer, learning_rate
+from training.optim import build_optimizer, learning_rate
 from training.options import OptimConfig
+from training.precision import autocast_dtype
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,8 @@ def test_automatic_precision_is_what_the_cores_may_use(highest):
     if highest:
         environment["ONEDNN_MAX_CPU_ISA"] = highest
     program = (
-        "import torch; from training.optim import autocast_dtype; print(autocast_dtype('auto', torch.device('cpu')))"
+        "import torch; from training.precision import autocast_dtype; "
+        "print(autocast_dtype('auto', torch.device('cpu')))"
     )
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     has_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))

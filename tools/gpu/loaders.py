@@ -209,7 +209,7 @@ def train_beside(
     rounds, warm_up, steps = (1, 1, 2) if rehearsal else (2, UNCOUNTED, 20)
     turns = []
     with open_trainer(config, write_log=False) as trainer:
-        feed, timer = Feed(trainer.train_loader, 0), StepTimer(trainer.ranks, trainer.model)
+        feed, timer = Feed(trainer.loader, 0), StepTimer(trainer.ranks, trainer.model)
         for _ in range(rounds):
             model = images_per_sec(trainer, partial(train, trainer), itertools.repeat(feed.first), warm_up, steps)
             loader = images_per_sec(trainer, load, feed, warm_up, steps)

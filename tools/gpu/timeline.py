@@ -113,7 +113,7 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
     steps = 1 if rehearsal else STEPS
     on_gpu = device.type == "cuda"
     with open_trainer(config, write_log=False) as trainer:
-        feed = iter(trainer.train_loader)
+        feed = iter(trainer.loader)
         train(trainer, Window(feed, 1 if rehearsal else WARM_UP))
         wait(device)
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:

@@ -49,10 +49,10 @@ def profiled(folder: Path, steps: int, stop_after_steps: int, accumulate: int = 
     """A trainer that has done so many steps, `steps` of them to be timed, and its profile closed."""
     options = {"profile": steps, "stop_after_steps": stop_after_steps, "accumulate": accumulate, "lr": 0.001}
     trainer = build(folder, images=16 * 40, **options)
-    trainer.timer = RunProfile(trainer.config, CPU, trainer.model, SETTING, trainer.log)
-    trainer.train_epoch()
-    trainer.timer.close()
-    assert trainer.stopped and trainer.step == stop_after_steps
+    listener = RunProfile(trainer.config, CPU, trainer.model, SETTING, trainer.log)
+    trainer.train_epoch(listener)
+    listener.close()
+    assert trainer.stopped and trainer.progress.step == stop_after_steps
     return trainer
 
 
