@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 from pipelines.cache import _usable, cache_folder
-from tests.test_train_dist import SMALL, command, error_lines, tiny  # noqa: F401 (a fixture)
+from tests.helpers import SMALL, command, error_lines
 from tools.profile_throughput import ThroughputConfig
 from training.command_line import parse
 from training.config import Config, parse_config
@@ -43,7 +43,7 @@ def output_of(process: subprocess.Popen) -> str:
 ADVICE = ("--shm-size=64m", "--ipc=host", "-j 0", "make dataset")
 
 
-def test_shared_memory_that_is_too_small_is_said_at_the_start(tiny, tmp_path):  # noqa: F811
+def test_shared_memory_that_is_too_small_is_said_at_the_start(tiny, tmp_path):
     args = [*SMALL, "--input-size", 128, "-d", tiny, "-c", tmp_path, "-b", 12]
     output = output_of(with_shared_memory("1m", *args, ranks=2))
     found = error_lines(output)
@@ -57,7 +57,7 @@ def test_shared_memory_that_is_too_small_is_said_at_the_start(tiny, tmp_path):  
     assert "going on" not in output and "images/s" not in output and output.count("Traceback") == 1, "torchrun's own"
 
 
-def test_shared_memory_that_others_fill_ends_the_run_with_the_same_line(tiny, tmp_path):  # noqa: F811
+def test_shared_memory_that_others_fill_ends_the_run_with_the_same_line(tiny, tmp_path):
     process = with_shared_memory(
         "4m", *SMALL, "--input-size", 96, "-d", tiny, "-c", tmp_path, "-b", 12, "--epochs", 500
     )
@@ -82,7 +82,7 @@ def short_path():
         yield Path(folder)
 
 
-def test_a_user_without_a_name_and_a_home_trains_on_paths_that_are_no_text(tiny, short_path):  # noqa: F811
+def test_a_user_without_a_name_and_a_home_trains_on_paths_that_are_no_text(tiny, short_path):
     """In an environment that is empty, with a class, a data and an output folder that are no UTF-8."""
     base = Path(os.fsdecode(os.fsencode(short_path) + b"/caf\xe9"))
     data = shutil.copytree(tiny, base / "data")

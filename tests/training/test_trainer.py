@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-import traceback
 from pathlib import Path
 
 import pytest
@@ -14,44 +13,26 @@ import dcd
 from dcd.checkpoint_file import CheckpointError
 from pipelines.build import build_loader
 from pipelines.config import AugmentationConfig, DataConfig
-from training import moving_average
+from tests.helpers import CPU, build_trainer
 from training.config import Config
-from training.distributed import Ranks
 from training.evaluator import Evaluator
-from training.freezing import freeze_all_but_classifier
 from training.lockstep import Lockstep
 from training.options import ConfigError
 from training.run_log import RunLog
 from training.saver import DivergedError
 from training.trainer import Trainer
 
-CPU = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
-
-
-def build(tmp_path, images: int = 64, **options) -> Trainer:
-    """A trainer on synthetic data: 16 images in a step."""
-    options = {"amp": "off", **options}
-    config = Config().with_options(arch="mobilenetv2_dcd", num_classes=5, batch_size=16, checkpoint=tmp_path, **options)
-    data = DataConfig(backend="synthetic", batch_size=16, input_size=32, synthetic_images=images, synthetic_classes=5)
-    torch.manual_seed(0)
-    model = dcd.create_model("mobilenetv2_dcd", 5, width_mult=0.1, fc_squeeze=16).to(memory_format=torch.channels_last)
-    if config.optim.freeze:
-        freeze_all_but_classifier(model)
-    train_loader, eval_loader = (build_loader(data, split) for split in ("train", "val"))
-    log = RunLog(tmp_path, enabled=True)
-    evaluator = Evaluator(config, CPU, model, eval_loader, Lockstep(CPU, config.run.timeout), log)
-    trainer = Trainer(config, CPU, model, train_loader, evaluator, log)
-    log.open({}, 0)
-    return trainer
-
 
 class Synchronisations(TorchDispatchMode):
     """Counts the reads of a tensor's value by the host, each of which would wait for a GPU.
 
-    The moving average's are left out: its counter lies on the CPU on every device.
+    Args:
+        on_host: a tensor that lies on the CPU on every device; its reads are left out.
     """
 
-    count = 0
+    def __init__(self, on_host: torch.Tensor | None = None):
+        super().__init__()
+        self.count, self._on_host = 0, None if on_host is None else on_host.data_ptr()
 
     def __enter__(self):
         # Of a tensor on a CPU this calls no operation.
@@ -72,17 +53,18 @@ class Synchronisations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.count += not any(frame.filename == moving_average.__file__ for frame in traceback.extract_stack())
+            self.count += args[0].data_ptr() != self._on_host
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("options", [{}, {"mixup": 0.5, "mixup_epochs": 1, "ema": 0.9, "clip_grad": 1.0}])
 def test_no_synchronisation_between_lines_of_the_log(tmp_path, options):
-    trainer = build(tmp_path, images=32 * 16, print_freq=10, **options)
+    trainer = build_trainer(tmp_path, images=32 * 16, print_freq=10, **options)
     trainer.progress.epoch = 1  # mixup begins after epoch 0
     trainer.train_step.begin_epoch()
     batch = next(iter(trainer.loader))
-    with Synchronisations() as found:
+    average = trainer.train_step.ema
+    with Synchronisations(on_host=average and average.n_averaged) as found:
         for _ in range(3):
             trainer.train_step(batch, trainer.progress)
     assert found.count == 0
@@ -95,7 +77,7 @@ def test_the_log_is_all_that_reads_values(tmp_path):
     """A longer epoch with the same number of lines in the log has as many synchronisations."""
     counts = []
     for steps in (4, 8):
-        trainer = build(tmp_path / str(steps), images=16 * steps, print_freq=steps)
+        trainer = build_trainer(tmp_path / str(steps), images=16 * steps, print_freq=steps)
         with Synchronisations() as found:
             trainer.train_epoch()
         counts.append(found.count)
@@ -130,7 +112,7 @@ def test_one_batch_is_overfitted(digits, tmp_path):
 
 
 def test_spoilt_weights_are_not_saved(tmp_path):
-    trainer = build(tmp_path)
+    trainer = build_trainer(tmp_path)
     trainer.saver.save()
     trainer.saver.finish()
     before = trainer.saver.path().read_bytes()
@@ -159,7 +141,7 @@ def spoil(trainer: Trainer, *calls: int) -> None:
 @pytest.mark.parametrize("amp", ["off", "fp16"])
 def test_bad_steps_are_named_and_left_out(tmp_path, capfd, amp):
     """Up to --max-bad-steps: what is trained and saved stays finite."""
-    trainer = build(tmp_path, images=16 * 8, print_freq=2, max_bad_steps=1, ema=0.9, lr=0.01, amp=amp)
+    trainer = build_trainer(tmp_path, images=16 * 8, print_freq=2, max_bad_steps=1, ema=0.9, lr=0.01, amp=amp)
     if amp == "fp16":  # below the scales of which the gradients of good batches are too high
         trainer.train_step.scaler.load_state_dict({**trainer.train_step.scaler.state_dict(), "scale": 16.0})
     spoil(trainer, 2, 7)
@@ -184,7 +166,7 @@ def test_bad_steps_are_named_and_left_out(tmp_path, capfd, amp):
 
 
 def test_an_evaluation_without_numbers_is_never_the_best(tmp_path, capsys):
-    trainer = build(tmp_path)
+    trainer = build_trainer(tmp_path)
     with torch.no_grad():  # so that all labels are right, were it not for the numbers
         trainer.model.classifier.static_linear.bias[0] = 1e4
     spoil(trainer, 0)
@@ -202,7 +184,7 @@ def test_an_evaluation_without_numbers_is_never_the_best(tmp_path, capsys):
 
 def test_a_full_disk_stops_no_training(tmp_path, capsys):
     """What cannot be written to the log is counted, and said once and at the end."""
-    trainer = build(tmp_path, images=16 * 3, print_freq=1)
+    trainer = build_trainer(tmp_path, images=16 * 3, print_freq=1)
     trainer.log._metrics = open("/dev/full", "ab", buffering=0)  # noqa: SIM115  (the log closes it)
     trainer.train_epoch()
     trainer.log.close()
@@ -212,7 +194,7 @@ def test_a_full_disk_stops_no_training(tmp_path, capsys):
 
 def test_a_step_that_breaks_off_is_undone(tmp_path):
     """What is saved then is the state from before it: also of the batch norms, which had seen its images."""
-    trainer = build(tmp_path, images=16 * 4)
+    trainer = build_trainer(tmp_path, images=16 * 4)
     before = {name: values.clone() for name, values in trainer.model.state_dict().items()}
 
     def fail(*_):
@@ -229,13 +211,13 @@ def test_a_step_that_breaks_off_is_undone(tmp_path):
 
 def test_going_on_with_other_options(tmp_path):
     """What is chosen on the command line holds; what cannot be gone on with is said."""
-    first = build(tmp_path, images=16 * 4, wd=1e-4)
+    first = build_trainer(tmp_path, images=16 * 4, wd=1e-4)
     first.progress.epoch, first.progress.step = 1, 2
     first.saver.save()
     first.saver.finish()
     state = torch.load(first.saver.path(), weights_only=True)
 
-    second = build(tmp_path, images=16 * 4, wd=5e-5, amp="fp16", ema=0.9)
+    second = build_trainer(tmp_path, images=16 * 4, wd=5e-5, amp="fp16", ema=0.9)
     second.saver.resume(state)
     progress = second.progress
     assert (progress.epoch, progress.step, progress.global_step) == (1, 2, 6)
@@ -247,23 +229,23 @@ def test_going_on_with_other_options(tmp_path):
     with pytest.raises(
         ConfigError, match="middle of an epoch of 4 steps with --seed 0, this run has 4 steps and --seed 1"
     ):
-        build(tmp_path, images=16 * 4, seed=1).saver.resume(state)
+        build_trainer(tmp_path, images=16 * 4, seed=1).saver.resume(state)
     with pytest.raises(CheckpointError, match="of other training images .64 there, 80 here.: use the same data"):
-        build(tmp_path, images=16 * 5).saver.resume(state)
+        build_trainer(tmp_path, images=16 * 5).saver.resume(state)
     with pytest.raises(ConfigError, match="was it --no-norm-decay"):
-        build(tmp_path, images=16 * 4, norm_decay=False).saver.resume(state)
+        build_trainer(tmp_path, images=16 * 4, norm_decay=False).saver.resume(state)
 
 
 def test_a_frozen_run_goes_on_exactly(tmp_path):
     """Stopped after two of four steps: the same classifier, by an optimizer that knows of nothing else."""
     options = {"images": 16 * 4, "freeze": True, "weight": Path("given.pth"), "ema": 0.9, "clip_grad": 1.0}
-    whole, first = build(tmp_path, **options), build(tmp_path, stop_after_steps=2, **options)
+    whole, first = build_trainer(tmp_path, **options), build_trainer(tmp_path, stop_after_steps=2, **options)
     before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
     whole.train_epoch()
     first.train_epoch()
     first.saver.save()
     first.saver.finish()
-    second = build(tmp_path, **options)
+    second = build_trainer(tmp_path, **options)
     second.saver.resume(torch.load(first.saver.path(), weights_only=True))
     second.train_epoch()
     found, expected = second.model.state_dict(), whole.model.state_dict()
