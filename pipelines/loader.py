@@ -3,8 +3,8 @@
     source (sizes, labels, images)  +  EpochPlan  ->  executor: read, decode, cut, resize, flip
                                                   ->  DeviceStage: to the device, augment, normalise  ->  Batch
 
-`Loader` walks through the plan and keeps the state; an executor (`batch.Executor`) only carries out the steps that it
-is handed, and `DeviceStage` is the same behind all of them. `build.py` joins the three.
+`Loader` walks through the plan and keeps the state. An executor (`batch.Executor`) only carries out the steps that it is
+handed. The `DeviceStage` is the same behind all executors. `build.py` opens the source and chooses the executor.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -28,7 +28,7 @@ class Loader:
 
     Args:
         source: the images. executor: the backend; it hands out bytes where there are `pixel_augmentations`.
-        training: random crops in shuffled order, else centre crops in order, once each.
+        training: random crops in shuffled order, in whole batches; else centre crops in order, every image once.
         config, augmentation: the options. seed: of the plan, at least 0.
         place: this process takes slice `rank` of `world_size` of every global batch, on that device.
         pixel_augmentations: what is done to the pixels, one after another.
@@ -97,11 +97,11 @@ class Loader:
         return self._config.image_size(self.training, self.epoch)
 
     def name(self, index: int) -> str:
-        """What image `index` of the dataset is called in a message."""
+        """How messages name image `index` of the dataset."""
         return self._source.name(index)
 
     def fingerprint(self) -> dict[str, str]:
-        """What tells the images from others, see `pipelines.fingerprint`; before `relabel`."""
+        """See `pipelines.fingerprint`; to be asked before `relabel`."""
         return fingerprint(self._source)
 
     def _steps_left(self) -> list[int]:
@@ -129,6 +129,6 @@ class Loader:
         self._running = None
 
     def close(self) -> None:
-        """Stop the backend's workers. The loader is of no use afterwards."""
+        """Stop the backend's workers. The loader can't be used afterwards."""
         self._stop()
         self._executor.close()

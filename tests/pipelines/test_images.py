@@ -88,7 +88,7 @@ def turned() -> Image.Exif:
 
 
 CMYK = saved(RGB.convert("CMYK"), "JPEG", quality=95)
-ODD = {
+UNUSUAL = {
     "grey.JPEG": saved(RGB.convert("L"), "JPEG", quality=95),
     "progressive.JPEG": saved(RGB, "JPEG", quality=95, progressive=True),
     "cmyk.JPEG": CMYK,
@@ -112,14 +112,14 @@ ODD = {
 
 
 @pytest.mark.parametrize("executor", ["torchvision", "torchvision by batches", "dali"])
-def test_odd_images_have_the_same_pixels_by_every_backend(tmp_path, executor):
-    source = folder_of(tmp_path, ODD)
+def test_unusual_images_have_the_same_pixels_by_every_backend(tmp_path, executor):
+    source = folder_of(tmp_path, UNUSUAL)
     runner = executor_of(executor, source)
-    assert len(source) == len(ODD)
+    assert len(source) == len(UNUSUAL)
     for index in range(len(source)):
         name = source.path(index).name
         height, width = source.sizes[index].tolist()
-        wanted = examine(np.frombuffer(ODD[name], np.uint8)).pixels
+        wanted = examine(np.frombuffer(UNUSUAL[name], np.uint8)).pixels
         assert wanted.shape == (height, width, 3), name
         found = pixels(runner, index, height, width)
         side = min(height, width)
@@ -127,9 +127,9 @@ def test_odd_images_have_the_same_pixels_by_every_backend(tmp_path, executor):
     runner.close()
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_odd_images_hold_what_their_makers_put_in(name):
-    seen = examine(np.frombuffer(ODD[name], np.uint8))
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_images_hold_what_their_makers_put_in(name):
+    seen = examine(np.frombuffer(UNUSUAL[name], np.uint8))
     expected = gradient().astype(int)
     if name in ("grey.JPEG", "16 bits.png"):
         grey = np.asarray(RGB.convert("L")) if name == "grey.JPEG" else gradient()[..., 0]
@@ -141,7 +141,7 @@ def test_odd_images_hold_what_their_makers_put_in(name):
     else:
         assert name == "turned tiff.JPEG"
     assert (seen.reencoded_because is None) == (name in ("grey.JPEG", "progressive.JPEG", "stored as RGB.JPEG"))
-    assert convert(np.frombuffer(ODD[name], np.uint8), 0, Options()).odd == seen.reencoded_because
+    assert convert(np.frombuffer(UNUSUAL[name], np.uint8), 0, Options()).odd == seen.reencoded_because
 
 
 def with_rows(data: bytes, rows: int) -> bytes:
