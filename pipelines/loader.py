@@ -3,8 +3,8 @@
     source (sizes, labels, images)  +  EpochPlan  ->  executor: read, decode, cut, resize, flip
                                                   ->  DeviceStage: to the device, augment, normalise  ->  Batch
 
-`Loader` walks through the plan and keeps the state. An executor (`batch.Executor`) only carries out the steps that it is
-handed. The `DeviceStage` is the same behind all executors. `build.py` opens the source and chooses the executor.
+`Loader` walks through the plan and keeps the state. An executor (`batch.Executor`) only carries out the steps that it
+is handed. The `DeviceStage` is the same behind all executors. `build.py` opens the source and chooses the executor.
 """
 
 from collections.abc import Generator, Iterator, Sequence
