@@ -54,12 +54,12 @@ def convert(data: NDArray[np.uint8], index: int, options: Options) -> Stored:
     """
     seen = examine(data, with_pixels=options.mode == "reencode")
     if options.mode == "reencode":
-        return _reencode(seen.pixels, seen.odd, options, options.as_jpeg(index))
+        return _reencode(seen.pixels, seen.reencoded_because, options, options.as_jpeg(index))
     if seen.pixels is None:
         return Stored(JPEG, seen.height, seen.width, data, None)
     buffer = io.BytesIO()
     Image.fromarray(seen.pixels).save(buffer, "JPEG", quality=FALLBACK_QUALITY, subsampling="4:4:4")
-    return Stored(JPEG, seen.height, seen.width, np.frombuffer(buffer.getvalue(), np.uint8), seen.odd)
+    return Stored(JPEG, seen.height, seen.width, np.frombuffer(buffer.getvalue(), np.uint8), seen.reencoded_because)
 
 
 def _reencode(pixels: NDArray[np.uint8], odd: str | None, options: Options, as_jpeg: bool) -> Stored:
