@@ -141,7 +141,7 @@ def test_unusual_images_hold_what_their_makers_put_in(name):
     else:
         assert name == "turned tiff.JPEG"
     assert (seen.reencoded_because is None) == (name in ("grey.JPEG", "progressive.JPEG", "stored as RGB.JPEG"))
-    assert convert(np.frombuffer(UNUSUAL[name], np.uint8), 0, Options()).odd == seen.reencoded_because
+    assert convert(np.frombuffer(UNUSUAL[name], np.uint8), 0, Options()).reencoded_because == seen.reencoded_because
 
 
 def with_rows(data: bytes, rows: int) -> bytes:
