@@ -16,7 +16,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # some net
 class FolderLock:
     """Keeps other runs out of a folder until the process ends, in whatever way.
 
-    Of POSIX's kind: workers that are forked from this process do not share it, so they cannot hold it on.
+    It is a lock of POSIX: forked workers do not inherit it, so none of them can keep it when this process has ended.
 
     Args:
         folder: the output folder; it is made.

@@ -22,6 +22,8 @@ class OptimConfig:
     """Epochs in all."""
     accumulate: int = 1
     """Forward and backward passes in an optimizer step: splits each rank's batch to save memory."""
+    optimizer: Literal["sgd"] = "sgd"
+    """What makes steps of gradients; a checkpoint goes on with its own alone."""
     lr: Annotated[float, "--lr", "--learning-rate"] = 0.1
     """Highest learning rate."""
     lr_decay: Literal["schedule", "step", "cos", "linear"] = "step"

@@ -17,7 +17,6 @@ from training.same_data import check_same_data
 from training.train_step import TrainStep
 
 DIVERGED = "use a lower --lr, --warmup, --clip-grad or --amp bf16; the last checkpoint is from before"
-OPTIMIZER = "sgd"  # what a checkpoint's optimizer is; those that do not say so are of it, too
 
 
 class DivergedError(RuntimeError):
@@ -78,7 +77,7 @@ class Saver:
             is_best: whether it is `best.pth` as well as `last.pth`.
 
         Raises:
-            DivergedError: the weights are no numbers any more; the last checkpoint stays.
+            DivergedError: the weights are not finite any more; the last checkpoint stays.
         """
         self._last_save = time.monotonic()
         if not self._ranks.is_first or self._is_saved():
@@ -91,7 +90,7 @@ class Saver:
             "classes": self._classes.names,  # what the outputs mean; None where the data does not say
             "data": self._data,  # which images it was trained on
             "config": self._config.to_dict(),
-            "optimizer_name": OPTIMIZER,
+            "optimizer_name": self._config.optim.optimizer,
             **self._step.state_dict(),
             **self._progress.to_dict(),
             # All of it: every draw is keyed by the seed and by (epoch, step, rank or image).
@@ -135,9 +134,9 @@ class Saver:
                 self._log.say(note)
         self._data.update({what: value for what, value in (state.get("data") or {}).items() if what not in self._data})
         self._check_position(state)
-        name = state.get("optimizer_name", OPTIMIZER)
-        if name != OPTIMIZER:
-            raise ConfigError(f"the checkpoint is of the optimizer {name}, this run has {OPTIMIZER}")
+        theirs, ours = state.get("optimizer_name", "sgd"), self._config.optim.optimizer  # there was no other once
+        if theirs != ours:
+            raise ConfigError(f"the checkpoint is of --optimizer {theirs}, this run has {ours}: use the same")
         try:
             note = self._step.load_state_dict(state)
         except ValueError as error:

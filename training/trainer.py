@@ -138,7 +138,7 @@ class Trainer:
         )
 
     def _judge_bad_steps(self, records: list[StepRecord], skipped: list[bool], loss: float) -> None:
-        """Count and name the steps that were no numbers, and go back to the statistics from before them.
+        """Count and name the steps that were not finite, and go back to the statistics from before them.
 
         Raises:
             DivergedError: there were more of them than --max-bad-steps.

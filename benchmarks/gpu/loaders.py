@@ -18,11 +18,11 @@ from benchmarks.programs import run_program
 from pipelines.batch import MEAN, STD, Place
 from pipelines.build import build_loader
 from pipelines.config import AugmentationConfig, DataConfig
-from pipelines.dali_loader import is_installed as has_dali
-from pipelines.dali_probe import why_no_box_decode
+from pipelines.executors.dali_executor import is_installed as has_dali
+from pipelines.executors.dali_probe import why_no_box_decode
+from pipelines.executors.torchvision_executor import TorchvisionExecutor
 from pipelines.loader import Loader
 from pipelines.sources.folder import FolderSource
-from pipelines.torchvision_loader import TorchvisionExecutor
 from tools.profiling.feed import Feed, endless_run, images_per_sec, load, median_rates, take_turns, train
 from training.build import open_trainer
 from training.distributed import Ranks
@@ -81,7 +81,8 @@ def open_loader(name: str, config: DataConfig, device: torch.device, dtype: torc
     if name != ON_CORES:
         return build_loader(config, "train", place)
     source = FolderSource(config.root / "train")
-    executor = TorchvisionExecutor(source, device, dtype, config.workers)
+    executor = TorchvisionExecutor(source, device, config.rank_workers(1))
+    return Loader(source, executor, True, config, AugmentationConfig(), place, seed=0)
     return Loader(source, executor, True, config, AugmentationConfig(), place, seed=0)
 
 

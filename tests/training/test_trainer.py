@@ -232,6 +232,10 @@ def test_going_on_with_other_options(tmp_path):
         build_trainer(tmp_path, images=16 * 4, seed=1).saver.resume(state)
     with pytest.raises(CheckpointError, match="of other training images .64 there, 80 here.: use the same data"):
         build_trainer(tmp_path, images=16 * 5).saver.resume(state)
+    with pytest.raises(ConfigError, match="the checkpoint is of --optimizer lamb, this run has sgd: use the same"):
+        build_trainer(tmp_path, images=16 * 4).saver.resume({**state, "optimizer_name": "lamb"})
+    older = {name: value for name, value in state.items() if name not in ("optimizer_name", "bad_steps")}
+    build_trainer(tmp_path, images=16 * 4).saver.resume(older)
     with pytest.raises(ConfigError, match="was it --no-norm-decay"):
         build_trainer(tmp_path, images=16 * 4, norm_decay=False).saver.resume(state)
 
