@@ -97,6 +97,39 @@ def test_without_a_gpu_it_says_so(tmp_path):
     ]
 
 
+# Every Python that is started reads it, and finds no other packages than on a machine with PyTorch and pytest alone.
+BARE_MACHINE = """
+import sys
+absent = {"tyro", "tqdm", "ffcv", "nvidia.dali", "sklearn", "psutil", "matplotlib", "tensorboard", "hypothesis"}
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *where):
+        return None if name in absent else self.finder.find_spec(name, *where)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+
+
+@pytest.fixture
+def bare_machine(tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BARE_MACHINE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+
+
+def test_it_needs_pytorch_torchvision_and_pytest_alone(bare_machine, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_check", tmp_path / "out", "--rehearse", "--only"]
+    command += ["correctness", "layers", "timeline"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    content = json.loads((tmp_path / "out/gpu_check.json").read_text())
+    correctness_, layers_, timeline_ = content["sections"]
+    assert correctness_["sentences"] and layers_["tables"][0]["rows"]
+    assert timeline_["skipped"] == ["timeline: tqdm is not installed here"]
+
+
 def test_a_section_that_takes_too_long_is_cut_off_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "SECTIONS", ({"networks": 0.5}, {"correctness": 100}))
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path / "out"), "--rehearse"])
