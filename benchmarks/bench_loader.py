@@ -16,8 +16,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -246,11 +246,6 @@ def opened(name: str, setting: Setting) -> Epochs:
     return loaders(setting)[name][2](setting)
 
 
-def close() -> None:
-    """End what the loader of this process has started, so that the process can end."""
-    opened.cache_clear()
-
-
 def one_epoch(name: str, setting: Setting) -> Epoch:
     """In the process of a row."""
     start = time.perf_counter()
@@ -281,7 +276,7 @@ def measure(setting: Setting, names: Iterable[str], epochs: int) -> list[Row]:
             rows[name] = Row(name, *loaders(setting)[name][:2])
             pools[name] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             stack.enter_context(pools[name])
-            stack.callback(pools[name].submit, close)
+            stack.callback(pools[name].submit, opened.cache_clear)  # ends the loader's own processes
             warm_up(pools[name], rows[name], setting)
         turns = {name: partial(count_epoch, pools[name], row, setting) for name, row in rows.items()}
         in_turns(turns, epochs)
@@ -289,34 +284,35 @@ def measure(setting: Setting, names: Iterable[str], epochs: int) -> list[Row]:
 
 
 def warm_up(pool: ProcessPoolExecutor, row: Row, setting: Setting) -> None:
-    """The first epoch, which is not counted."""
+    """The first epoch, whose rate is not counted."""
     process = psutil.Process(pool.submit(os.getpid).result())
     epoch, highest = pool.submit(one_epoch, row.name, setting), 0.0
     while not epoch.done():
         futures.wait([epoch], timeout=0.2)
         highest = max(highest, sum_over_processes(process, lambda each: each.memory_full_info().pss))
     row.peak_memory_gib = highest / 2**30
-    if found := result(epoch, row):
-        row.first_batch_s = found.first_batch_s
+    with errors_in(row):
+        row.first_batch_s = epoch.result().first_batch_s
 
 
 def count_epoch(pool: ProcessPoolExecutor, row: Row, setting: Setting) -> None:
     """One more epoch, unless something has failed."""
-    if not row.error and (found := result(pool.submit(one_epoch, row.name, setting), row)):
-        row.rates.append(found.images_per_sec)
-        row.cpu_percents.append(100 * found.cores / setting.workers)
+    if not row.error:
+        with errors_in(row):
+            found = pool.submit(one_epoch, row.name, setting).result()
+            row.rates.append(found.images_per_sec)
+            row.cpu_percents.append(100 * found.cores / setting.workers)
+            print(f"{row.name}: {found.images_per_sec:,.0f} images/s", file=sys.stderr)
 
 
-def result(epoch: Future[Epoch], row: Row) -> Epoch | None:
-    """What a row has found, or its error: the other rows go on."""
+@contextmanager
+def errors_in(row: Row) -> Iterator[None]:
+    """An error is what a row has found: the other rows go on."""
     try:
-        found = epoch.result()
+        yield
     except Exception as error:
         row.error = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"{row.name}: {row.error}", file=sys.stderr)
-        return None
-    print(f"{row.name}: {found.images_per_sec:,.0f} images/s", file=sys.stderr)
-    return found
 
 
 def table(found: list[Row]) -> str:
