@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +25,18 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     indices: Tensor
+
+
+class Place(NamedTuple):
+    """Where batches go: to `rank` of `world_size` ranks, of which `ranks_of_machine` are on this machine; in the memory
+    of `device`, the images in `dtype`.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    ranks_of_machine: int = 1
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
 
 
 class Source(Protocol):

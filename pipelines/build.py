@@ -5,32 +5,38 @@ from typing import Literal
 
 import torch
 
-from pipelines.batch import Source
-from pipelines.config import BACKENDS, DataConfig
+from pipelines.batch import Place, Source
+from pipelines.config import BACKENDS, AugmentationConfig, DataConfig
 from pipelines.loader import Loader
 from pipelines.sources.errors import DataError
+
+HERE, DEFAULT_AUGMENTATION = Place(), AugmentationConfig()
 
 
 def build_loader(
     config: DataConfig,
     split: Literal["train", "val"],
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    place: Place = HERE,
+    augmentation: AugmentationConfig = DEFAULT_AUGMENTATION,
+    seed: int = 0,
 ) -> Loader:
     """The loader of one split; its backend is imported here, on use.
+
+    Args:
+        config, augmentation: the options. place: where the batches go, by default to one rank on the CPU.
+        seed: the order of the images, their boxes and flips follow from it; at least 0.
 
     Raises:
         DataError: missing or damaged data, a backend that can't be used, or a batch size that the world size does not
             divide.
     """
+    world_size, device, dtype = place.world_size, place.device, place.dtype
     if config.batch_size % world_size:
         raise DataError(
             f"--batch-size {config.batch_size} is global and is shared by {world_size} ranks: "
             f"use a multiple of {world_size}"
         )
-    device, training = torch.device(device), split == "train"
+    training, workers = split == "train", config.rank_workers(place.ranks_of_machine)
     exact = config.exact_decode or not training
     source = _open_source(config, split)
     backend = _choose_backend(source, device) if config.backend == "auto" else config.backend
@@ -42,23 +48,22 @@ def build_loader(
         from pipelines.torchvision_loader import TorchvisionExecutor, TorchvisionGpuExecutor, shared_memory_need
 
         if device.type == "cuda":
-            executor = TorchvisionGpuExecutor(source, device, dtype, config.workers)
+            executor = TorchvisionGpuExecutor(source, device, dtype, workers)
         else:
-            need = shared_memory_need(config, training, world_size, len(source))
-            executor = TorchvisionExecutor(source, device, dtype, config.workers, need)
+            need = shared_memory_need(config, training, place, len(source))
+            executor = TorchvisionExecutor(source, device, dtype, workers, need)
     elif backend == "ffcv":
         from pipelines.ffcv_loader import FfcvExecutor
 
-        executor = FfcvExecutor(source, device, dtype, config.workers, exact)
+        executor = FfcvExecutor(source, device, dtype, workers, exact)
     elif backend == "dali":
         from pipelines.dali_loader import DaliExecutor
 
         batch_size_per_rank = config.batch_size // world_size
-        full_decode = config.dali_full_decode
-        executor = DaliExecutor(source, device, dtype, config.workers, batch_size_per_rank, full_decode)
+        executor = DaliExecutor(source, device, dtype, workers, batch_size_per_rank, config.dali_full_decode)
     else:
         raise DataError(f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
-    return Loader(source, executor, config, training, rank, world_size)
+    return Loader(source, executor, training, config, augmentation, place, seed)
 
 
 def _open_source(config: DataConfig, split: str) -> Source:
@@ -66,7 +71,7 @@ def _open_source(config: DataConfig, split: str) -> Source:
         from pipelines.sources.synthetic import SyntheticSource
 
         images = config.synthetic_images if split == "train" else config.synthetic_images // 10
-        return SyntheticSource(images, config.synthetic_classes)
+        return SyntheticSource(images, config.synthetic_classes or 1000)
     from pipelines.sources.beton_shards import open_betons
     from pipelines.sources.folder import FolderSource
 

@@ -1,57 +1,108 @@
-"""How the data is read: the options of a loader."""
+"""The options of the data: what is read, and how it is cut. A string beside a type is a flag of the command line."""
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 from pipelines.plan import CenterCrop, RandomCrop
 
-BACKENDS = ("auto", "dali", "ffcv", "torchvision", "synthetic")
+Backend = Literal["auto", "dali", "ffcv", "torchvision", "synthetic"]
+BACKENDS = get_args(Backend)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How the data is read. Sizes are in pixels, epochs count from 0.
+    """What is read, and how."""
 
-    root: folder that holds `train` and `val`, or `train.beton` and `val.beton`, or the shards of these; not needed by
-        the synthetic backend.
-    backend: "auto" is DALI on a GPU where it is installed, else FFCV for .beton files, else torchvision.
-    batch_size: images in a step over all ranks. workers: threads or processes of this rank that decode; with 0
-        torchvision reads in the training process.
-    input_size, eval_size: side of the square images in training and in evaluation, at least 32.
-    start_size, size_ramp: training starts with `start_size` and grows to `input_size` between the two epochs, to the
-        nearest 32 pixels (progressive resizing); None trains with `input_size` throughout.
-    strict: files among the images that are none are an error; else a line names them.
-    exact_decode: decode every pixel of a training image's box; otherwise the FFCV backend decodes images that are
-        reduced to half or less at half their size. Evaluation is always exact.
-    dali_full_decode: DALI decodes whole images and cuts the boxes from them; with None it decodes the boxes alone. The
-        number is the share of the images, in [0, 1], that a GPU's JPEG decoder takes; on a CPU it means nothing.
-    synthetic_images, synthetic_classes: what the synthetic backend pretends to hold in training (evaluation: a tenth).
-    """
-
-    root: Path | None = None
-    backend: Literal["auto", "dali", "ffcv", "torchvision", "synthetic"] = "auto"
-    batch_size: int = 256
-    workers: int = 4
-    ranks_of_machine: int = 1
-    seed: int = 0
+    root: Annotated[Path | None, "--data", "-d"] = None
+    """Folder with train.beton and val.beton or their shards (tools.make_dataset), or with train/CLASS/*.JPEG and
+    val/CLASS/*.JPEG, or other formats that Pillow reads."""
+    backend: Backend = "auto"
+    """What reads the data; auto: DALI on a GPU if installed, else FFCV for .beton files, else torchvision; synthetic
+    reads nothing and shows the upper bound."""
+    batch_size: Annotated[int, "-b"] = 256
+    """Images in an optimizer step, over all ranks."""
+    workers: Annotated[int | None, "-j"] = None
+    """Loading threads or processes of this machine, shared by its ranks; at most, and by default, one for each core."""
     input_size: int = 224
-    eval_size: int = 224
+    """Side of the training images in pixels."""
+    eval_size: int | None = None
+    """Side of the evaluation images in pixels; by default --input-size."""
     start_size: int | None = None
+    """Progressive resizing: train with this size at first, and grow to --input-size ..."""
     size_ramp: tuple[int, int] = (0, 0)
-    train_crop: RandomCrop = field(default_factory=RandomCrop)
-    eval_crop: CenterCrop = field(default_factory=CenterCrop)
+    """... between these two epochs, in steps of 32 pixels."""
     strict: bool = False
+    """Files among the images that are none by their names are an error; else one line counts and names them."""
     exact_decode: bool = False
+    """Decode training images pixel by pixel even where FFCV's backend could decode them at half their size."""
     dali_full_decode: float | None = None
+    """DALI on a GPU: decode whole images, this share of them in [0, 1] by the GPU's JPEG decoder, and cut afterwards;
+    by default only the box of each image is decoded."""
     synthetic_images: int = 1_281_167
-    synthetic_classes: int = 1000
+    """Images in an epoch of the synthetic backend; an evaluation has a tenth of them."""
+    synthetic_classes: int | None = None
+    """Classes of the synthetic backend; by default --num-classes, or else 1000."""
 
-    def train_size(self, epoch: int) -> int:
-        """Side of the training images in `epoch`."""
+    def __post_init__(self):
+        """Raise ValueError for a value that no loader can carry out."""
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size}: must be at least 1")
+        sizes = {"input-size": self.input_size, "eval-size": self.eval_size, "start-size": self.start_size}
+        for flag, size in sizes.items():
+            if size is not None and not 32 <= size <= 512:
+                raise ValueError(f"--{flag} {size}: must lie between 32 and 512 pixels")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"--workers {self.workers}: must be at least 0")
+        share = self.dali_full_decode
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"--dali-full-decode {share}: must lie in [0, 1]")
+
+    def image_size(self, training: bool, epoch: int) -> int:
+        """Side in pixels of the images of an epoch, which counts from 0."""
+        if not training:
+            return self.eval_size or self.input_size
         if self.start_size is None:
             return self.input_size
         first, last = self.size_ramp
         done = min(1.0, max(0.0, (epoch - first) / max(1, last - first)))
         size = self.start_size + done * (self.input_size - self.start_size)
         return self.input_size if done == 1 else round(size / 32) * 32
+
+    def largest_size(self, training: bool) -> int:
+        """The highest `image_size` of all epochs."""
+        return max(self.image_size(training, 0), self.image_size(training, self.size_ramp[1]))
+
+    @property
+    def machine_workers(self) -> int:
+        """Loading threads or processes of this machine, over all of its ranks."""
+        cores = len(os.sched_getaffinity(0))
+        return cores if self.workers is None else min(self.workers, cores)
+
+    def rank_workers(self, ranks_of_machine: int) -> int:
+        """Loading threads or processes of each rank."""
+        return -(-self.machine_workers // ranks_of_machine)
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """What is cut from an image, and whether it is flipped."""
+
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Lowest and highest share of the image's area in a training crop."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Lowest and highest width / height of a training crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip in training."""
+    eval_crop: float = 224 / 256
+    """Share of the shorter side that evaluation keeps (224/256: resize to 256, cut 224)."""
+
+    def __post_init__(self):
+        """Raise ValueError for values out of range."""
+        for training in (True, False):
+            self.crop(training)
+
+    def crop(self, training: bool) -> RandomCrop | CenterCrop:
+        """What draws the boxes and flips."""
+        return RandomCrop(self.crop_area, self.crop_ratio, self.flip) if training else CenterCrop(self.eval_crop)

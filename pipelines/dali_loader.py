@@ -67,8 +67,6 @@ class DaliExecutor:
     ):
         if not is_installed():
             raise DataError("--backend dali needs NVIDIA DALI: pip install nvidia-dali-cuda130")
-        if full_decode is not None and not 0 <= full_decode <= 1:
-            raise DataError(f"--dali-full-decode {full_decode}: must lie in [0, 1]")
         self._source, self._device, self._dtype = source, device, dtype
         self._threads, self._batch_size = max(1, workers), batch_size
         self._full_decode = choose_full_decode(full_decode, device)

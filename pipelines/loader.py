@@ -10,8 +10,8 @@ from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
-from pipelines.batch import Batch, Executor, Source
-from pipelines.config import DataConfig
+from pipelines.batch import Batch, Executor, Place, Source
+from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.fingerprint import fingerprint
 from pipelines.plan import EpochPlan
 from pipelines.sources.errors import DataError
@@ -25,15 +25,24 @@ class Loader:
 
     Args:
         source: the images. executor: the backend.
-        config: see `DataConfig`. training: random crops in shuffled order, else centre crops in order, once each.
-        rank, world_size: this process takes slice `rank` of `world_size` of every global batch.
+        training: random crops in shuffled order, else centre crops in order, once each.
+        config, augmentation: the options. seed: of the plan, at least 0.
+        place: this process takes slice `rank` of `world_size` of every global batch.
     """
 
     def __init__(
-        self, source: Source, executor: Executor, config: DataConfig, training: bool, rank: int, world_size: int
+        self,
+        source: Source,
+        executor: Executor,
+        training: bool,
+        config: DataConfig,
+        augmentation: AugmentationConfig,
+        place: Place,
+        seed: int,
     ):
-        self._source, self._executor, self._config = source, executor, config
-        self.training, self.rank, self.world_size = training, rank, world_size
+        self._source, self._executor, self._config, self._seed = source, executor, config, seed
+        self._crop = augmentation.crop(training)
+        self.training, self.rank, self.world_size = training, place.rank, place.world_size
         self._running: Generator[Batch, None, None] | None = None
         self.classes = source.classes
         self.class_names = source.classes if source.has_names else None
@@ -61,8 +70,7 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to where a loader was when it saved `state`."""
         self.epoch, self._step = state["epoch"], state["step"]
-        crop = self._config.train_crop if self.training else self._config.eval_crop
-        self._plan = EpochPlan(self._config.seed, self.epoch, self._source.sizes, self._config.batch_size, crop)
+        self._plan = EpochPlan(self._seed, self.epoch, self._source.sizes, self._config.batch_size, self._crop)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,7 +80,7 @@ class Loader:
     @property
     def image_size(self) -> int:
         """Side in pixels of the images of this epoch."""
-        return self._config.train_size(self.epoch) if self.training else self._config.eval_size
+        return self._config.image_size(self.training, self.epoch)
 
     def name(self, index: int) -> str:
         """What image `index` of the dataset is called in a message."""

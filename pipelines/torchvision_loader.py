@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipelines.batch import Batch, ImageSource
+from pipelines.batch import Batch, ImageSource, Place
 from pipelines.config import DataConfig
 from pipelines.plan import StepPlan
 from pipelines.shared_memory import Need, free_and_size
@@ -116,13 +116,12 @@ class _Work(Sampler):
         return iter(self.items)
 
 
-def shared_memory_need(config: DataConfig, training: bool, world_size: int, num_images: int) -> Need:
+def shared_memory_need(config: DataConfig, training: bool, place: Place, num_images: int) -> Need:
     """What the workers of this machine's ranks fill: the batches that are made ahead, and the one that is in use."""
     steps = num_images // config.batch_size if training else math.ceil(num_images / config.batch_size)
-    size = max(config.input_size, config.start_size or 0) if training else config.eval_size
-    batch_size = math.ceil(min(config.batch_size, num_images) / world_size)
-    batches = min(BATCHES_AHEAD * config.workers + 1, steps)
-    return Need(batches, batch_size * size**2 * 3, config.ranks_of_machine)
+    batch_size = math.ceil(min(config.batch_size, num_images) / place.world_size)
+    batches = min(BATCHES_AHEAD * config.rank_workers(place.ranks_of_machine) + 1, steps)
+    return Need(batches, batch_size * config.largest_size(training) ** 2 * 3, place.ranks_of_machine)
 
 
 def _start_worker(worker_id: int) -> None:

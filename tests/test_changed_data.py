@@ -7,15 +7,10 @@ from threading import Thread
 import pytest
 import torch
 
+from tests.helpers import SMALL, difference, error_lines, last, read, run
 from tests.processes import until
-from tests.test_train_dist import SMALL, difference, error_lines, last, part_of, read, run
 
 COMMON = [*SMALL, "-b", 12, "--epochs", 6, "-j", 1, "-p", 1]
-
-
-@pytest.fixture(scope="module")
-def tiny(digits, tmp_path_factory) -> Path:
-    return part_of(digits, tmp_path_factory.mktemp("tiny"), {"train": [16, 16, 16], "val": [8, 8, 7]})
 
 
 def lose(victim: Path, log: Path) -> None:

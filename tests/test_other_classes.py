@@ -10,14 +10,9 @@ import torch.nn.functional as F
 import dcd
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
-from tests.test_train_dist import SMALL, last, part_of, read, run
+from tests.helpers import SMALL, last, read, run
 
 NAMES = ["0_zero", "1_one", "2_two"]
-
-
-@pytest.fixture(scope="module")
-def tiny(digits, tmp_path_factory) -> Path:
-    return part_of(digits, tmp_path_factory.mktemp("tiny"), {"train": [16, 16, 16], "val": [8, 8, 7]})
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ import pytest
 import tyro
 
 from pipelines.cache import _usable, cache_folder
-from tests.test_train_dist import SMALL, command, error_lines, tiny  # noqa: F401 (a fixture)
+from tests.helpers import SMALL, command, error_lines
 from tools.profile_throughput import ThroughputConfig
 from training.command_line import parse
-from training.config import ConfigError, parse_config
+from training.config import Config, parse_config
+from training.options import ConfigError
 from training.recipes import RECIPES
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -42,7 +43,7 @@ def output_of(process: subprocess.Popen) -> str:
 ADVICE = ("--shm-size=64m", "--ipc=host", "-j 0", "make dataset")
 
 
-def test_shared_memory_that_is_too_small_is_said_at_the_start(tiny, tmp_path):  # noqa: F811
+def test_shared_memory_that_is_too_small_is_said_at_the_start(tiny, tmp_path):
     args = [*SMALL, "--input-size", 128, "-d", tiny, "-c", tmp_path, "-b", 12]
     output = output_of(with_shared_memory("1m", *args, ranks=2))
     found = error_lines(output)
@@ -56,7 +57,7 @@ def test_shared_memory_that_is_too_small_is_said_at_the_start(tiny, tmp_path):  
     assert "going on" not in output and "images/s" not in output and output.count("Traceback") == 1, "torchrun's own"
 
 
-def test_shared_memory_that_others_fill_ends_the_run_with_the_same_line(tiny, tmp_path):  # noqa: F811
+def test_shared_memory_that_others_fill_ends_the_run_with_the_same_line(tiny, tmp_path):
     process = with_shared_memory(
         "4m", *SMALL, "--input-size", 96, "-d", tiny, "-c", tmp_path, "-b", 12, "--epochs", 500
     )
@@ -81,7 +82,7 @@ def short_path():
         yield Path(folder)
 
 
-def test_a_user_without_a_name_and_a_home_trains_on_paths_that_are_no_text(tiny, short_path):  # noqa: F811
+def test_a_user_without_a_name_and_a_home_trains_on_paths_that_are_no_text(tiny, short_path):
     """In an environment that is empty, with a class, a data and an output folder that are no UTF-8."""
     base = Path(os.fsdecode(os.fsencode(short_path) + b"/caf\xe9"))
     data = shutil.copytree(tiny, base / "data")
@@ -127,11 +128,11 @@ def test_a_home_that_is_the_root_or_cannot_be_written_to_is_none(monkeypatch, tm
 def test_every_path_that_is_given_may_begin_with_the_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     options = ["--checkpoint=~/run", "-d", "~/data", "--weight", "~/w.pth", "--resume=~/r.pth", "--json=~/out.json"]
-    config = parse_config(options, RECIPES, ThroughputConfig)
-    given = (config.checkpoint, config.data, config.weight, config.resume, config.json)
+    config = parse_config(options, RECIPES, ThroughputConfig())
+    given = (config.run.checkpoint, config.data.root, config.model.weight, config.run.resume, config.json)
     assert given == tuple(tmp_path / name for name in ("run", "data", "w.pth", "r.pth", "out.json"))
     with pytest.raises(ConfigError, match="~nobodyatall/run: no home folder is known for it"):
-        parse_config(["-c", "~nobodyatall/run"], RECIPES)
+        parse_config(["-c", "~nobodyatall/run"], RECIPES, Config())
 
     def tool(src: tyro.conf.Positional[Path], out: Path | None = None) -> tuple[Path, Path | None]:
         return src, out

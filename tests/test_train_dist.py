@@ -1,12 +1,9 @@
 """The main job as its users run it: real processes, real images, torchrun."""
 
-import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,80 +14,8 @@ import torch
 import dcd
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
+from tests.helpers import ROOT, SMALL, command, difference, environment, error_lines, last, lines, part_of, read, run
 from tests.pipelines.conftest import converted
-
-ROOT = Path(__file__).parents[1]
-MODEL = "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16"
-# In float32 wherever it runs: what --amp auto becomes depends on the processor.
-SMALL = f"{MODEL} --input-size 32 --lr 0.005 -p 2 -j 2 --amp off".split()
-
-
-def command(*args, ranks: int | None = None, launcher: list[str] | None = None) -> list[str]:
-    """Of a run by Python alone, or by torchrun with `launcher` among its options."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *(launcher or [])]
-    return [sys.executable, *(torchrun if ranks else []), str(ROOT / "train_dist.py"), *map(str, args)]
-
-
-def run(*args, ranks: int | None = None, fails: bool = False) -> str:
-    """Standard output and error together, of a run that ends well, or that `fails`; a hang is a failure.
-
-    However it ends, no thread of a process group may live on: it could abort the process in Python's last moments.
-    """
-    done = subprocess.run(command(*args, ranks=ranks), capture_output=True, text=True, timeout=240, env=environment())
-    output = done.stdout + done.stderr
-    assert (done.returncode != 0) == fails, output
-    assert "ends with threads of its process group" not in output, output
-    return output
-
-
-def environment() -> dict[str, str]:
-    """Of the processes that tests start."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests" / "at_exit")}
-
-
-def read(folder: Path, name: str) -> dict:
-    return json.loads((folder / name).read_text())
-
-
-def lines(folder: Path, kind: str) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
-
-
-def last(folder: Path) -> dict:
-    return torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
-
-
-def difference(found, expected, where: str = "") -> list[str]:
-    """Where two checkpoints are not equal bit for bit."""
-    if isinstance(expected, torch.Tensor):
-        return [] if torch.equal(found, expected) else [where]
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        return [path for key in expected for path in difference(found[key], expected[key], f"{where}/{key}")]
-    if isinstance(expected, list):
-        return [
-            path
-            for i, pair in enumerate(zip(found, expected, strict=True))
-            for path in difference(*pair, f"{where}/{i}")
-        ]
-    return [] if found == expected else [where]
-
-
-@pytest.fixture(scope="module")
-def tiny(digits, tmp_path_factory) -> Path:
-    """A corner of the digits: three classes, 48 images to train and 23 to evaluate, which no 2 or 3 ranks divide."""
-    return part_of(digits, tmp_path_factory.mktemp("tiny"), {"train": [16, 16, 16], "val": [8, 8, 7]})
-
-
-def part_of(digits: Path, out: Path, counts: dict[str, list[int]]) -> Path:
-    """The first images of the first classes of each split, copied to `out`."""
-    for split, of_classes in counts.items():
-        for folder, count in zip(sorted((digits / split).iterdir()), of_classes, strict=False):
-            (out / split / folder.name).mkdir(parents=True)
-            for image in sorted(folder.iterdir())[:count]:
-                shutil.copy(image, out / split / folder.name)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -334,10 +259,6 @@ def test_every_backend_goes_on_with_the_run_of_another(digits, tmp_path):
 
 
 # --- what goes wrong ---
-
-
-def error_lines(output: str) -> list[str]:
-    return [line for line in output.splitlines() if line.startswith("rank ") and ": error: " in line]
 
 
 def break_class(data: Path) -> None:

@@ -34,7 +34,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from pipelines import native
-from pipelines.batch import MEAN, STD
+from pipelines.batch import MEAN, STD, Place
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from pipelines.sources.beton import BetonSource
@@ -100,7 +100,7 @@ def ours(setting: Setting, backend: str, form: str = "beton", size: int | None =
         exact_decode=exact,
         synthetic_images=4096,
     )
-    loader = build_loader(config, "train", device=setting.device)
+    loader = build_loader(config, "train", Place(device=torch.device(setting.device)))
     epochs = iter(range(10**6))
 
     def epoch() -> Iterator[int]:

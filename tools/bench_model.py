@@ -23,7 +23,7 @@ import dcd
 from tools.profiling.steps import inference_step, seconds_in_turns, train_step
 from training.command_line import parse
 from training.cpu_memory import keep_freed_memory
-from training.optim import autocast_dtype
+from training.precision import autocast_dtype
 from training.run_log import device_name
 
 # small networks first

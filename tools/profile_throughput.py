@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from pipelines.batch import Batch
 from pipelines.loader import Loader
-from training.build import errors_in_one_line, find_setting, open_trainer, rank_workers
-from training.config import Config, ConfigError, parse_config
+from training.build import errors_in_one_line, find_setting, open_trainer
+from training.config import Config, parse_config
 from training.distributed import Ranks, barrier, sum_over_ranks
-from training.optim import autocast_dtype
+from training.options import ConfigError
+from training.precision import autocast_dtype
 from training.profile.step_timer import TRACED_STEPS, StepTimer, StepTimes, StepTracer
 from training.profile.verdict import Rates, find_bound
 from training.recipes import RECIPES
@@ -96,58 +97,46 @@ class Window:
         self._batches, self._steps = batches, steps
         self.images = 0
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """The batches go on where they are."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """The batches go on where they are."""
-
-    def __len__(self) -> int:
-        return self._steps
-
     def __iter__(self) -> Iterator[Batch]:
         for batch in itertools.islice(self._batches, self._steps):
             self.images += len(batch.labels)
             yield batch
 
 
-def load(window: Window) -> None:
+def load(window: Window, listener: StepListener = NO_LISTENER) -> None:
     """Take the batches, and do nothing with them."""
     for _ in window:
         pass
 
 
-def train(trainer: Trainer, window: Window) -> None:
+def train(trainer: Trainer, window: Window, listener: StepListener = NO_LISTENER) -> None:
     """Train on the batches."""
-    trainer.train_loader = window
-    trainer.epoch, trainer.step = trainer.config.epochs - 1, 0
-    trainer.train_epoch()
+    trainer.progress.epoch, trainer.progress.step = trainer.config.optim.epochs - 1, 0
+    trainer.train_on(window, listener)
 
 
-def evaluate(trainer: Trainer, window: Window) -> None:
+def evaluate(trainer: Trainer, window: Window, listener: StepListener = NO_LISTENER) -> None:
     """Evaluate on the batches."""
-    trainer.eval_loader = window
-    trainer.evaluate(trainer.model)
+    trainer.evaluator.evaluate(batches=window)
 
 
 def images_per_sec(
     trainer: Trainer,
-    consume: Callable[[Window], None],
+    consume: Callable[[Window, StepListener], None],
     batches: Iterable[Batch],
     warm_up: int,
     steps: int,
-    timer: StepListener = NO_LISTENER,
+    listener: StepListener = NO_LISTENER,
 ) -> float:
-    """The rate of all ranks together, each until the slowest is done. `timer` listens to the steps after `warm_up`."""
+    """The rate of all ranks together, each until the slowest is done. `listener` hears of steps after `warm_up`."""
     iterator, ranks = iter(batches), trainer.ranks
-    consume(Window(iterator, warm_up))
-    window, trainer.timer = Window(iterator, steps), timer
+    consume(Window(iterator, warm_up), NO_LISTENER)
+    window = Window(iterator, steps)
     _meet(ranks)
     start = time.perf_counter()
-    consume(window)
+    consume(window, listener)
     _meet(ranks)
     seconds = time.perf_counter() - start
-    trainer.timer = NO_LISTENER
     return sum_over_ranks(torch.tensor(window.images / seconds, dtype=torch.float64, device=ranks.device)).item()
 
 
@@ -159,7 +148,7 @@ def _meet(ranks: Ranks) -> None:
 
 def measure(trainer: Trainer, train_feed: Feed, eval_feed: Feed) -> tuple[dict[str, dict[str, list[float]]], StepTimes]:
     """Images/s in each window, {"train" or "eval": {"loader", "model" or "together": rates}}; and the steps' times."""
-    config, workers = trainer.config, rank_workers(trainer.config, trainer.ranks)
+    config, workers = trainer.config, trainer.config.data.rank_workers(trainer.ranks.local_world_size)
     steps = config.window_steps or max(10, 2 * workers)
     loading = WARM_UP + workers  # each worker may make a batch of its own, and then the first of all come at once
     timer = StepTimer(trainer.ranks, trainer.model)
@@ -183,10 +172,9 @@ def measure(trainer: Trainer, train_feed: Feed, eval_feed: Feed) -> tuple[dict[s
 
 def write_trace(trainer: Trainer, feed: Feed, path: Path) -> None:
     """The trace of rank 0; the others take part in its steps."""
-    trainer.timer = StepTracer(path, trainer.ranks.device) if trainer.ranks.is_first else NO_LISTENER
-    train(trainer, Window(iter(feed), 1 + TRACED_STEPS))
-    trainer.timer.close()
-    trainer.timer = NO_LISTENER
+    listener = StepTracer(path, trainer.ranks.device) if trainer.ranks.is_first else NO_LISTENER
+    train(trainer, Window(iter(feed), 1 + TRACED_STEPS), listener)
+    listener.close()
 
 
 def table(rates: dict[str, Rates]) -> str:
@@ -199,12 +187,14 @@ def table(rates: dict[str, Rates]) -> str:
 
 def main(argv: list[str]) -> None:
     """Parse, measure, report on rank 0."""
-    config = parse_config(argv, RECIPES, ThroughputConfig, "python -m tools.profile_throughput")
+    config = parse_config(argv, RECIPES, ThroughputConfig(), "python -m tools.profile_throughput")
     # Without a learning rate the same batch can be trained on for ever; no log, so that no step waits for the device.
-    config = replace(config, evaluate=False, lr=0.0, print_freq=10**9, checkpoint_minutes=1e9, stop_after_steps=None)
+    config = config.with_options(
+        evaluate=False, lr=0.0, print_freq=10**9, checkpoint_minutes=1e9, stop_after_steps=None
+    )
     with open_trainer(config, write_log=False) as trainer:
         config, ranks = trainer.config, trainer.ranks
-        train_feed, eval_feed = Feed(trainer.train_loader, config.epochs - 1), Feed(trainer.eval_loader, 0)
+        train_feed, eval_feed = Feed(trainer.loader, config.optim.epochs - 1), Feed(trainer.evaluator.loader, 0)
         windows, times = measure(trainer, train_feed, eval_feed)
         if config.trace is not None:
             write_trace(trainer, train_feed, config.trace)
@@ -215,9 +205,9 @@ def main(argv: list[str]) -> None:
             for mode, parts in windows.items()
         }
         verdict = find_bound(times, find_setting(config, ranks), rates["train"])
-        precision = autocast_dtype(config.amp, ranks.device) or "fp32"
+        precision = autocast_dtype(config.precision.amp, ranks.device) or "fp32"
         print(f"{device_name(ranks.device)}, world size {ranks.world_size}")
-        print(f"{config.arch}, batch {config.batch_size}, {config.input_size} pixels, {precision}")
+        print(f"{config.model.arch}, batch {config.data.batch_size}, {config.data.input_size} pixels, {precision}")
         print(f"\n{table(rates)}\n\n{times}\n\n{verdict.sentence}")
         if config.json is not None:
             figures = {

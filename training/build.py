@@ -1,33 +1,47 @@
-"""From options to a run: the ranks, the loaders and the model, handed to a trainer. Models and loaders meet here."""
+"""From options to a trainer or an evaluator: ranks, loaders and model. Models and loaders meet here."""
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 
 import dcd
+from pipelines.batch import Place
 from pipelines.build import build_loader
-from pipelines.config import DataConfig
 from pipelines.loader import Loader
-from pipelines.plan import CenterCrop, RandomCrop
 from pipelines.sources.beton_shards import find_betons
 from pipelines.sources.errors import DataError
 from training import distributed
 from training.classes import Classes, fits_classifier, match_by_name
-from training.config import Config, ConfigError
+from training.config import Config
 from training.cpu_memory import keep_freed_memory
 from training.distributed import Ranks
+from training.evaluator import Evaluator
 from training.freezing import freeze_all_but_classifier
-from training.optim import autocast_dtype
+from training.lockstep import Lockstep
+from training.options import ConfigError
+from training.precision import autocast_dtype
 from training.profile.verdict import Setting
 from training.run_log import RunLog
-from training.trainer import DivergedError, Trainer
+from training.saver import DivergedError
+from training.trainer import Trainer
 
 SETUP_TIMEOUT_S = 1800.0
+
+
+class Parts(NamedTuple):
+    """What training and evaluation are made of. train_loader is None for an evaluation only."""
+
+    config: Config  # the number of classes filled in
+    ranks: Ranks
+    log: RunLog
+    train_loader: Loader | None
+    evaluator: Evaluator
 
 
 @contextmanager
@@ -40,14 +54,32 @@ def open_trainer(config: Config, write_log: bool = True) -> Iterator[Trainer]:
     Raises:
         LostRankError: another rank has failed.
     """
+    with _open_parts(config, write_log) as parts:
+        model = parts.evaluator.model
+        with closing(
+            Trainer(parts.config, parts.ranks, model, parts.train_loader, parts.evaluator, parts.log)
+        ) as trainer:
+            yield trainer
+
+
+@contextmanager
+def open_evaluator(config: Config, write_log: bool = True) -> Iterator[Evaluator]:
+    """The evaluator of this rank, of --weight or else of the run's own best checkpoint; otherwise as `open_trainer`."""
+    with _open_parts(config, write_log) as parts, closing(parts.evaluator) as evaluator:
+        yield evaluator
+
+
+@contextmanager
+def _open_parts(config: Config, write_log: bool) -> Iterator[Parts]:
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     # A hang in training is the watchdog's, which knows more; before it, one rank may read the sizes of all images.
-    ranks = distributed.start(config.device, timedelta(seconds=max(SETUP_TIMEOUT_S, config.timeout) + 60))
+    timeout = timedelta(seconds=max(SETUP_TIMEOUT_S, config.run.timeout) + 60)
+    ranks = distributed.start(config.precision.device, timeout)
     failure = None
     try:
-        with distributed.lost_ranks_named(), build_trainer(config, ranks, write_log) as trainer:
-            yield trainer
+        with distributed.lost_ranks_named(), _build_parts(config, ranks, write_log) as parts:
+            yield parts
     except BaseException as error:
         failure = error
         raise
@@ -57,27 +89,27 @@ def open_trainer(config: Config, write_log: bool = True) -> Iterator[Trainer]:
 
 
 @contextmanager
-def build_trainer(config: Config, ranks: Ranks, write_log: bool) -> Iterator[Trainer]:
-    """The trainer of one of these ranks; it, its loaders and its log are closed at the end."""
+def _build_parts(config: Config, ranks: Ranks, write_log: bool) -> Iterator[Parts]:
+    """Loaders and log are closed at the end."""
     if ranks.device.type == "cpu":
         keep_freed_memory()
     config, weights = read_weights(config)
     with ExitStack() as stack:
         with distributed.first_on_machine(ranks):  # it reads the sizes of the images, the others find them
             train_loader, eval_loader = build_loaders(config, ranks)
-        for loader in filter(None, (train_loader, eval_loader)):
+        loaders = [loader for loader in (train_loader, eval_loader) if loader is not None]
+        for loader in loaders:
             stack.callback(loader.close)
-        log = RunLog(config.checkpoint, enabled=write_log and ranks.is_first)
+        log = RunLog(config.run.checkpoint, enabled=write_log and ranks.is_first)
         stack.callback(log.close)
-        for loader in filter(None, (train_loader, eval_loader)):
+        for loader in loaders:
             if loader.note:
                 log.say(loader.note)
         config, same_classes = settle_classes(config, eval_loader, weights, log)
         model = build_model(config, ranks, weights, same_classes)
         del weights  # the memory is not held for the whole run
-        trainer = Trainer(config, ranks, model, train_loader, eval_loader, log)
-        stack.callback(trainer.close)
-        yield trainer
+        lockstep = Lockstep(ranks, config.run.timeout)
+        yield Parts(config, ranks, log, train_loader, Evaluator(config, ranks, model, eval_loader, lockstep, log))
 
 
 def read_weights(config: Config) -> tuple[Config, dcd.Weights | None]:
@@ -85,17 +117,18 @@ def read_weights(config: Config) -> tuple[Config, dcd.Weights | None]:
 
     An evaluation takes the run's own best checkpoint where there is no --weight, and the number of classes in it.
     """
-    path = config.weight
-    if config.evaluate:
-        path = path or config.checkpoint / "checkpoints" / "best.pth"
+    path = config.model.weight
+    if config.run.evaluate:
+        path = path or config.run.checkpoint / "checkpoints" / "best.pth"
     if path is None:
         return config, None
-    weights = dcd.read_weights(path, ema=config.evaluate and config.ema is not None)
-    if config.evaluate:
-        found = weights.num_classes or config.num_classes
-        if config.num_classes not in (None, found):
-            raise ConfigError(f"--num-classes {config.num_classes}: {path} has {found} classes; leave the option out")
-        config = replace(config, weight=path, num_classes=found)
+    weights = dcd.read_weights(path, ema=config.run.evaluate and config.optim.ema is not None)
+    if config.run.evaluate:
+        wanted = config.model.num_classes
+        found = weights.num_classes or wanted
+        if wanted not in (None, found):
+            raise ConfigError(f"--num-classes {wanted}: {path} has {found} classes; leave the option out")
+        config = config.with_options(weight=path, num_classes=found)
     return config, weights
 
 
@@ -108,17 +141,17 @@ def settle_classes(
         (the options with the number of classes, whether the classifier of the weights is of the same classes)
     """
     data = Classes(len(eval_loader.classes), eval_loader.class_names)
-    config = replace(config, num_classes=config.num_classes or data.count)
-    if config.num_classes < data.count and not config.evaluate:
-        raise ConfigError(f"--num-classes {config.num_classes}: the data has {data.count} classes")
+    config = config.with_options(num_classes=config.model.num_classes or data.count)
+    if config.model.num_classes < data.count and not config.run.evaluate:
+        raise ConfigError(f"--num-classes {config.model.num_classes}: the data has {data.count} classes")
     if weights is None:
         return config, True
-    theirs, same = Classes(weights.num_classes or config.num_classes, weights.classes), True
-    if config.evaluate:
+    theirs, same = Classes(weights.num_classes or config.model.num_classes, weights.classes), True
+    if config.run.evaluate:
         outputs, note = match_by_name(weights.path, theirs, data)
         eval_loader.relabel(outputs)
     else:
-        same, note = fits_classifier(weights.path, theirs, Classes(config.num_classes, data.names))
+        same, note = fits_classifier(weights.path, theirs, Classes(config.model.num_classes, data.names))
     if note:
         log.say(note)
     return config, same
@@ -126,76 +159,44 @@ def settle_classes(
 
 def build_loaders(config: Config, ranks: Ranks) -> tuple[Loader | None, Loader]:
     """The training loader (None for an evaluation only) and the evaluation loader."""
-    if config.batch_size % (ranks.world_size * config.accumulate):
+    shares = ranks.world_size * config.optim.accumulate
+    if config.data.batch_size % shares:
         raise ConfigError(
-            f"--batch-size {config.batch_size} is global: {ranks.world_size} ranks times --accumulate "
-            f"{config.accumulate} must divide it; use a multiple of {ranks.world_size * config.accumulate}"
+            f"--batch-size {config.data.batch_size} is global: {ranks.world_size} ranks times --accumulate "
+            f"{config.optim.accumulate} must divide it; use a multiple of {shares}"
         )
-    try:
-        train_crop = RandomCrop(config.crop_area, config.crop_ratio, config.flip)
-        eval_crop = CenterCrop(config.eval_crop)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    data = DataConfig(
-        root=config.data,
-        backend=config.backend,
-        batch_size=config.batch_size,
-        workers=rank_workers(config, ranks),
-        ranks_of_machine=ranks.local_world_size,
-        seed=config.seed,
-        input_size=config.input_size,
-        eval_size=config.eval_size or config.input_size,
-        start_size=config.start_size,
-        size_ramp=config.size_ramp,
-        train_crop=train_crop,
-        eval_crop=eval_crop,
-        strict=config.strict,
-        exact_decode=config.exact_decode,
-        dali_full_decode=config.dali_full_decode,
-        synthetic_images=config.synthetic_images,
-        synthetic_classes=config.num_classes or 1000,
-    )
-    dtype = autocast_dtype(config.amp, ranks.device) or torch.float32
-    where = (ranks.rank, ranks.world_size, ranks.device, dtype)
-    eval_loader = build_loader(data, "val", *where)
-    if config.evaluate:
+    data = replace(config.data, synthetic_classes=config.data.synthetic_classes or config.model.num_classes)
+    dtype = autocast_dtype(config.precision.amp, ranks.device) or torch.float32
+    place = Place(ranks.rank, ranks.world_size, ranks.local_world_size, ranks.device, dtype)
+    how = place, config.augmentation, config.run.seed
+    eval_loader = build_loader(data, "val", *how)
+    if config.run.evaluate:
         return None, eval_loader
-    train_loader = build_loader(data, "train", *where)
+    train_loader = build_loader(data, "train", *how)
     if train_loader.classes != eval_loader.classes:
         differing = sorted(set(train_loader.classes) ^ set(eval_loader.classes))
-        raise DataError(f"train and val of {config.data} hold different classes: {', '.join(differing[:5])}")
+        raise DataError(f"train and val of {config.data.root} hold different classes: {', '.join(differing[:5])}")
     return train_loader, eval_loader
-
-
-def machine_workers(config: Config) -> int:
-    """Loading threads or processes of this machine, over all of its ranks."""
-    cores = len(os.sched_getaffinity(0))
-    return cores if config.workers is None else min(config.workers, cores)
-
-
-def rank_workers(config: Config, ranks: Ranks) -> int:
-    """Loading threads or processes of each rank."""
-    return -(-machine_workers(config) // ranks.local_world_size)
 
 
 def build_model(
     config: Config, ranks: Ranks, weights: dcd.Weights | None = None, with_classifier: bool = True
 ) -> torch.nn.Module:
     """The model on its device: initialised by the seed, then with these weights, those of the classifier by choice."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.run.seed)
     try:
-        model = dcd.create_model(config.arch, config.num_classes, config.dropout, **config.model_kwargs)
+        model = config.model.create()
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if weights is not None:
         dcd.load_weights(model, weights, classifier=with_classifier)
-    if config.freeze:
+    if config.optim.freeze:
         freeze_all_but_classifier(model)
-    if config.sync_bn and ranks.world_size > 1:
+    if config.precision.sync_bn and ranks.world_size > 1:
         if ranks.device.type == "cpu":
             raise ConfigError("--sync-bn works on GPUs only: leave it out on a CPU")
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
     return model.to(ranks.device, memory_format=memory_format)
 
 
@@ -203,14 +204,14 @@ def find_setting(config: Config, ranks: Ranks) -> Setting:
     """What of a run can be changed, for its verdict."""
     return Setting(
         device=ranks.device.type,
-        workers=machine_workers(config),
+        workers=config.data.machine_workers,
         cores=len(os.sched_getaffinity(0)),
         world_size=ranks.world_size,
-        backend=config.backend,
-        converted=config.data is not None and bool(find_betons(config.data, "train")),
-        exact_decode=config.exact_decode,
-        mixed=autocast_dtype(config.amp, ranks.device) is not None,
-        compiled=config.compile,
+        backend=config.data.backend,
+        converted=config.data.root is not None and bool(find_betons(config.data.root, "train")),
+        exact_decode=config.data.exact_decode,
+        mixed=autocast_dtype(config.precision.amp, ranks.device) is not None,
+        compiled=config.precision.compile,
     )
 
 

@@ -1,6 +1,6 @@
 """The checkpoints of a run: each is there as a whole or not at all, and an older one stays beside the newest.
 
-checkpoints/last.pth      the newest; the same state as best.pth where it was the best
+checkpoints/last.pth      the newest; where it is the best so far, best.pth is the same file
 checkpoints/last.1.pth    the one before it, and so on: `--keep` in all
 checkpoints/best.pth      that of the best evaluation
 """
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dcd.checkpoint_file import CheckpointError, DamagedCheckpointError, read_file
-from training.config import ConfigError
 from training.folder_sync import sync_folder
+from training.options import ConfigError
 
 
 class CheckpointWriter:

@@ -1,12 +1,21 @@
-"""What every program of ours begins with: paths that begin with `~`, names that are no UTF-8, users without a name."""
+"""What every program of ours begins with: options from a command line by tyro, and users and paths of every kind."""
 
+import ast
 import contextlib
+import inspect
 import os
 import pwd
 import sys
 from collections.abc import Callable
+from dataclasses import Field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from textwrap import dedent
+from typing import Annotated, Any
+
+
+class OptionError(ValueError):
+    """A command line that can't be read; the message is one line."""
 
 
 def path(text: str) -> Path:
@@ -38,10 +47,54 @@ def name_the_user() -> None:
         os.environ.setdefault("LOGNAME", f"user{os.getuid()}")
 
 
+def option_name(field: Field) -> str:
+    """The option that a field of a dataclass is: its first `--flag` without the dashes, or else its own name."""
+    return next((flag[2:].replace("-", "_") for flag in _flags(field) if flag.startswith("--")), field.name)
+
+
+def _flags(field: Field) -> list[str]:
+    """The strings in `Annotated[type, "--flag", "-f"]`."""
+    return [flag for flag in getattr(field.type, "__metadata__", ()) if isinstance(flag, str)]
+
+
+def _descriptions(kind: type) -> dict[str, str]:
+    """The string under each field of a dataclass and of those that it is derived from."""
+    found: dict[str, str] = {}
+    for base in filter(is_dataclass, reversed(kind.__mro__)):
+        (definition,) = ast.parse(dedent(inspect.getsource(base))).body
+        for statement, following in pairwise(definition.body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                found[statement.target.id] = " ".join(following.value.value.split())
+    return found
+
+
 def parse(program: Callable[..., Any] | type, **options: Any) -> Any:
-    """`tyro.cli`, with `path` for every `Path`."""
+    """Call a program with what the command line says; one that can't be read ends it with one line and exit code 2."""
+    try:
+        return read_options(program, **options)
+    except OptionError as error:
+        print(f"error: {error}; --help lists every option", file=sys.stderr)
+        sys.exit(2)
+
+
+def read_options(program: Callable[..., Any] | type, **options: Any) -> Any:
+    """`tyro.cli`, where a `Path` may begin with `~`, and strings beside the types of a dataclass are flags.
+
+    Dataclasses in a dataclass are groups of the help; their options have no prefix.
+
+    Raises:
+        OptionError: the command line can't be read.
+    """
     import tyro
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+    from tyro import _errors  # private: what tyro prints by itself is a drawn box
+    from tyro.constructors import (
+        ConstructorRegistry,
+        PrimitiveConstructorSpec,
+        PrimitiveTypeInfo,
+        StructConstructorSpec,
+        StructFieldSpec,
+        StructTypeInfo,
+    )
 
     registry = ConstructorRegistry()
 
@@ -57,7 +110,44 @@ def parse(program: Callable[..., Any] | type, **options: Any) -> Any:
             str_from_instance=lambda instance: [str(instance)],
         )
 
+    @registry.struct_rule
+    def flags_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not is_dataclass(info.type) or not is_dataclass(info.default):
+            return None
+        texts = _descriptions(info.type)
+
+        def described(field: Field) -> StructFieldSpec:
+            name = option_name(field).replace("_", "-")
+            aliases = tuple(flag for flag in _flags(field) if flag != f"--{name}")
+            kind = Annotated[field.type, tyro.conf.arg(name=name, aliases=aliases)] if _flags(field) else field.type
+            return StructFieldSpec(field.name, kind, getattr(info.default, field.name), texts.get(field.name))
+
+        return StructConstructorSpec(info.type, tuple(described(field) for field in fields(info.type)))
+
+    def refuse(error: _errors.ParseErrorEvent) -> None:
+        raise OptionError(_in_words(error))
+
     print_any_name()
     name_the_user()
-    with registry:
-        return tyro.cli(program, **options)
+    with registry, _errors.on_parse_error(refuse):
+        return tyro.cli(program, config=(tyro.conf.OmitArgPrefixes,), **options)
+
+
+def _in_words(error: Any) -> str:
+    """One line for one of tyro's errors."""
+    import tyro._errors as kinds
+
+    match error:
+        case kinds.UnrecognizedArgs():
+            return f"Unrecognized options: {' '.join(error.tokens)}"
+        case kinds.MissingArgs():
+            return f"missing: {', '.join(each.arg.display_name() for each in error.missing_arguments)}"
+        case kinds.InvalidChoice():
+            choices = ", ".join(map(repr, error.choices))
+            return f"{error.argument.display_name()} {error.value}: must be one of {choices}"
+        case kinds.BadValue():
+            return f"{error.argument.display_name()}: needs a value"
+        case kinds.InstantiationFailure():
+            where = f"{error.argument.display_name()}: " if error.argument else ""
+            return where + " ".join(error.message.split())
+    return f"{type(error).__name__}: {error}"

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training import slurm
-from training.config import ConfigError
+from training.options import ConfigError
 from training.rendezvous import open_store
 
-SECONDS_TO_LEAVE = 15  # the process group, with works of it that may be under way
+SECONDS_TO_LEAVE = 15  # the longest time to leave the process group; operations may still be running
 
 
 class LostRankError(RuntimeError):
@@ -71,7 +71,7 @@ def start(device: str, timeout: timedelta) -> Ranks:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     if world_size > 1:
-        # Imported later, by DDP, its functions would have the group as a default argument, and hold it for ever.
+        # Imported later by DDP, its functions would keep the group as a default argument, and it would never end.
         import_module("torch.distributed.nn.functional")
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         device_id = chosen if chosen.type == "cuda" else None
@@ -96,7 +96,7 @@ def stop(error: BaseException | None) -> None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
     gc.collect()
-    # A work that waits for a rank which does not answer would keep this one for as long as `--timeout`.
+    # An operation that waits for a silent rank would block here for as long as `--timeout`.
     faulthandler.dump_traceback_later(SECONDS_TO_LEAVE, exit=True)
     dist.destroy_process_group()
     faulthandler.cancel_dump_traceback_later()

@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from training.config import ConfigError
+from training.options import ConfigError
 
 PATIENCE_S = 5.0  # for a run that is just being killed, to be followed by this one
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # some network file systems
@@ -16,7 +16,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # some net
 class FolderLock:
     """Keeps other runs out of a folder until the process ends, in whatever way.
 
-    Of POSIX's kind: workers that are forked from this process do not share it, so they cannot hold it on.
+    It is a lock of POSIX: forked workers do not inherit it, so none of them can keep it when this process has ended.
 
     Args:
         folder: the output folder; it is made.

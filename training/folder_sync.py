@@ -1,4 +1,4 @@
-"""Names of files that last: a folder, synced."""
+"""Makes the names of files in a folder last: the folder is synced."""
 
 import errno
 import os

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from threading import Thread, main_thread
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# By which a thread wakes the main one. It is not one of the above: a request of another rank is not the first of two.
+# A thread wakes the main thread by this signal. It is none of SIGNALS, for the request of another rank must not count
+# as the first of two signals.
 WAKE = signal.SIGURG
-# Ctrl-C reaches torchrun and the ranks, and torchrun then sends its own: within this time both mean the same.
+# Ctrl-C reaches torchrun and the ranks, and torchrun then sends a signal, too: two within this time are one request.
 SAME_REQUEST_S = 2.0
 
 
@@ -21,9 +22,9 @@ class Interrupted(BaseException):
 class Interruption:
     """Whether this process has been asked to stop.
 
-    The first signal is a request: `requested` is True from then on, and a wait in `interruptible` ends. The second one,
-    from `SAME_REQUEST_S` on, ends the process at once. It is noticed by a thread, because a main thread that waits for
-    another rank runs no signal handler.
+    The first signal is a request: `requested` is True from then on, and a wait in `interruptible` ends. Another signal,
+    at least `SAME_REQUEST_S` later, ends the process at once. A thread waits for that one, because a main thread that
+    waits for another rank runs no signal handler.
     """
 
     def __init__(self):

@@ -12,7 +12,7 @@ from training.distributed import sum_over_ranks
 class Summary:
     """Means over `images` images of all ranks; top1 and top5 in percent.
 
-    The logits of `not_finite` of the images were no finite numbers: these count as wrong, and then the loss is nan.
+    not_finite: how many images had logits that were not finite. They count as wrong, and the loss is then nan.
     """
 
     loss: float
@@ -23,7 +23,7 @@ class Summary:
 
     @property
     def warning(self) -> str:
-        """What is to be said where there are such images."""
+        """What to say where there are such images."""
         return (
             f"{self.not_finite} of {self.images} images have logits that are no finite numbers, and count as wrong; "
             "early in a training a few images that are unlike the others can do that to a dynamic network, "
@@ -48,7 +48,7 @@ class Metrics:
         finite = logits.isfinite().all(1)
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [N, 5]
         hits = (top == labels[:, None]) & finite[:, None]
-        # An infinite loss of one image would leave the sum infinite: what is no number is nan.
+        # One image with an infinite loss would make the sum infinite; nan says that there is no sum.
         self._sums[0] += torch.where(finite.all(), loss_sum, torch.nan)
         self._sums[1] += hits[:, 0].sum()
         self._sums[2] += hits.sum()

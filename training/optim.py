@@ -1,23 +1,19 @@
-"""Optimizer, learning-rate schedule and precision."""
+"""Optimizer and learning-rate schedule."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
-from training.config import Config, ConfigError
+from training.options import ConfigError, OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: Config) -> SGD:
-    """SGD with momentum over what is not frozen; `--no-norm-decay` takes weight decay from batch norms and biases (one
-    dimension)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if config.norm_decay or p.dim() > 1]
-    spared = [p for p in trained if not config.norm_decay and p.dim() <= 1]
-    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+def sgd(groups: list[dict], config: OptimConfig) -> SGD:
+    """SGD with momentum."""
     optimizer = SGD(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.wd,
@@ -28,39 +24,39 @@ def build_optimizer(model: nn.Module, config: Config) -> SGD:
     if config.momentum:
         # Fused SGD takes its first buffers from uninitialised memory, and leaves them so when GradScaler skips the
         # first step, as it does in fp16. Zeros give the same first step.
-        for parameter in trained:
+        for parameter in (parameter for group in groups for parameter in group["params"]):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
-def learning_rate(config: Config, position: float) -> float:
-    """The learning rate at `position` epochs since the start, a fraction within an epoch; >= 0."""
+# By the names of `OptimConfig.optimizer`: from groups of parameters and the options to an optimizer that is fused, for
+# `SafeStep` leaves out an update by its `found_inf`.
+OPTIMIZERS: dict[str, Callable[[list[dict], OptimConfig], Optimizer]] = {"sgd": sgd}
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The optimizer of what is not frozen; `--no-norm-decay` takes weight decay from batch norms and biases (one
+    dimension)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if config.norm_decay or p.dim() > 1]
+    spared = [p for p in trained if not config.norm_decay and p.dim() <= 1]
+    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    return OPTIMIZERS[config.optimizer]([group for group in groups if group["params"]], config)
+
+
+def learning_rate(config: OptimConfig, epochs_done: float) -> float:
+    """The learning rate so many epochs after the start, a fraction within an epoch; >= 0."""
     warmup = config.warmup_epochs if config.warmup else 0
-    if position < warmup:
-        return config.lr * position / warmup
-    share = (position - warmup) / (config.epochs - warmup)  # of the decay that is done, in [0, 1]
+    if epochs_done < warmup:
+        return config.lr * epochs_done / warmup
+    share = (epochs_done - warmup) / (config.epochs - warmup)  # of the decay that is done, in [0, 1]
     match config.lr_decay:
         case "schedule":
-            return config.lr * config.gamma ** sum(epoch <= position for epoch in config.schedule)
+            return config.lr * config.gamma ** sum(epoch <= epochs_done for epoch in config.schedule)
         case "step":
-            return config.lr * config.gamma ** (position // config.step)
+            return config.lr * config.gamma ** (epochs_done // config.step)
         case "cos":
             return config.lr * 0.5 * (1 + math.cos(math.pi * share))
         case "linear":
             return config.lr * (1 - share)
     raise ConfigError(f"unknown --lr-decay {config.lr_decay}")
-
-
-def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of mixed precision, or None for none. `auto` is bf16 where the device computes in it."""
-    if amp == "auto":
-        return torch.bfloat16 if _computes_in_bf16(device) else None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-
-
-def _computes_in_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # What the cores can do, and what oneDNN, which computes in it, is allowed to use of it (ONEDNN_MAX_CPU_ISA).
-    in_hardware = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return in_hardware and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,6 +1,7 @@
 """Named trainings: `--recipe NAME`. A recipe is a `Config`; flags on the command line override it."""
 
-from training.config import Config
+from training.config import Config, DataConfig, ModelConfig
+from training.options import OptimConfig, PrecisionConfig, RunConfig
 
 RECIPES = {}
 
@@ -19,17 +20,18 @@ def resnet50_dcd() -> Config:
     Command: torchrun --nproc-per-node=4 train_dist.py --recipe resnet50_dcd -d IMAGENET -c OUTPUT
     """
     return Config(
-        recipe="resnet50_dcd",
-        arch="resnet50_dcd",
-        epochs=120,
-        batch_size=256,
-        lr=0.1,
-        lr_decay="schedule",
-        schedule=(30, 60, 90),
-        wd=1e-4,
-        label_smoothing=0.1,
-        dropout=0.1,
-        mixup=0.2,
+        run=RunConfig(recipe="resnet50_dcd"),
+        model=ModelConfig(arch="resnet50_dcd", dropout=0.1),
+        data=DataConfig(batch_size=256),
+        optim=OptimConfig(
+            epochs=120,
+            lr=0.1,
+            lr_decay="schedule",
+            schedule=(30, 60, 90),
+            wd=1e-4,
+            label_smoothing=0.1,
+            mixup=0.2,
+        ),
     )
 
 
@@ -42,18 +44,10 @@ def mobilenetv2_dcd() -> Config:
     Command: torchrun --nproc-per-node=4 train_dist.py --recipe mobilenetv2_dcd -d IMAGENET -c OUTPUT
     """
     return Config(
-        recipe="mobilenetv2_dcd",
-        arch="mobilenetv2_dcd",
-        width_mult=1.0,
-        fc_squeeze=16,
-        epochs=300,
-        batch_size=512,
-        lr=0.1,
-        lr_decay="cos",
-        wd=2e-5,
-        label_smoothing=0.1,
-        dropout=0.2,
-        mixup=0.2,
+        run=RunConfig(recipe="mobilenetv2_dcd"),
+        model=ModelConfig(arch="mobilenetv2_dcd", width_mult=1.0, fc_squeeze=16, dropout=0.2),
+        data=DataConfig(batch_size=512),
+        optim=OptimConfig(epochs=300, lr=0.1, lr_decay="cos", wd=2e-5, label_smoothing=0.1, mixup=0.2),
     )
 
 
@@ -69,21 +63,18 @@ def resnet50_dcd_fast() -> Config:
     Command: torchrun --nproc-per-node=8 train_dist.py --recipe resnet50_dcd_fast -d IMAGENET -c OUTPUT
     """
     return Config(
-        recipe="resnet50_dcd_fast",
-        arch="resnet50_dcd",
-        zero_init_fusion=True,
-        epochs=16,
-        batch_size=1024,
-        lr=0.425,
-        lr_decay="linear",
-        warmup=True,
-        warmup_epochs=2,
-        wd=1e-4,
-        norm_decay=False,
-        label_smoothing=0.1,
-        start_size=160,
-        size_ramp=(11, 13),
-        input_size=192,
-        eval_size=256,
-        compile=True,
+        run=RunConfig(recipe="resnet50_dcd_fast"),
+        model=ModelConfig(arch="resnet50_dcd", zero_init_fusion=True),
+        data=DataConfig(batch_size=1024, start_size=160, size_ramp=(11, 13), input_size=192, eval_size=256),
+        optim=OptimConfig(
+            epochs=16,
+            lr=0.425,
+            lr_decay="linear",
+            warmup=True,
+            warmup_epochs=2,
+            wd=1e-4,
+            norm_decay=False,
+            label_smoothing=0.1,
+        ),
+        precision=PrecisionConfig(compile=True),
     )

@@ -2,7 +2,8 @@
 
 torchrun keeps one store for all attempts of a run (`--max-restarts`), under the same names. There a rank that has been
 restarted finds the addresses of those who are gone, and fails or waits for ever (pytorch/pytorch issues 135712 and
-167288). Nothing in the environment numbers the attempts alike on every machine, so the ranks agree on a name.
+167288). No variable of the environment has the same number for an attempt on every machine, so the ranks agree on a
+name.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ def open_store(timeout: timedelta) -> dist.Store:
 
 
 def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name that the ranks of this attempt have in common, and none of another one.
+    """A name that all ranks of this attempt know, and no other attempt has.
 
     Each rank leaves a number of its own. Rank 0 lists those that it finds, old ones included, until every rank has
     found its own in the list and has said so: then it is of this attempt alone, and the name is made of it.

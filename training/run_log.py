@@ -33,7 +33,7 @@ from tqdm import tqdm
 from training.config import Config
 from training.distributed import Ranks
 from training.folder_lock import FolderLock
-from training.optim import autocast_dtype
+from training.precision import autocast_dtype
 
 
 class RunLog:
@@ -83,7 +83,7 @@ class RunLog:
             kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= global_step]
             _replace(metrics, "".join(f"{line}\n" for line in kept))
         threading.excepthook = partial(_thread_failed, threading.excepthook)
-        self._metrics = open(metrics, "ab", buffering=0)  # a line that the disk does not take is not kept for later
+        self._metrics = open(metrics, "ab", buffering=0)  # a line that cannot be written is dropped, not retried
         self._events = SummaryWriter(_in_utf8(self.folder / "tensorboard"), purge_step=global_step + 1)
 
     def write(self, kind: str, global_step: int, **values: float) -> None:
@@ -96,7 +96,7 @@ class RunLog:
     def _write_line(self, line: str) -> None:
         data = line.encode()
         if self._lost.get("metrics.jsonl"):
-            data = b"\n" + data  # behind what may be there of the lost one
+            data = b"\n" + data  # a part of the lost line may be there
         if self._metrics.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -106,7 +106,7 @@ class RunLog:
                 self._events.add_scalar(f"{kind}/{name}", value, global_step)
 
     def _try(self, name: str, write: Callable[[], None]) -> None:
-        """A full disk stops no training: what it does not take is counted, and said once and at the end."""
+        """A full disk does not stop training: lost writes are counted, and reported once now and once at the end."""
         try:
             write()
         except OSError as error:
@@ -161,7 +161,7 @@ class RunLog:
 
 
 def _thread_failed(otherwise: Callable, failed: threading.ExceptHookArgs) -> None:
-    """What TensorBoard's thread cannot write, it raises where the next figures are added; it need not print it, too."""
+    """TensorBoard's thread raises its error again where the next figures are added: it need not print it as well."""
     if not (issubclass(failed.exc_type, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
         otherwise(failed)
 
@@ -173,7 +173,7 @@ def resolve(config: Config, ranks: Ranks) -> dict:
         "command": sys.argv,
         "world_size": ranks.world_size,
         "device": device_name(ranks.device),
-        "amp_dtype": str(autocast_dtype(config.amp, ranks.device)),
+        "amp_dtype": str(autocast_dtype(config.precision.amp, ranks.device)),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -216,7 +216,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _in_utf8(folder: Path) -> str:
-    """The folder, by a name that TensorBoard takes: its own, or where that is no UTF-8, one of an open file's."""
+    """A name of the folder that TensorBoard accepts: its own, or, where that is not UTF-8, that of an open file."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         str(folder).encode()

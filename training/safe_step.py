@@ -1,4 +1,4 @@
-"""Optimizer steps that spoil nothing: an update that is no number is left out, a step that breaks off is undone."""
+"""Optimizer steps that spoil nothing: an update that is not finite is left out, a step that breaks off is undone."""
 
 import torch
 from torch import Tensor, nn
@@ -67,18 +67,18 @@ class SafeStep:
         self._begun = self._updating = False
 
     def break_off(self) -> bool:
-        """After an error: return to before the step that was under way, and tell whether that could be done."""
+        """After an error: undo the step that was running. Returns whether that was possible."""
         if self._begun and not self._updating:
             _copy(self._statistics, self._before)
             self._begun = False
         return not self._updating
 
     def keep_statistics(self) -> None:
-        """All is well: the statistics of now are what `restore_statistics` goes back to."""
+        """All is well: `restore_statistics` will go back to the statistics of now."""
         _copy(self._kept, self._statistics)
 
     def restore_statistics(self) -> None:
-        """Once a batch was no number, the running statistics are none either."""
+        """Go back: a batch that is not finite has spoilt the running statistics."""
         _copy(self._statistics, self._kept)
 
 

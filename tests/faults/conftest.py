@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import SMALL, command, difference, last, part_of
 from tests.pipelines.conftest import converted
 from tests.processes import Job, WarmPython, start_command
-from tests.test_train_dist import SMALL, command, difference, last, part_of
 
 HERE = Path(__file__).parent
 EVERYTHING = ["--dropout", 0.2, "--mixup", 0.4, "--mixup-epochs", 1, "--ema", 0.9, "--clip-grad", 1.0]

@@ -8,8 +8,8 @@ import pytest
 
 from tests.faults.conftest import needs_root, options, same_bits
 from tests.faults.test_killed import last_line
+from tests.helpers import error_lines, last
 from tests.processes import until
-from tests.test_train_dist import error_lines, last
 
 
 @pytest.fixture

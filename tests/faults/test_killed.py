@@ -10,8 +10,8 @@ import time
 import pytest
 
 from tests.faults.conftest import options, same_bits
+from tests.helpers import lines, read
 from tests.processes import until
-from tests.test_train_dist import lines, read
 
 KILLS = int(os.environ.get("FAULTS_KILLS", 20))
 STEPS_PER_EPOCH = 4

@@ -10,8 +10,8 @@ import pytest
 
 from tests.faults.conftest import options, same_bits
 from tests.faults.test_killed import STEPS_PER_EPOCH, last_line
+from tests.helpers import last, read
 from tests.processes import until
-from tests.test_train_dist import last, read
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
 

@@ -12,8 +12,8 @@ import torch
 
 from tests.faults.conftest import needs_root, options, same_bits
 from tests.faults.test_killed import last_line
+from tests.helpers import ROOT, SMALL, error_lines, last, read
 from tests.processes import free_port, start_command, until
-from tests.test_train_dist import ROOT, SMALL, error_lines, last, read
 
 ONE_STEP = "--stop-after-steps", 1
 

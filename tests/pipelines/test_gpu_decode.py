@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.config import DataConfig
+from pipelines.batch import Place
+from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.dali_loader import is_installed
 from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
@@ -63,7 +64,7 @@ def test_the_batches_of_a_gpu_are_those_of_the_cpu(photographs, build, decoder, 
     config = DataConfig(photographs, "torchvision", batch_size=5, workers=0, input_size=160, eval_size=64)
     wanted = list(build(config, split))
     monkeypatch.setattr(FolderSource, "decode", lambda *_: pytest.fail("the GPU left an image to the CPU"))
-    found = list(build(replace(config, **decoder, workers=2), split, device=GPU, dtype=dtype))
+    found = list(build(replace(config, **decoder, workers=2), split, Place(device=GPU, dtype=dtype)))
     for batch, expected in zip(found, wanted, strict=True):
         assert torch.equal(batch.indices, expected.indices) and torch.equal(batch.labels.cpu(), expected.labels)
         assert batch.images.device == batch.labels.device == GPU and batch.images.dtype == dtype
@@ -74,7 +75,7 @@ def test_the_batches_of_a_gpu_are_those_of_the_cpu(photographs, build, decoder, 
 def test_batches_under_load_are_those_of_the_cpu(photographs, build, decoder):
     """Twenty-one of them, while the GPU computes on another stream and still reads the batch before on this one."""
     config = DataConfig(photographs, "torchvision", batch_size=4, workers=0, input_size=160)
-    cpus, gpus = build(config, "train"), build(replace(config, **decoder, workers=2), "train", device=GPU)
+    cpus, gpus = build(config, "train"), build(replace(config, **decoder, workers=2), "train", Place(device=GPU))
     other, matrix = torch.cuda.Stream(GPU), torch.randn(4096, 4096, device=GPU)
     other.wait_stream(torch.cuda.current_stream(GPU))
     sums, kept, wanted = [], [], []
@@ -98,7 +99,7 @@ def test_batches_under_load_are_those_of_the_cpu(photographs, build, decoder):
 
 @pytest.mark.parametrize("damage", ["truncated", "no image"])
 def test_a_damaged_file_is_named(copied, build, decoder, damage):
-    loader = build(DataConfig(copied, **decoder, batch_size=4, workers=2, eval_size=32), "val", device=GPU)
+    loader = build(DataConfig(copied, **decoder, batch_size=4, workers=2, eval_size=32), "val", Place(device=GPU))
     bad = copied / "val" / "flower" / "2.JPEG"
     whole = bad.read_bytes()
     bad.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"x")
@@ -115,7 +116,7 @@ def test_what_the_gpu_does_not_decode_comes_out_all_the_same(copied, build, deco
         image = file.convert("CMYK") if form == "CMYK" else file.copy()
     image.save(odd, "PNG" if form == "PNG" else "JPEG")
     config = DataConfig(copied, "torchvision", batch_size=12, workers=0, eval_size=64)
-    (wanted,), (found,) = build(config, "val"), build(replace(config, **decoder, workers=2), "val", device=GPU)
+    (wanted,), (found,) = build(config, "val"), build(replace(config, **decoder, workers=2), "val", Place(device=GPU))
     agree(found.images, wanted.images)
     agree(found.images[8], wanted.images[8])
 
@@ -123,7 +124,7 @@ def test_what_the_gpu_does_not_decode_comes_out_all_the_same(copied, build, deco
 def batches_of_two_epochs(executor, source) -> list[torch.Tensor]:
     """Pixels in [0, 255]. Each batch is freed before the GPU, which has other work first, has read it."""
     config = DataConfig(batch_size=4, input_size=64)
-    loader = Loader(source, executor, config, training=True, rank=0, world_size=1)
+    loader = Loader(source, executor, True, config, AugmentationConfig(), Place(), seed=0)
     kept = []
     for epoch in (0, 1):
         loader.set_epoch(epoch)

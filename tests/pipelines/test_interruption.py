@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from pipelines import native, threads, torchvision_loader
+from pipelines.batch import Place
 from pipelines.build import build_loader
-from pipelines.config import DataConfig
+from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.loader import Loader
 
 threads.PATIENCE_S = torchvision_loader.PATIENCE_S = 0.5
@@ -46,7 +47,7 @@ def block_decoder():
 def on_gpu(config):
     source = build_loader(config, "train")._source
     executor = torchvision_loader.TorchvisionGpuExecutor(source, torch.device("cpu"), torch.float32, 2)
-    return Loader(source, executor, config, True, 0, 1)
+    return Loader(source, executor, True, config, AugmentationConfig(), Place(), seed=0)
 
 def open_train(config):
     return build_loader(config, "train")

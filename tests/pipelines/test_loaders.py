@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from pipelines.batch import Place
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from pipelines.plan import EpochPlan, RandomCrop
@@ -65,7 +66,7 @@ def test_the_ranks_see_the_evaluation_set_exactly_once(digits, build, world_size
     config = DataConfig(root=digits, backend=backend, batch_size=84, workers=0, eval_size=32, synthetic_images=3610)
     seen = []
     for rank in range(world_size):
-        loader = build(config, "val", rank, world_size)
+        loader = build(config, "val", Place(rank, world_size))
         expected, batches = len(loader), list(loader)
         assert len(batches) == expected == 5  # the last one of 24 or 25 images, so not divided evenly
         seen += indices_of(batches)
@@ -77,7 +78,7 @@ def test_ranks_without_images_in_the_last_step_have_a_step_less(photos, build, b
     config = DataConfig(
         root=photos.folder, backend=backend, batch_size=5, workers=0, eval_size=32, synthetic_images=120
     )
-    loaders = [build(config, "val", rank, 5) for rank in range(5)]  # 12 images: two batches of 5, one of 2
+    loaders = [build(config, "val", Place(rank, 5)) for rank in range(5)]  # 12 images: two batches of 5, one of 2
     assert sorted(len(loader) for loader in loaders) == [2, 2, 2, 3, 3]
     epochs = [list(loader) for loader in loaders]
     assert all(len(batch.indices) == 1 for batches in epochs for batch in batches)  # nobody is handed an empty batch
@@ -98,15 +99,13 @@ def test_progressive_sizes(small, build):
 
 def test_progressive_sizes_are_rounded_to_32_except_the_last():
     config = DataConfig(start_size=160, input_size=200, size_ramp=(0, 10))
-    assert [config.train_size(epoch) for epoch in (0, 3, 5, 8, 9, 10, 11)] == [160, 160, 192, 192, 192, 200, 200]
-    assert DataConfig(input_size=200).train_size(0) == 200
+    assert [config.image_size(True, epoch) for epoch in (0, 3, 5, 8, 9, 10, 11)] == [160, 160, 192, 192, 192, 200, 200]
+    assert DataConfig(input_size=200).image_size(True, 0) == 200
 
 
 def test_synthetic_training_follows_the_plan(build):
-    config = DataConfig(
-        backend="synthetic", batch_size=8, seed=3, input_size=32, synthetic_images=50, synthetic_classes=7
-    )
-    loader = build(config, "train", 1, 2)
+    config = DataConfig(backend="synthetic", batch_size=8, input_size=32, synthetic_images=50, synthetic_classes=7)
+    loader = build(config, "train", Place(1, 2), seed=3)
     loader.set_epoch(2)
     plan = EpochPlan(3, 2, np.broadcast_to(np.array([375, 500]), (50, 2)), 8, RandomCrop())
     batches = list(loader)
@@ -122,7 +121,7 @@ def test_synthetic_training_follows_the_plan(build):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_batch_size_that_the_world_size_does_not_divide_is_refused(photos, backend, split):
     with pytest.raises(DataError, match="--batch-size 4 .* use a multiple of 3"):
-        build_loader(DataConfig(root=photos.verbatim, backend=backend, batch_size=4), split, 0, 3)
+        build_loader(DataConfig(root=photos.verbatim, backend=backend, batch_size=4), split, Place(0, 3))
 
 
 def test_fewer_training_images_than_a_batch_are_refused(photos, build):
@@ -151,7 +150,7 @@ def test_no_data_and_missing_data_are_refused(tmp_path, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_synthetic_batches_are_batches(build, dtype):
     config = DataConfig(backend="synthetic", batch_size=5, eval_size=96, synthetic_images=120, synthetic_classes=7)
-    loader = build(config, "val", dtype=dtype)
+    loader = build(config, "val", Place(dtype=dtype))
     assert loader.num_samples == 12 and loader.image_size == 96 and len(loader.classes) == 7  # a tenth
     batches = list(loader)
     assert [len(batch.indices) for batch in batches] == [5, 5, 2] and indices_of(batches) == list(range(12))

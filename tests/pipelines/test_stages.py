@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from pipelines.batch import MEAN, STD
+from pipelines.batch import MEAN, STD, Place
 from pipelines.build import build_loader
-from pipelines.config import DataConfig
+from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.stages import Buffers, HostBatch, normalise
@@ -88,7 +88,7 @@ def test_the_executor_for_a_gpu_does_on_a_cpu_what_the_other_does(photos, data):
     other = build_loader(config, "train")
     source = BetonSource(config.root / "train.beton")
     executor = TorchvisionGpuExecutor(source, torch.device("cpu"), torch.float32, 2)
-    loader = Loader(source, executor, config, training=True, rank=0, world_size=1)
+    loader = Loader(source, executor, True, config, AugmentationConfig(), Place(), seed=0)
     for batch, expected in zip(loader, other, strict=True):
         assert torch.equal(batch.indices, expected.indices) and torch.equal(batch.labels, expected.labels)
         assert torch.equal(batch.images, expected.images)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dcd import create_model
-from training.config import Config, ConfigError, parse_config
+from training.config import Config, parse_config
+from training.options import ConfigError
 from training.recipes import RECIPES
 
 RESNET50 = (
@@ -19,12 +19,12 @@ MOBILENETV2 = (
 
 
 def parse(line: str) -> Config:
-    return parse_config(line.split(), RECIPES)
+    return parse_config(line.split(), RECIPES, Config())
 
 
 def test_the_official_resnet50_command():
     paths = {"data": Path("/path/to/imagenet/"), "checkpoint": Path("/path/to/output")}
-    assert parse(RESNET50) == Config(
+    assert parse(RESNET50) == Config().with_options(
         **paths, arch="resnet50_dcd", batch_size=256, epochs=120, lr_decay="schedule", schedule=(30, 60, 90), gamma=0.1,
         lr=0.1, wd=1e-4, workers=48, input_size=224, label_smoothing=0.1, dropout=0.1, mixup=0.2, momentum=0.9,
     )  # fmt: skip
@@ -39,7 +39,12 @@ def test_recipes_are_the_official_commands(name, line):
 
 def test_flags_override_a_recipe():
     config = parse("--recipe mobilenetv2_dcd --epochs 5 --no-compile -p 7")
-    assert (config.epochs, config.print_freq, config.arch, config.fc_squeeze) == (5, 7, "mobilenetv2_dcd", 16)
+    assert (config.optim.epochs, config.run.print_freq, config.model.arch, config.model.fc_squeeze) == (
+        5,
+        7,
+        "mobilenetv2_dcd",
+        16,
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -53,9 +58,10 @@ def test_every_recipe_says_where_it_comes_from(name):
 
 def test_official_options_keep_their_meaning():
     config = parse("--schedule 10 20 --gamma 0.5 --warmup --momentum 0.8 --seed 3 --resume x.pth --print-freq 100 -e")
-    assert config.schedule == (10, 20) and config.gamma == 0.5 and config.warmup and config.warmup_epochs == 5
-    assert config.momentum == 0.8 and config.seed == 3 and config.resume == Path("x.pth")
-    assert config.print_freq == 100 and config.evaluate
+    optim, run = config.optim, config.run
+    assert optim.schedule == (10, 20) and optim.gamma == 0.5 and optim.warmup and optim.warmup_epochs == 5
+    assert optim.momentum == 0.8 and run.seed == 3 and run.resume == Path("x.pth")
+    assert run.print_freq == 100 and run.evaluate
     assert parse("--learning-rate 0.3 --weight-decay 0.2").to_dict() == parse("--lr 0.3 --wd 0.2").to_dict()
 
 
@@ -91,12 +97,12 @@ def test_one_line_for_what_is_wrong(line, message):
 
 def test_an_initialisation_reaches_the_model_and_leaves_checkpoints_fitting():
     official, zero = (parse(f"-a mobilenetv2_dcd --num-classes 3 {flags}") for flags in ("", "--zero-init-fusion"))
-    assert zero.architecture == official.architecture
-    model, model_zero = (create_model(config.arch, 3, **config.model_kwargs) for config in (official, zero))
+    assert zero.model.architecture == official.model.architecture
+    model, model_zero = official.model.create(), zero.model.create()
     assert model.classifier.bn2.weight.all() and not model_zero.classifier.bn2.weight.any()
-    assert parse("-a resnet18 --zero-init-residual").model_kwargs["zero_init_residual"]
-    assert parse("--recipe resnet50_dcd_fast").zero_init_fusion
-    assert not parse("--recipe resnet50_dcd_fast -a resnet50 --no-zero-init-fusion").zero_init_fusion
+    assert not parse("-a resnet18 --num-classes 3 --zero-init-residual").model.create().layer1[0].bn2.weight.any()
+    assert parse("--recipe resnet50_dcd_fast").model.zero_init_fusion
+    assert not parse("--recipe resnet50_dcd_fast -a resnet50 --no-zero-init-fusion").model.zero_init_fusion
 
 
 def test_help_lists_every_option(capsys):

@@ -16,6 +16,8 @@ from training import checkpoint
 from training.build import open_trainer
 from training.config import Config
 from training.distributed import barrier, sum_over_ranks
+from training.evaluator import Evaluator
+from training.lockstep import Lockstep
 from training.run_log import RunLog
 from training.trainer import Trainer
 
@@ -50,16 +52,15 @@ def opened(folder: Path, **options):
     shape = {"arch": "mobilenetv2_dcd", "width_mult": 0.1, "fc_squeeze": 16, "num_classes": 5, "input_size": 32}
     data = {"backend": "synthetic", "synthetic_images": 96, "batch_size": 16}
     run = {"device": "cuda", "checkpoint": folder, "lr": 0.005, "epochs": 3}
-    with open_trainer(Config(**{**shape, **data, **run, **options}), write_log=False) as trainer:
-        trainer.epoch = 1
+    with open_trainer(Config().with_options(**{**shape, **data, **run, **options}), write_log=False) as trainer:
+        trainer.progress.epoch = 1
         trainer.log = KeptLosses()
         yield trainer
 
 
 def state_of(trainer: Trainer) -> list:
     """All numbers that training goes on from, and their names."""
-    parts = trainer.model, trainer.optimizer, trainer.scaler, trainer.ema
-    values, names = tree_flatten([part.state_dict() for part in parts])
+    values, names = tree_flatten(trainer.train_step.state_dict())
     return [*values, names]
 
 
@@ -69,15 +70,15 @@ def test_a_resumed_run_has_the_state_that_was_saved_and_the_same_losses(tmp_path
     with opened(tmp_path, stop_after_steps=3, **everything) as first, opened(tmp_path, **everything) as second:
         torch.backends.cudnn.deterministic = True  # most of what differs from run to run; not all
         first.train_epoch()
-        assert first.stopped and first.step == 3
-        first.save()
-        first.finish_saving()
-        second.resume(checkpoint.load(second.checkpoint_path(), second.config.architecture))
-        assert (second.epoch, second.step) == (1, 3)
+        assert first.stopped and first.progress.step == 3
+        first.saver.save()
+        first.saver.finish()
+        second.saver.resume(checkpoint.load(second.saver.path(), second.config.model.architecture))
+        assert (second.progress.epoch, second.progress.step) == (1, 3)
         for found, saved in zip(state_of(second), state_of(first), strict=True):
             assert torch.equal(found, saved) if isinstance(saved, torch.Tensor) else found == saved
 
-        first.config = replace(first.config, stop_after_steps=None)
+        first.config = first.config.with_options(stop_after_steps=None)
         for trainer in (first, second):
             trainer.train_epoch()
         assert len(second.log.losses) == 3
@@ -90,14 +91,14 @@ def test_a_resumed_run_has_the_state_that_was_saved_and_the_same_losses(tmp_path
 @pytest.mark.parametrize("names", [(), ("mixup", "mixup_epochs", "clip_grad"), ("dropout", "ema")])
 def test_the_host_does_not_wait_between_lines_of_the_log(tmp_path, amp, names):
     with opened(tmp_path, amp=amp, **{name: EVERYTHING[name] for name in names}) as trainer:
-        trainer._parallel.train()
-        images, labels, indices = next(iter(trainer.train_loader))
+        trainer.train_step.begin_epoch()
+        batch = next(iter(trainer.loader))
         for _ in range(2):  # what is kept on the device is copied there once
-            trainer._train_step(images, labels, indices)
+            trainer.train_step(batch, trainer.progress)
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(3):
-                trainer._train_step(images, labels, indices)
+                trainer.train_step(batch, trainer.progress)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -116,15 +117,17 @@ def test_nccl_and_ddp_on_one_rank(tmp_path, monkeypatch, exact_float32):
         try:
             several = replace(plain.ranks, world_size=2)  # for which the trainer takes DDP
             model = copy.deepcopy(plain.model)
-            parallel = Trainer(plain.config, several, model, plain.train_loader, plain.eval_loader, plain.log)
-            assert isinstance(parallel._parallel, DistributedDataParallel)
-            images, labels, indices = next(iter(plain.train_loader))
+            lockstep = Lockstep(plain.ranks, plain.config.run.timeout)
+            evaluator = Evaluator(plain.config, several, model, plain.evaluator.loader, lockstep, plain.log)
+            parallel = Trainer(plain.config, several, model, plain.loader, evaluator, plain.log)
+            assert isinstance(parallel.train_step._parallel, DistributedDataParallel)
+            batch = next(iter(plain.loader))
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 for trainer in (plain, parallel):
-                    trainer._parallel.train()
+                    trainer.train_step.begin_epoch()
                     for _ in range(2):  # DDP lays out its buckets anew after the first
-                        trainer._train_step(images, labels, indices)
+                        trainer.train_step(batch, trainer.progress)
             assert not [warning.message for warning in caught if "stride" in str(warning.message)]
             parameters = dict(plain.model.named_parameters())
             assert not [name for name, value in parameters.items() if value.grad.stride() != value.stride()]
@@ -135,7 +138,7 @@ def test_nccl_and_ddp_on_one_rank(tmp_path, monkeypatch, exact_float32):
             assert (found - wanted).norm() <= 0.01 * wanted.norm()
             assert sum_over_ranks(torch.full((2,), 3.0, device=device)).tolist() == [3, 3]
             barrier()
-            assert parallel.evaluate(parallel.model).images == 9  # with buffers shared before and sums after
+            assert evaluator.evaluate().images == 9  # with buffers shared before and sums after
         finally:
             torch.set_warn_always(False)
             dist.destroy_process_group()
@@ -150,10 +153,10 @@ def test_an_evaluation_comes_to_what_it_does_on_a_cpu(tmp_path, exact_float32):
         for module in on_cpu.model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
-        images, labels, indices = next(iter(on_cpu.train_loader))
-        on_cpu._train_step(images, labels, indices)  # for its statistics: by fresh ones all images look alike
+        # for its statistics: by fresh ones all images look alike
+        on_cpu.train_step(next(iter(on_cpu.loader)), on_cpu.progress)
         on_gpu.model.load_state_dict(on_cpu.model.state_dict())
-        found, wanted = on_gpu.evaluate(on_gpu.model), on_cpu.evaluate(on_cpu.model)
+        found, wanted = on_gpu.evaluator.evaluate(), on_cpu.evaluator.evaluate()
         assert found.images == wanted.images == 64
         assert found.loss == pytest.approx(wanted.loss, rel=5e-4)
         assert (found.top1, found.top5) == (wanted.top1, wanted.top5)

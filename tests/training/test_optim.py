@@ -8,24 +8,25 @@ import pytest
 import torch
 
 import dcd
-from training.config import Config
-from training.optim import autocast_dtype, build_optimizer, learning_rate
+from training.optim import build_optimizer, learning_rate
+from training.options import OptimConfig
+from training.precision import autocast_dtype
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
         (
-            Config(epochs=120, lr=0.1, lr_decay="schedule", schedule=(30, 60, 90)),
+            OptimConfig(epochs=120, lr=0.1, lr_decay="schedule", schedule=(30, 60, 90)),
             {0: 0.1, 29.99: 0.1, 30: 0.01, 60: 1e-3, 119.9: 1e-4},
         ),
-        (Config(epochs=90, lr=0.1, lr_decay="step", step=30), {0: 0.1, 29.99: 0.1, 30: 0.01, 89.9: 1e-3}),
-        (Config(epochs=300, lr=0.1, lr_decay="cos"), {0: 0.1, 150: 0.05, 75: 0.0853553, 300: 0}),
-        (Config(epochs=100, lr=0.1, lr_decay="linear"), {0: 0.1, 50: 0.05, 100: 0}),
-        (Config(epochs=100, lr=0.1, lr_decay="schedule", schedule=(50,), gamma=0.5), {49.9: 0.1, 50: 0.05}),
+        (OptimConfig(epochs=90, lr=0.1, lr_decay="step", step=30), {0: 0.1, 29.99: 0.1, 30: 0.01, 89.9: 1e-3}),
+        (OptimConfig(epochs=300, lr=0.1, lr_decay="cos"), {0: 0.1, 150: 0.05, 75: 0.0853553, 300: 0}),
+        (OptimConfig(epochs=100, lr=0.1, lr_decay="linear"), {0: 0.1, 50: 0.05, 100: 0}),
+        (OptimConfig(epochs=100, lr=0.1, lr_decay="schedule", schedule=(50,), gamma=0.5), {49.9: 0.1, 50: 0.05}),
         # the warmup of the official trainer: from 0 over 5 epochs, and the decay over what is left
-        (Config(epochs=105, lr=0.1, lr_decay="linear", warmup=True), {0: 0, 2.5: 0.05, 5: 0.1, 55: 0.05, 105: 0}),
-        (Config(epochs=102, lr=0.1, lr_decay="cos", warmup=True, warmup_epochs=2), {1: 0.05, 2: 0.1, 52: 0.05}),
+        (OptimConfig(epochs=105, lr=0.1, lr_decay="linear", warmup=True), {0: 0, 2.5: 0.05, 5: 0.1, 55: 0.05, 105: 0}),
+        (OptimConfig(epochs=102, lr=0.1, lr_decay="cos", warmup=True, warmup_epochs=2), {1: 0.05, 2: 0.1, 52: 0.05}),
     ],
 )
 def test_learning_rate(config, expected):
@@ -35,11 +36,11 @@ def test_learning_rate(config, expected):
 
 def test_weight_decay_is_on_all_parameters_or_spares_norms_and_biases():
     model = dcd.create_model("mobilenetv2_dcd", 10, width_mult=0.1)
-    everything = build_optimizer(model, Config(wd=0.1))
+    everything = build_optimizer(model, OptimConfig(wd=0.1))
     assert [group["weight_decay"] for group in everything.param_groups] == [0.1]
     assert len(everything.param_groups[0]["params"]) == len(list(model.parameters()))
 
-    decayed, spared = build_optimizer(model, Config(wd=0.1, norm_decay=False)).param_groups
+    decayed, spared = build_optimizer(model, OptimConfig(wd=0.1, norm_decay=False)).param_groups
     names = {p: name for name, p in model.named_parameters()}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert all("bn" in names[p] or names[p].endswith("bias") for p in spared["params"])
@@ -60,7 +61,8 @@ def test_automatic_precision_is_what_the_cores_may_use(highest):
     if highest:
         environment["ONEDNN_MAX_CPU_ISA"] = highest
     program = (
-        "import torch; from training.optim import autocast_dtype; print(autocast_dtype('auto', torch.device('cpu')))"
+        "import torch; from training.precision import autocast_dtype; "
+        "print(autocast_dtype('auto', torch.device('cpu')))"
     )
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     has_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -71,7 +73,7 @@ def test_skipped_first_steps_leave_no_trace():
     """In fp16 the first steps overflow and are skipped; the momentum must still begin at zero."""
     torch.manual_seed(0)
     model = torch.nn.Linear(1000, 100)
-    optimizer = build_optimizer(model, Config(lr=1.0, wd=0.0))
+    optimizer = build_optimizer(model, OptimConfig(lr=1.0, wd=0.0))
     scaler = torch.amp.GradScaler("cpu")
     start = model.weight.detach().clone()
     for gradient in (float("inf"), 1.0):

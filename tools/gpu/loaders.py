@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipelines.batch import MEAN, STD, Batch
+from pipelines.batch import MEAN, STD, Batch, Place
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from pipelines.dali_loader import is_installed as has_dali
@@ -85,7 +85,7 @@ def ways_to_load(record: Record, config: DataConfig, beton: Path, device: torch.
 def open_loader(name: str, config: DataConfig, device: torch.device, dtype: torch.dtype) -> Loader:
     """The training loader of that name."""
     if name != ON_CORES:
-        return build_loader(config, "train", device=device, dtype=dtype)
+        return build_loader(config, "train", Place(device=device, dtype=dtype))
     source = FolderSource(config.root / "train")
     executor = TorchvisionExecutor(source, device, dtype, config.workers)
     return Loader(source, executor, config, training=True, rank=0, world_size=1)
@@ -190,7 +190,7 @@ def train_beside(
     """Images/s of the loader alone, the model alone and both together; the last, to the smaller of the others."""
     from tools.profile_throughput import Feed, images_per_sec, load, train
 
-    config = Config(
+    config = Config().with_options(
         arch="mobilenetv2_dcd" if rehearsal else "resnet50_dcd",
         num_classes=1000,
         data=data.root,
@@ -208,7 +208,7 @@ def train_beside(
     rounds, warm_up, steps = (1, 1, 2) if rehearsal else (2, UNCOUNTED, 20)
     turns = []
     with open_trainer(config, write_log=False) as trainer:
-        feed, timer = Feed(trainer.train_loader, 0), StepTimer(trainer.ranks, trainer.model)
+        feed, timer = Feed(trainer.loader, 0), StepTimer(trainer.ranks, trainer.model)
         for _ in range(rounds):
             model = images_per_sec(trainer, partial(train, trainer), itertools.repeat(feed.first), warm_up, steps)
             loader = images_per_sec(trainer, load, feed, warm_up, steps)

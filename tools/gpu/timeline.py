@@ -96,7 +96,7 @@ def summarise(record: Record, events: list[tuple[str, float, float]], steps: int
 
 def run(record: Record, device: torch.device, rehearsal: bool) -> None:
     """Train on synthetic images by the trainer's own loop, and trace the device alone, which slows nothing down."""
-    config = Config(
+    config = Config().with_options(
         arch="resnet18_dcd" if rehearsal else "resnet50_dcd",
         num_classes=1000,
         backend="synthetic",
@@ -113,7 +113,7 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
     steps = 1 if rehearsal else STEPS
     on_gpu = device.type == "cuda"
     with open_trainer(config, write_log=False) as trainer:
-        feed = iter(trainer.train_loader)
+        feed = iter(trainer.loader)
         train(trainer, Window(feed, 1 if rehearsal else WARM_UP))
         wait(device)
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcd.layers import set_path
 from tools.profiling.steps import inference_step, seconds_in_turns
-from training.config import Config
 from training.optim import build_optimizer
+from training.options import OptimConfig
 
 MIB = 2**20
 
@@ -108,7 +108,7 @@ class Runner:
         self.parameters = sum(p.numel() for p in module.parameters())
         self.multiply_adds = multiply_adds(module, x[:1].detach().float())
         self.module = torch.compile(module, dynamic=False) if setting.mode == "compiled" else module
-        self.optimizer = build_optimizer(module, Config(lr=0.0))  # all of its work, but the weights stay
+        self.optimizer = build_optimizer(module, OptimConfig(lr=0.0))  # all of its work, but the weights stay
         forward, backward, update = self.training_parts()
         forward()
         self.gradient = torch.randn_like(self.output)

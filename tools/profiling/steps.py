@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from training.config import Config
 from training.optim import build_optimizer
+from training.options import OptimConfig
 
 WARM_UP = 4  # steps of each model before any is timed: on a CPU the first two or three meet page faults
 
@@ -15,7 +15,7 @@ WARM_UP = 4  # steps of each model before any is timed: on a CPU the first two o
 def train_step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, amp) -> Callable[[], None]:
     """A step of training: forward, loss, backward, SGD."""
     model.train()
-    optimizer = build_optimizer(model, Config(lr=1e-3))  # small: the labels are noise
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3))  # small: the labels are noise
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

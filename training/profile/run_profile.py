@@ -58,7 +58,7 @@ class RunProfile(StepListener):
         """The number of steps of each stage, in the order in which they listen."""
         yield WARM_UP
         timer = self._listener = StepTimer(self._ranks, self._model)
-        yield self._config.profile
+        yield self._config.run.profile
         self._report(timer)
         timer.close()
         if self._ranks.is_first:
@@ -77,7 +77,7 @@ class RunProfile(StepListener):
         self._log.say(f"profile: {verdict.sentence}")
         if self._log.enabled:
             figures = {
-                "images_per_sec": self._config.batch_size / times.step_time_s,
+                "images_per_sec": self._config.data.batch_size / times.step_time_s,
                 "train_step": times.to_dict(),
                 "bound": verdict.bound,
                 "verdict": verdict.sentence,

@@ -89,10 +89,11 @@ class StepTimer(StepListener):
         ranks: this process among the others.
         model: whose gradients are reduced over them. A hook on its parameters tells when the last gradient is there,
             so each parameter must get one in every backward pass, as DDP wants it anyway.
+        host_time: the time on the host in seconds.
     """
 
-    def __init__(self, ranks: Ranks, model: nn.Module):
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, model: nn.Module, host_time: Callable[[], float] = time.perf_counter):
+        self._ranks, self._host_time = ranks, host_time
         self._parameters = [p for p in model.parameters() if p.requires_grad] if ranks.world_size > 1 else []
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._parameters]
         self._gradients_left = 0
@@ -100,7 +101,8 @@ class StepTimer(StepListener):
         self._steps: list[list[PendingMark]] = []
 
     def start(self) -> None:
-        self._clock = _DeviceClock(self._ranks.device) if self._ranks.device.type == "cuda" else _HostClock()
+        on_gpu = self._ranks.device.type == "cuda"
+        self._clock = _DeviceClock(self._ranks.device, self._host_time) if on_gpu else _HostClock(self._host_time)
         self._marks = []
         self._mark("other")
 
@@ -149,23 +151,26 @@ class StepTimer(StepListener):
 class _HostClock:
     """A CPU computes when it is told to, so both times of a mark are the same."""
 
+    def __init__(self, host_time: Callable[[], float]):
+        self._host_time = host_time
+
     def now(self) -> tuple[float, Callable[[], float]]:
-        now = time.perf_counter()
+        now = self._host_time()
         return now, lambda: now
 
 
 class _DeviceClock:
     """The host's clock, and the GPU's on the same scale; waits for the GPU at the beginning."""
 
-    def __init__(self, device: torch.device):
-        self._stream = torch.cuda.current_stream(device)
+    def __init__(self, device: torch.device, host_time: Callable[[], float]):
+        self._stream, self._host_time = torch.cuda.current_stream(device), host_time
         self._stream.synchronize()
         self._zero = self._stream.record_event(torch.cuda.Event(enable_timing=True))
-        self._zero_s = time.perf_counter()
+        self._zero_s = host_time()
 
     def now(self) -> tuple[float, Callable[[], float]]:
         event = self._stream.record_event(torch.cuda.Event(enable_timing=True))
-        return time.perf_counter(), partial(self._read, event)
+        return self._host_time(), partial(self._read, event)
 
     def _read(self, event: torch.cuda.Event) -> float:
         return self._zero_s + self._zero.elapsed_time(event) / 1000

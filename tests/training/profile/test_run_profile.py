@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train_dist import SMALL, difference, last, lines, read, run
-from tests.training.test_trainer import CPU, build
-from training.config import ConfigError
+from tests.helpers import CPU, SMALL, build_trainer, difference, last, lines, read, run
+from training.options import ConfigError
 from training.profile.run_profile import RunProfile
 from training.profile.verdict import Setting
 from training.trainer import Trainer
@@ -48,11 +47,11 @@ def test_a_profiled_run_gets_the_same_weights(tmp_path):
 def profiled(folder: Path, steps: int, stop_after_steps: int, accumulate: int = 1) -> Trainer:
     """A trainer that has done so many steps, `steps` of them to be timed, and its profile closed."""
     options = {"profile": steps, "stop_after_steps": stop_after_steps, "accumulate": accumulate, "lr": 0.001}
-    trainer = build(folder, images=16 * 40, **options)
-    trainer.timer = RunProfile(trainer.config, CPU, trainer.model, SETTING, trainer.log)
-    trainer.train_epoch()
-    trainer.timer.close()
-    assert trainer.stopped and trainer.step == stop_after_steps
+    trainer = build_trainer(folder, images=16 * 40, **options)
+    listener = RunProfile(trainer.config, CPU, trainer.model, SETTING, trainer.log)
+    trainer.train_epoch(listener)
+    listener.close()
+    assert trainer.stopped and trainer.progress.step == stop_after_steps
     return trainer
 
 
@@ -76,4 +75,4 @@ def test_afterwards_nobody_listens(tmp_path, capsys):
 
 def test_no_steps_are_no_profile(tmp_path):
     with pytest.raises(ConfigError, match="--profile 0: must be at least 1"):
-        build(tmp_path, profile=0)
+        build_trainer(tmp_path, profile=0)

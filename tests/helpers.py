@@ -1,0 +1,111 @@
+"""Whole runs of train_dist.py and what they leave, and a trainer in this process, for tests of every room."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import dcd
+from pipelines.build import build_loader
+from pipelines.config import DataConfig
+from training.config import Config
+from training.distributed import Ranks
+from training.evaluator import Evaluator
+from training.freezing import freeze_all_but_classifier
+from training.lockstep import Lockstep
+from training.run_log import RunLog
+from training.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+MODEL = "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16"
+# In float32 wherever it runs: what --amp auto becomes depends on the processor.
+SMALL = f"{MODEL} --input-size 32 --lr 0.005 -p 2 -j 2 --amp off".split()
+CPU = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+
+
+def command(*args, ranks: int | None = None, launcher: list[str] | None = None) -> list[str]:
+    """Of a run by Python alone, or by torchrun with `launcher` among its options."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *(launcher or [])]
+    return [sys.executable, *(torchrun if ranks else []), str(ROOT / "train_dist.py"), *map(str, args)]
+
+
+def run(*args, ranks: int | None = None, fails: bool = False) -> str:
+    """Standard output and error together, of a run that ends well, or that `fails`; a hang is a failure.
+
+    However it ends, no thread of a process group may live on: it could abort the process in Python's last moments.
+    """
+    done = subprocess.run(command(*args, ranks=ranks), capture_output=True, text=True, timeout=240, env=environment())
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, output
+    assert "ends with threads of its process group" not in output, output
+    return output
+
+
+def environment() -> dict[str, str]:
+    """Of the processes that tests start."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests" / "at_exit")}
+
+
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / name).read_text())
+
+
+def lines(folder: Path, kind: str) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def last(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+
+
+def difference(found, expected, where: str = "") -> list[str]:
+    """Where two checkpoints are not equal bit for bit."""
+    if isinstance(expected, torch.Tensor):
+        return [] if torch.equal(found, expected) else [where]
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        return [path for key in expected for path in difference(found[key], expected[key], f"{where}/{key}")]
+    if isinstance(expected, list):
+        return [
+            path
+            for i, pair in enumerate(zip(found, expected, strict=True))
+            for path in difference(*pair, f"{where}/{i}")
+        ]
+    return [] if found == expected else [where]
+
+
+def part_of(digits: Path, out: Path, counts: dict[str, list[int]]) -> Path:
+    """The first images of the first classes of each split, copied to `out`."""
+    for split, of_classes in counts.items():
+        for folder, count in zip(sorted((digits / split).iterdir()), of_classes, strict=False):
+            (out / split / folder.name).mkdir(parents=True)
+            for image in sorted(folder.iterdir())[:count]:
+                shutil.copy(image, out / split / folder.name)
+    return out
+
+
+def error_lines(output: str) -> list[str]:
+    """The lines by which the ranks of a run say what is wrong."""
+    return [line for line in output.splitlines() if line.startswith("rank ") and ": error: " in line]
+
+
+def build_trainer(tmp_path, images: int = 64, **options) -> Trainer:
+    """A trainer on synthetic data: 16 images in a step."""
+    options = {"amp": "off", **options}
+    config = Config().with_options(arch="mobilenetv2_dcd", num_classes=5, batch_size=16, checkpoint=tmp_path, **options)
+    data = DataConfig(backend="synthetic", batch_size=16, input_size=32, synthetic_images=images, synthetic_classes=5)
+    torch.manual_seed(0)
+    model = dcd.create_model("mobilenetv2_dcd", 5, width_mult=0.1, fc_squeeze=16).to(memory_format=torch.channels_last)
+    if config.optim.freeze:
+        freeze_all_but_classifier(model)
+    train_loader, eval_loader = (build_loader(data, split) for split in ("train", "val"))
+    log = RunLog(tmp_path, enabled=True)
+    evaluator = Evaluator(config, CPU, model, eval_loader, Lockstep(CPU, config.run.timeout), log)
+    trainer = Trainer(config, CPU, model, train_loader, evaluator, log)
+    log.open({}, 0)
+    return trainer

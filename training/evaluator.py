@@ -1,0 +1,69 @@
+"""Evaluation: each image counted once over all ranks."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from training.config import Config
+from training.distributed import Ranks, share_buffers
+from training.lockstep import Lockstep, Stopwatch
+from training.metrics import Metrics, Summary
+from training.precision import Precision
+from training.run_log import RunLog
+
+
+class Evaluator:
+    """Evaluates one model, or others of its kind.
+
+    Args:
+        config: the options, `num_classes` filled in. ranks: this process among the others.
+        model: on the device, in its memory format; it is compiled where the options say so, others are not.
+        loader: of the evaluation data, see `pipelines.loader.Loader`.
+        lockstep: of the ranks. log: where progress is shown.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, model: nn.Module, loader, lockstep: Lockstep, log: RunLog):
+        self.config, self.ranks, self.model, self.loader = config, ranks, model, loader
+        self.lockstep, self.log = lockstep, log
+        self.precision = Precision(config.precision, ranks.device)
+        self._compiled = self.precision.compiled(model)
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module | None = None, batches: Iterable | None = None, global_step: int = 0
+    ) -> Summary | None:
+        """Loss, top-1 and top-5 over the evaluation data.
+
+        Args:
+            model: by default the evaluator's own. batches: in place of the loader's.
+            global_step: tells the watchdog where this rank is.
+
+        Returns:
+            the same numbers on every rank, or None when the ranks have agreed to stop meanwhile.
+        """
+        model = model or self.model
+        share_buffers(model)
+        model.eval()
+        forward = self._compiled if model is self.model else model
+        metrics = Metrics(self.ranks.device)
+        if batches is None:
+            self.loader.set_epoch(0)
+            batches = self.loader
+        self.log.start_epoch("evaluation", len(self.loader), 0)
+        for batch in self.lockstep.batches(batches, lambda: global_step, Stopwatch()):
+            if batch is None:
+                continue
+            images, labels, _ = batch
+            with self.precision.autocast():
+                logits = forward(self.precision.in_format(images))
+            losses = F.cross_entropy(logits.float(), labels, reduction="none")
+            metrics.update(losses.double().sum(), logits, labels)
+            self.log.advance()
+        self.log.end_epoch()
+        return None if self.lockstep.stopped else metrics.reduce()
+
+    def close(self) -> None:
+        """Drop what may hold the process group; then the evaluator is of no use."""
+        self._compiled = None

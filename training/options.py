@@ -1,0 +1,146 @@
+"""The options of training: how the weights are optimised, in which precision, and what a run does around it.
+
+A string beside a type is a flag of the command line. Model and data have theirs in `dcd/config.py` and
+`pipelines/config.py`; `training/config.py` composes all of them.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+
+class ConfigError(ValueError):
+    """Options that cannot be carried out; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the weights are optimised."""
+
+    epochs: int = 90
+    """Epochs in all."""
+    accumulate: int = 1
+    """Forward and backward passes in an optimizer step: splits each rank's batch to save memory."""
+    optimizer: Literal["sgd"] = "sgd"
+    """What makes steps of gradients; a checkpoint goes on with its own alone."""
+    lr: Annotated[float, "--lr", "--learning-rate"] = 0.1
+    """Highest learning rate."""
+    lr_decay: Literal["schedule", "step", "cos", "linear"] = "step"
+    """schedule: times --gamma at each epoch of --schedule; step: every --step epochs; cos and linear: to 0."""
+    schedule: tuple[int, ...] = (30, 60, 90)
+    """Epochs at which `--lr-decay schedule` decays."""
+    step: int = 30
+    """Epochs between the decays of `--lr-decay step`."""
+    gamma: float = 0.1
+    """Factor of one decay."""
+    warmup: bool = False
+    """Raise the learning rate linearly from 0 over the first --warmup-epochs."""
+    warmup_epochs: int = 5
+    """Length of --warmup."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    wd: Annotated[float, "--wd", "--weight-decay"] = 1e-4
+    """Weight decay, on all parameters."""
+    norm_decay: bool = True
+    """--no-norm-decay leaves batch norm and biases out of the weight decay."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over the other classes."""
+    mixup: float = 0.0
+    """Mixup's alpha; it rises linearly from 0 over the first --mixup-epochs."""
+    mixup_epochs: int = 100
+    """Epochs until mixup's alpha is reached."""
+    clip_grad: float | None = None
+    """Highest norm of the gradient over all parameters; longer ones are scaled down."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, evaluated beside the model (e.g. 0.9999)."""
+    freeze: bool = False
+    """Train the classifier alone: everything else stays as --weight has it, batch-norm statistics included."""
+
+    def __post_init__(self):
+        """Raise ConfigError for a value that no run can carry out."""
+        _at_least(1, self, "epochs", "accumulate", "step", "mixup_epochs")
+        _at_least(0, self, "lr", "wd", "momentum", "mixup", "warmup_epochs", "gamma")
+        require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must lie in [0, 1)")
+        require(self.ema is None or 0 <= self.ema < 1, f"--ema {self.ema}: must lie in [0, 1)")
+        require(self.clip_grad is None or self.clip_grad > 0, f"--clip-grad {self.clip_grad}: must be above 0")
+        require(not self.nesterov or self.momentum > 0, "--nesterov needs a --momentum above 0")
+        require(
+            not self.warmup or self.warmup_epochs < self.epochs,
+            f"--warmup takes {self.warmup_epochs} epochs: use more --epochs or fewer --warmup-epochs",
+        )
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Precision and speed: on what the model computes, in which numbers and layout."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU where there is one."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Mixed precision; auto: bf16 where the device computes in it, else off."""
+    channels_last: bool = True
+    """Memory format of the model; --no-channels-last for NCHW."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at the start, faster steps."""
+    sync_bn: bool = False
+    """Batch statistics over all ranks (GPU only)."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run reads, writes and does around the training."""
+
+    checkpoint: Annotated[Path, "-c"] = Path("checkpoints")
+    """Output folder. A run that finds its own checkpoint here continues from it."""
+    resume: Path | None = None
+    """Continue from this checkpoint instead of the one in the output folder."""
+    evaluate: Annotated[bool, "-e"] = False
+    """Only evaluate: --weight, or else the checkpoint in the output folder."""
+    recipe: str | None = None
+    """Begin from a named recipe; the options given besides override it."""
+    seed: int = 0
+    """Everything random follows from it."""
+    print_freq: Annotated[int, "-p"] = 10
+    """Steps between two lines of the log."""
+    eval_every: int = 1
+    """Epochs between two evaluations; the last epoch is always evaluated."""
+    checkpoint_minutes: float = 10.0
+    """Most minutes between two checkpoints; one is written after every epoch in any case."""
+    checkpoint_steps: int | None = None
+    """Write a checkpoint every so many steps as well."""
+    keep: int = 2
+    """How many of the newest checkpoints are kept: last.pth, last.1.pth, ..."""
+    timeout: float = 1800.0
+    """Seconds without any progress after which a run ends, with the name of the rank that it hangs on."""
+    max_bad_steps: int = 0
+    """Steps whose loss or gradient is not finite that are left out before the run ends."""
+    stop_after_steps: int | None = None
+    """Write a checkpoint and stop after this many steps, as for a job with a time limit."""
+    profile: int | None = None
+    """Time the phases of this many steps, and trace three more: what bounds the run is logged and written to
+    profile.json, the trace to trace.json."""
+
+    def __post_init__(self):
+        """Raise ConfigError for a value that no run can carry out."""
+        _at_least(1, self, "print_freq", "eval_every", "keep", "checkpoint_steps", "profile")
+        _at_least(0, self, "checkpoint_minutes", "seed", "max_bad_steps")
+        longest = 30 * 86400  # the group's own limit is a little longer, and must fit into a timedelta
+        require(1 <= self.timeout <= longest, f"--timeout {self.timeout}: must lie between 1 and {longest} seconds")
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise ConfigError where something does not hold."""
+    if not holds:
+        raise ConfigError(message)
+
+
+def _at_least(lowest: int, part: Any, *names: str) -> None:
+    """These options are finite and at least `lowest`, or None."""
+    for name in names:
+        value, flag = getattr(part, name), name.replace("_", "-")
+        require(
+            value is None or (math.isfinite(value) and value >= lowest), f"--{flag} {value}: must be at least {lowest}"
+        )

@@ -1,0 +1,43 @@
+"""In which numbers and layout a model computes."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from training.options import PrecisionConfig
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision, or None for none. `auto` is bf16 where the device computes in it."""
+    if amp == "auto":
+        return torch.bfloat16 if _computes_in_bf16(device) else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # What the cores can do, and what oneDNN, which computes in it, is allowed to use of it (ONEDNN_MAX_CPU_ISA).
+    in_hardware = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return in_hardware and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class Precision:
+    """Carries out `PrecisionConfig` on a device."""
+
+    def __init__(self, config: PrecisionConfig, device: torch.device):
+        self._config, self.device = config, device
+        self.dtype = autocast_dtype(config.amp, device)  # of mixed precision, or None
+
+    def autocast(self) -> AbstractContextManager:
+        """The body computes in mixed precision, where it is wanted."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def in_format(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) of a loader, channels_last, in the model's memory format."""
+        return images if self._config.channels_last else images.contiguous()
+
+    def compiled(self, module: nn.Module) -> nn.Module:
+        """The module to call in place of this one."""
+        return torch.compile(module) if self._config.compile else module
