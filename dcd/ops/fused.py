@@ -7,7 +7,8 @@ To be read in this order; the equations are numbered through:
     image_matrices.py   8 to 21: the batch norms among them, and their statistics
     fused_maps.py       22 to 25: the form "maps"
     fused_kernels.py    26 to 31: the form "kernels", one kernel for each image
-    triton_*.py         the same equations by kernels for a GPU
+    triton_*.py         the same equations by kernels for a GPU; 32 and 33 in triton_matrices.py
+    folded.py           34 to 37: all batch norms folded, for inference
 """
 
 from torch import Tensor, float32, float64

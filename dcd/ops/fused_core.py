@@ -48,7 +48,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcd.ops.image_matrices import Branch, Norms, Statistics, coefficients, coefficients_backward, fuse_by
+from dcd.ops.image_matrices import (
+    Branch,
+    Norms,
+    SavedCoefficients,
+    Statistics,
+    coefficients,
+    coefficients_backward,
+    fuse_by,
+)
 
 
 class Convolutions(NamedTuple):
@@ -70,13 +78,13 @@ class Parameters(NamedTuple):
 class Implementation(NamedTuple):
     """The functions that do most of the work, each by PyTorch's operations or by Triton's kernels."""
 
-    fuse: Callable
-    fuse_backward: Callable
-    combine: Callable
-    combine_backward: Callable
-    form_kernels: Callable
-    form_kernels_backward: Callable
-    project: Callable
+    fuse: Callable  # equations 9 to 13
+    fuse_backward: Callable  # equations 15 to 21
+    combine: Callable  # equation 22
+    combine_backward: Callable  # equation 23
+    form_kernels: Callable  # equation 26
+    form_kernels_backward: Callable  # equation 30
+    project: Callable  # equation 27
 
 
 class Settings(NamedTuple):
@@ -103,8 +111,8 @@ class SavedCore(NamedTuple):
     branch: Branch
     norms: Norms
     matrices: Matrices
-    coefficients: NamedTuple  # by `coefficients`
-    fuse: NamedTuple  # by `fuse` of the implementation
+    coefficients: SavedCoefficients
+    fuse: NamedTuple  # SavedFuse, of image_matrices or triton_matrices
 
 
 def as_rows(features: Tensor) -> Tensor:
@@ -217,7 +225,7 @@ def small_matrices(
     (_, _, proj_out), branch, norms = parameters
     phi, channel_scale, saved_coefficients = coefficients(descriptor, branch)
     fused, statistics, saved_fuse = settings.implementation.fuse(phi, _moments(q), norms, settings.eps)
-    statistics = statistics._replace(mean1=statistics.mean1 - offset[: phi.shape[1]])  # the centre comes back
+    statistics = statistics._replace(mean1=statistics.mean1 - offset[: phi.shape[1]])  # that of proj_in x
     matrices = Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())
     return SavedCore(*parameters, matrices, saved_coefficients, saved_fuse), statistics
 
@@ -260,7 +268,7 @@ def add_pool_gradient_(matrix: Tensor, d_descriptor: Tensor, cells: slice, posit
 
 
 def parameters_of(weights: tuple[Tensor, ...]) -> Parameters:
-    """The parameters, of which an autograd function gets a flat sequence."""
+    """The parameters, from the flat sequence that an autograd function gets."""
     return Parameters(*cut(weights, Convolutions, Branch, Norms))
 
 

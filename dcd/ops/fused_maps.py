@@ -118,7 +118,7 @@ def _apply_backward(
     """Equation 23 from d_y as rows (B, N, O), and back through the convolution.
 
     Returns:
-        d_x by static alone, channels_last, or None; and in the dtype of static d_static, d_channel_scale, d_read_out.
+        d_x by static alone, channels_last, or None; and in the dtype of static d_static, d_scale and d_read_out.
     """
     (x, _, q, static_out), static = maps, saved.convolutions.static
     d_static_out, d_scale, d_read_out = settings.implementation.combine_backward(

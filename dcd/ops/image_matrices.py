@@ -4,20 +4,21 @@ They cost little arithmetic and many operations, which is what counts on small f
 backward are written out, in as few operations as were found. `fused_core.py` has equations 1 to 7 and joins these
 matrices to the maps; `triton_matrices.py` has other versions of `fuse` and `fuse_backward`.
 
-A matrix A (L⁺, L) makes L outputs Aᵀ q at each position. Column L of q is 1, so row L of A holds their constants. The
-rows behind row L are zeros. E is the mean over the images of the batch, and `moments` is the mean of q qᵀ over the
-positions of an image (equation 4). For two such matrices A and B the mean over all positions of all images is
+A matrix A (L⁺, L) makes L outputs Aᵀ q at each position. Element L of q is 1, so row L of A holds their constants. The
+rows behind row L are zeros. `moments` is the mean of q qᵀ over the positions of an image (equation 4). E is the mean
+over the images of the batch, Σ_b the sum over them. For two such matrices A and B the mean over all positions of all
+images is
 
     (8)   mean (Aᵀ q) (Bᵀ q)ᵀ = E[Aᵀ moments B],    mean Aᵀ q = E[(moments A)[L]]
 
 The second is the first with the constant 1 in place of Bᵀ q. So the statistics of a batch norm need no feature map.
-bn1 gets the first L columns of q, and what it makes of them is firstᵀ q:
+bn1 gets the first L elements of q, proj_in x - centre, and its output is firstᵀ q:
 
     (9)   mean1 = E[moments[L, :L]],    var1 = E[diag(moments)[:L]] - mean1²,    inv1 = 1 / √(var1 + eps1)
     (10)  first = [diag(scale1); bias1 - mean1 scale1; 0],    scale1 = weight1 inv1
 
-bn2 gets phi firstᵀ q = mixedᵀ q. Its mean is taken away from row L of `mixed` before the variance is computed: a small
-variance is not left as the difference of two large numbers.
+bn2 gets phi firstᵀ q = mixedᵀ q. Its mean is subtracted from row L of `mixed` before the variance is computed. So a
+small variance is not the difference of two large numbers.
 
     (11)  mixed = first phiᵀ
     (12)  mean2 = E[(moments mixed)[L]],    mixed[L] -= mean2,    var2 = E[diag(mixedᵀ moments mixed)]
@@ -33,12 +34,12 @@ The last term is there because mean and variance depend on v. It is linear in h,
 mixedᵀ q and h is inv2 mixedᵀ q, it is awayᵀ q. The gradient of a matrix is a sum over the positions of its image,
 d_fused = Σ q d_zᵀ and d_mixed = Σ q d_vᵀ. As Σ q qᵀ is N moments,
 
-    (15)  d_bias2 = B E[d_fused[L]],    d_weight2 = inv2 B E[column sums of d_fused ⊙ mixed]
+    (15)  d_bias2 = Σ_b d_fused[L],    d_weight2 = inv2 Σ_b (column sums of d_fused ⊙ mixed)
     (16)  away = share (inv2 d_weight2 mixed + [0; d_bias2; 0]),    share = -scale2 / values
     (17)  d_mixed = scale2 d_fused + N moments away
-    (18)  d_phi = d_mixedᵀ first,    d_first = B E[d_fused + d_mixed phi]
+    (18)  d_phi = d_mixedᵀ first,    d_first = Σ_b (d_fused + d_mixed phi)
 
-bn1 has the same equations. What is `mixed` for bn2 is [identity; -mean1; 0] for bn1:
+bn1 has the same equations, with [identity; -mean1; 0] in place of `mixed`, and d_first in place of d_fused:
 
     (19)  d_bias1 = d_first[L],    d_weight1 = inv1 (diag(d_first) - mean1 d_bias1)
     (20)  away1 = share (inv1 d_weight1 [identity; -mean1; 0] + [0; d_bias1; 0]),    share = -scale1 / values
@@ -205,7 +206,10 @@ def fuse_backward(saved: SavedFuse, norms: Norms, d_fused: Tensor, positions: in
 
 
 def fuse_by(phi: Tensor, statistics: Statistics, norms: Norms, eps: tuple[float, float], width: int) -> Tensor:
-    """`fused` by given statistics: equations 10, 11 and 13, for a q of this width without a centre."""
+    """`fused` by given statistics, for a q of this width without a centre.
+
+    Equations 10, 11 and 13, where mean2 is subtracted from bias2 instead of from `mixed`.
+    """
     first = _affine(norms.weight1 * torch.rsqrt(statistics.var1 + eps[0]), norms.bias1, statistics.mean1, width)
     scale2 = norms.weight2 * torch.rsqrt(statistics.var2 + eps[1])
     fused = torch.addcmul(first, scale2, first @ phi.transpose(1, 2))  # [B, L⁺, L]
