@@ -33,7 +33,7 @@ class FoldedCoefficients(nn.Module):
         to_scale = generator.to_channel_scale.weight.detach() / 3
         latent_dim, squeeze_dim = self.latent_dim, to_scale.shape[1]
         rows = (
-            _pad(to_phi.transpose(0, 1), (latent_dim, latent_dim, squeeze_dim)).flatten(0, 1),
+            _pad(to_phi, (latent_dim, latent_dim, squeeze_dim)).flatten(0, 1),
             _pad(to_offset, (latent_dim, squeeze_dim)),
             to_scale,
         )
@@ -49,7 +49,7 @@ class FoldedCoefficients(nn.Module):
         self.register_buffer("heads_bias", torch.cat(biases))
 
     def forward(self, descriptor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From descriptor (B, D) to Mᵀ (B, L, L), e (B, L) and s (B, O), in the weights' precision."""
+        """From descriptor (B, D) to M (B, L, L), e (B, L) and s (B, O), in the weights' precision."""
         branch = folded.FoldedBranch(self.squeeze, self.gate, self.gate_bias, self.heads, self.heads_bias)
         return folded.coefficients(descriptor.to(self.squeeze.dtype), branch, self.latent_dim)
 
@@ -89,7 +89,7 @@ class FoldedDCDConv2d(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         x, dtype = x.contiguous(memory_format=torch.channels_last), x.dtype
         mixing, offset, scale = self.coefficients(F.adaptive_avg_pool2d(x, self.pool_size).flatten(1))
-        read_out = mixing @ self.proj_out  # [B, L, O]
+        read_out = mixing.transpose(1, 2) @ self.proj_out  # [B, L, O]
         bias = torch.addmm(self.bias, offset, self.proj_out)  # [B, O]
         if choose_form(self.form, x, self.kernel_size, self.stride) == "kernels":
             kernels = form_kernels(scale, self.weight.flatten(1), read_out, self.proj_in.flatten(1), dtype)
@@ -127,7 +127,7 @@ class FoldedDCDLinear(nn.Module):
         dtype = x.dtype
         mixing, offset, scale = self.coefficients(x)
         q = F.linear(x, self.proj_in.to(dtype))  # [B, L]
-        latent = torch.baddbmm(offset.unsqueeze(1), q.unsqueeze(1).to(mixing.dtype), mixing).squeeze(1)  # [B, L]
+        latent = torch.baddbmm(offset.unsqueeze(1), q.unsqueeze(1).to(mixing.dtype), mixing.transpose(1, 2)).squeeze(1)
         static = F.linear(x, self.weight.to(dtype), self.bias.to(dtype)) * scale.to(dtype)
         return torch.addmm(static, latent.to(dtype), self.proj_out.to(dtype))
 

@@ -49,7 +49,8 @@ class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
 
     expansion = 1
-    conv_norm_pairs = (("conv1", "bn1"), ("conv2", "bn2"))  # names of a layer and of the batch norm behind it
+    # names of a layer and of the batch norm behind it
+    conv_norm_pairs = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def __init__(
         self,
@@ -79,11 +80,8 @@ class Bottleneck(nn.Module):
     """1×1, 3×3 and 1×1 convolution and a shortcut: (B, C, H, W) -> (B, 4·width, H/stride, W/stride)."""
 
     expansion = 4
-    conv_norm_pairs = (
-        ("conv1", "bn1"),
-        ("conv2", "bn2"),
-        ("conv3", "bn3"),
-    )  # names of a layer and of the batch norm behind it
+    # names of a layer and of the batch norm behind it
+    conv_norm_pairs = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(
         self,
@@ -135,7 +133,8 @@ class ResNet(nn.Module):
         zero_init_residual: as torchvision's: the last batch norm of each block starts with weight 0.
     """
 
-    conv_norm_pairs = (("conv1", "bn1"),)  # names of a layer and of the batch norm behind it
+    # names of a layer and of the batch norm behind it
+    conv_norm_pairs = (("conv1", "bn1"),)
 
     def __init__(
         self,

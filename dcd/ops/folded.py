@@ -27,7 +27,7 @@ class FoldedBranch(NamedTuple):
     squeeze: Tensor  # (S, D)
     gate: Tensor  # (S, S)
     gate_bias: Tensor  # (S,)
-    heads: Tensor  # (L·L + L + O, S), the rows that give Mᵀ, then e, then s
+    heads: Tensor  # (L·L + L + O, S), the rows that give M, then e, then s
     heads_bias: Tensor  # (L·L + L + O,)
 
 
@@ -38,7 +38,7 @@ def coefficients(descriptor: Tensor, branch: FoldedBranch, latent_dim: int) -> t
     M is a bias, too. M, e and s come out of one product.
 
     Returns:
-        Mᵀ (B, L, L) and e (B, L), unbounded; s (B, O) in [0, 2].
+        M (B, L, L) and e (B, L), unbounded; s (B, O) in [0, 2].
     """
     y = F.linear(descriptor, branch.squeeze)  # [B, S]
     y = y * F.linear(y, branch.gate, branch.gate_bias).clamp(0, 2)
