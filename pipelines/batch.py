@@ -1,14 +1,17 @@
 """What loaders, sources and executors share: the batch, ImageNet's statistics, and what each promises to the others."""
 
 from collections.abc import Generator, Iterable
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.config import DataConfig
 from pipelines.plan import StepPlan
+from pipelines.sources.errors import DataError
 from pipelines.sources.images import Examined
 
 # ImageNet's statistics, on pixels in [0, 255]
@@ -42,8 +45,8 @@ class Place(NamedTuple):
 class Source(Protocol):
     """The images of one split. `sizes` (N, 2) int32, height first; `labels` (N,) int64, positions in `classes`.
 
-    `has_names`: whether `classes` are their names, not numbers that stand in for names that the source does not know.
-    `note`: one line about what was left out, or None.
+    `has_names`: whether `classes` are names. A source that knows no names has numbers there instead.
+    `note`: one line about files that were left out, or None.
     """
 
     classes: list[str]
@@ -55,42 +58,89 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What image `index` is called in a message."""
+        """How messages name image `index`."""
 
-    def particulars(self) -> dict[str, str]:
-        """Its part of `fingerprint`."""
+    def fingerprint_parts(self) -> dict[str, str]:
+        """What it adds to `fingerprint`: {property: number or hash}."""
 
 
 class ImageSource(Source, Protocol):
-    """A source whose images can be read: what executors use besides.
+    """A source whose images can be read one by one: all that executors for any form of the data use.
 
-    `plain`: (N,) bool, whether the stored bytes are a JPEG that all decoders read alike; other images are to be had as
-    pixels alone. All methods raise DataError, which names the image.
+    `plain`: (N,) bool, whether the stored bytes are a JPEG that all decoders read alike. Other images must be read as
+    pixels. All methods raise DataError, which names the image.
     """
 
     plain: NDArray[np.bool_]
 
     def read_sound(self, index: int) -> NDArray[np.uint8]:
-        """The stored bytes of image `index`, which is not damaged."""
+        """The stored bytes of image `index`; it is checked for damage first."""
 
     def examine(self, index: int) -> Examined:
-        """All of image `index`, read by the one decoder whose verdict counts."""
+        """Image `index`, read whole by the decoder that decides what is damaged: `sources.images`."""
 
     def decode(self, index: int, memory: NDArray[np.uint8] | None = None) -> Tensor:
-        """The same as RGB, (3, H, W) uint8; in `memory` (M,) where it fits."""
+        """The same decoder's pixels, (3, H, W) uint8, RGB; they lie in `memory` (M,) if they fit."""
 
     def will_need(self, indices: NDArray[np.int64]) -> None:
         """These images (N,) will be read soon."""
 
 
+class MappedSource(Source, Protocol):
+    """A source whose stored bytes all lie in memory: all that the executor for .beton files uses.
+
+    lengths: (N,) int64, bytes of each image. is_raw: (N,) bool, True for height × width × 3 pixels, False for a JPEG.
+    checksums: (N,) uint64, their XXH64, or None.
+    """
+
+    lengths: NDArray[np.int64]
+    is_raw: NDArray[np.bool_]
+    checksums: NDArray[np.uint64] | None
+
+    def addresses(self, indices: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Where in memory the bytes of these images (N,) begin."""
+
+    def will_need(self, indices: NDArray[np.int64]) -> None:
+        """These images (N,) will be read soon."""
+
+    def damaged_image(self, index: int, reason: str) -> DataError:
+        """The error to raise for image `index`."""
+
+
+# Steps of the plan, in order, each with its images: what an executor hands out
+Executed: TypeAlias = Generator[tuple[StepPlan, Tensor], None, None]
+
+
 class Executor(Protocol):
-    """Carries out steps of the plan."""
+    """Carries out steps of the plan: reads and decodes each image, cuts its box, resizes and flips it."""
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
-        """One batch for each step, in order, of images `image_size` pixels high and wide.
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
+        """Each step with its images (N, S, S, 3), where S is `image_size`.
 
-        Closing the generator ends whatever works ahead for it. The last one is closed before the next `run`.
+        They are uint8, or normalised floats unless `ExecutorOptions.as_bytes` asks for bytes. They lie in the host's
+        memory, pinned where they go to a GPU, or on the GPU, where nothing is still writing to them.
+
+        Closing the generator ends all work that runs ahead of it. It is closed before the next `run`.
         """
 
     def close(self) -> None:
-        """Free what is kept from one run to the next; the last run is closed."""
+        """Free what is kept between runs. The last run is closed by then."""
+
+
+@dataclass(frozen=True)
+class ExecutorOptions:
+    """What an executor is made of, beside the source.
+
+    training: the split is train. place: where the batches go.
+    as_bytes: images are handed out as uint8, since their pixels are to be augmented.
+    """
+
+    config: DataConfig
+    training: bool
+    place: Place
+    as_bytes: bool
+
+    @property
+    def workers(self) -> int:
+        """Threads or processes of this rank."""
+        return self.config.rank_workers(self.place.ranks_of_machine)

@@ -1,11 +1,14 @@
 """From options to a loader: the source is opened, the backend chosen and imported on use."""
 
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from pipelines.batch import Place, Source
+from pipelines.augmentation import PixelAugmentation
+from pipelines.batch import ExecutorOptions, Place, Source
 from pipelines.config import BACKENDS, AugmentationConfig, DataConfig
 from pipelines.loader import Loader
 from pipelines.sources.errors import DataError
@@ -19,51 +22,33 @@ def build_loader(
     place: Place = HERE,
     augmentation: AugmentationConfig = DEFAULT_AUGMENTATION,
     seed: int = 0,
+    pixel_augmentations: Sequence[PixelAugmentation] = (),
 ) -> Loader:
     """The loader of one split; its backend is imported here, on use.
 
     Args:
         config, augmentation: the options. place: where the batches go, by default to one rank on the CPU.
         seed: the order of the images, their boxes and flips follow from it; at least 0.
+        pixel_augmentations: what is done to the pixels of this split, one after another.
 
     Raises:
         DataError: missing or damaged data, a backend that can't be used, or a batch size that the world size does not
             divide.
     """
-    world_size, device, dtype = place.world_size, place.device, place.dtype
-    if config.batch_size % world_size:
+    if config.batch_size % place.world_size:
         raise DataError(
-            f"--batch-size {config.batch_size} is global and is shared by {world_size} ranks: "
-            f"use a multiple of {world_size}"
+            f"--batch-size {config.batch_size} is global and is shared by {place.world_size} ranks: "
+            f"use a multiple of {place.world_size}"
         )
-    training, workers = split == "train", config.rank_workers(place.ranks_of_machine)
-    exact = config.exact_decode or not training
     source = _open_source(config, split)
-    backend = _choose_backend(source, device) if config.backend == "auto" else config.backend
-    if backend == "synthetic":
-        from pipelines.synthetic_loader import SyntheticExecutor
-
-        executor = SyntheticExecutor(source, device, dtype)
-    elif backend == "torchvision":
-        from pipelines.torchvision_loader import TorchvisionExecutor, TorchvisionGpuExecutor, shared_memory_need
-
-        if device.type == "cuda":
-            executor = TorchvisionGpuExecutor(source, device, dtype, workers)
-        else:
-            need = shared_memory_need(config, training, place, len(source))
-            executor = TorchvisionExecutor(source, device, dtype, workers, need)
-    elif backend == "ffcv":
-        from pipelines.ffcv_loader import FfcvExecutor
-
-        executor = FfcvExecutor(source, device, dtype, workers, exact)
-    elif backend == "dali":
-        from pipelines.dali_loader import DaliExecutor
-
-        batch_size_per_rank = config.batch_size // world_size
-        executor = DaliExecutor(source, device, dtype, workers, batch_size_per_rank, config.dali_full_decode)
-    else:
+    backend = _choose_backend(source, place.device) if config.backend == "auto" else config.backend
+    if backend not in BACKENDS:
         raise DataError(f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
-    return Loader(source, executor, training, config, augmentation, place, seed)
+    training = split == "train"
+    options = ExecutorOptions(config, training, place, as_bytes=bool(pixel_augmentations))
+    # A backend is a module of this name with a `create_executor`, and its name in `config.Backend`.
+    executor = import_module(f"pipelines.executors.{backend}_executor").create_executor(source, options)
+    return Loader(source, executor, training, config, augmentation, place, seed, pixel_augmentations)
 
 
 def _open_source(config: DataConfig, split: str) -> Source:
@@ -93,7 +78,7 @@ def _open_source(config: DataConfig, split: str) -> Source:
 
 def _choose_backend(source: Source, device: torch.device) -> str:
     """DALI decodes on a GPU; on a CPU our own threads are the fastest, and they read .beton files."""
-    from pipelines.dali_loader import is_installed
+    from pipelines.executors.dali_executor import is_installed
     from pipelines.sources.folder import FolderSource
 
     if device.type == "cuda" and is_installed():

@@ -1,4 +1,4 @@
-"""Where what can be made again is kept: outside the dataset, which is often read-only."""
+"""The cache folder, for what can be made again. It lies outside the dataset, which is often read-only."""
 
 import os
 import sys
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/dcd`, or `~/.cache/dcd`; without a home that can be written to, a folder of this user in the
-    temporary directory, which is said once.
+    """`$XDG_CACHE_HOME/dcd`, else `~/.cache/dcd`. Where that can't be written to, a folder of this user in the
+    temporary directory, with one warning.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     if not base:
-        home = os.path.expanduser("~")  # `~` itself where there is no home, and `/` is none
+        home = os.path.expanduser("~")  # "~" where there is no home; "/" is no home either
         base = os.path.join(home, ".cache") if home not in ("~", "/") else None
     return _usable(base)
 
@@ -34,7 +34,7 @@ def _usable(base: str | None) -> Path:
     folder = Path(tempfile.gettempdir(), f"dcd-cache-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
-        folder = Path(tempfile.mkdtemp(prefix="dcd-cache-"))  # code is loaded from it: nobody else may write there
+        folder = Path(tempfile.mkdtemp(prefix="dcd-cache-"))  # code is loaded from it: nobody else may write to it
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"warning: {reason}: caching in {folder}; XDG_CACHE_HOME names another folder", file=sys.stderr)
     return folder

@@ -1,4 +1,4 @@
-"""What tells the images of one dataset from those of another, for a run that goes on."""
+"""The fingerprint of a dataset: a run that resumes compares it, to notice that the images are others."""
 
 import hashlib
 
@@ -9,17 +9,17 @@ from pipelines.batch import Source
 
 
 def fingerprint(source: Source) -> dict[str, str]:
-    """{what was looked at: its number or hash}. Two datasets are the same where all that both have is equal.
+    """{property: its number or hash}. Two datasets are the same if all properties that both have are equal.
 
-    Every source has the number of its images, and their labels and sizes in the order of the dataset, of which the plan
-    is made; a .beton file with checksums also has their bytes, a folder the names of its files. So the same images may
-    lie in a folder or in .beton files that hold them as they are, wherever these are.
+    Every source has the number, labels and sizes of its images in the order of the dataset: the plan depends on them. A
+    .beton file with checksums adds the bytes of its images, a folder the names of its files. So a dataset may move, and
+    it may change from a folder to .beton files that hold the same bytes.
     """
     return {
         "number": str(len(source)),
         "labels": digest(source.labels),
         "sizes": digest(source.sizes),
-        **source.particulars(),
+        **source.fingerprint_parts(),
     }
 
 

@@ -1,20 +1,23 @@
 """The loader: a plan, carried out by a backend.
 
-    source (sizes, labels, images)  +  EpochPlan  ->  executor: read, decode, cut, resize, flip  ->  Batch on the device
+    source (sizes, labels, images)  +  EpochPlan  ->  executor: read, decode, cut, resize, flip
+                                                  ->  DeviceStage: to the device, augment, normalise  ->  Batch
 
-`Loader` walks through the plan and keeps the state; an executor (`batch.Executor`) only carries out the steps that it
-is handed. `build.py` joins the two.
+`Loader` walks through the plan and keeps the state. An executor (`batch.Executor`) only carries out the steps that it
+is handed. The `DeviceStage` is the same behind all executors. `build.py` opens the source and chooses the executor.
 """
 
 from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
+from pipelines.augmentation import PixelAugmentation
 from pipelines.batch import Batch, Executor, Place, Source
 from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.fingerprint import fingerprint
 from pipelines.plan import EpochPlan
 from pipelines.sources.errors import DataError
+from pipelines.stages import DeviceStage
 
 
 class Loader:
@@ -24,10 +27,11 @@ class Loader:
     another goes on from with exactly the images that were left.
 
     Args:
-        source: the images. executor: the backend.
-        training: random crops in shuffled order, else centre crops in order, once each.
+        source: the images. executor: the backend; it hands out bytes where there are `pixel_augmentations`.
+        training: random crops in shuffled order, in whole batches; else centre crops in order, every image once.
         config, augmentation: the options. seed: of the plan, at least 0.
-        place: this process takes slice `rank` of `world_size` of every global batch.
+        place: this process takes slice `rank` of `world_size` of every global batch, on that device.
+        pixel_augmentations: what is done to the pixels, one after another.
     """
 
     def __init__(
@@ -39,9 +43,10 @@ class Loader:
         augmentation: AugmentationConfig,
         place: Place,
         seed: int,
+        pixel_augmentations: Sequence[PixelAugmentation] = (),
     ):
         self._source, self._executor, self._config, self._seed = source, executor, config, seed
-        self._crop = augmentation.crop(training)
+        self._crop, self._stage = augmentation.crop(training), DeviceStage(place, tuple(pixel_augmentations))
         self.training, self.rank, self.world_size = training, place.rank, place.world_size
         self._running: Generator[Batch, None, None] | None = None
         self.classes = source.classes
@@ -70,7 +75,16 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to where a loader was when it saved `state`."""
         self.epoch, self._step = state["epoch"], state["step"]
-        self._plan = EpochPlan(self._seed, self.epoch, self._source.sizes, self._config.batch_size, self._crop)
+        self._plan = EpochPlan(
+            self._seed,
+            self.epoch,
+            self._source.sizes,
+            self._config.batch_size,
+            self._crop,
+            shuffle=self.training,
+            drop_last=self.training,
+            augmentations=self._stage.augmentations,
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -83,11 +97,11 @@ class Loader:
         return self._config.image_size(self.training, self.epoch)
 
     def name(self, index: int) -> str:
-        """What image `index` of the dataset is called in a message."""
+        """How messages name image `index` of the dataset."""
         return self._source.name(index)
 
     def fingerprint(self) -> dict[str, str]:
-        """What tells the images from others, see `pipelines.fingerprint`; before `relabel`."""
+        """See `pipelines.fingerprint`; to be asked before `relabel`."""
         return fingerprint(self._source)
 
     def _steps_left(self) -> list[int]:
@@ -104,7 +118,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         self._stop()  # an epoch that was left early
         steps = (self._plan.step(step, self.rank, self.world_size) for step in self._steps_left())
-        self._running = self._executor.run(steps, self.image_size)
+        self._running = self._stage.run(self._executor.run(steps, self.image_size), self._source.labels)
         for batch in self._running:
             self._step += 1
             yield batch
@@ -115,6 +129,6 @@ class Loader:
         self._running = None
 
     def close(self) -> None:
-        """Stop the backend's workers. The loader is of no use afterwards."""
+        """Stop the backend's workers. The loader can't be used afterwards."""
         self._stop()
         self._executor.close()

@@ -1,21 +1,25 @@
 """What an epoch does to the data, decided before any image is read.
 
-    EpochPlan(seed, epoch, sizes, global_batch_size, augmentation)  ->  step -> (indices, boxes, flips)
+    EpochPlan(seed, epoch, sizes, global_batch_size, crop, …)  ->  step -> (indices, boxes, flips, operations)
 
-The plan is a pure function of its arguments: which image stands where, which box is cut from it and whether it is
-flipped depend on (seed, epoch, image index) and on nothing else: not on the rank, the worker, the backend or the
-batch. The random numbers are counter-based (SplitMix64: Steele, Lea and Flood, "Fast splittable pseudorandom number
-generators", 2014), so the draw of any image can be had without drawing for the others, and so that they do not change
-with the version of a library.
+The plan is a pure function of its arguments: where an image stands, which box is cut from it, whether it is flipped and
+how its pixels are changed depend on (seed, epoch, image index) and on nothing else: not on the rank, the worker, the
+backend or the batch. The random numbers are counter-based (SplitMix64: Steele, Lea and Flood, "Fast splittable
+pseudorandom number generators", 2014). So an image's numbers are drawn without those of the others, and no version of a
+library changes them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.augmentation import PixelAugmentation
+
 TRIES = 10  # of a random box before the fallback, as in torchvision's RandomResizedCrop
-# The columns of an image's random numbers: areas, aspect ratios, then one each.
+# The columns of an image's random numbers for crop and order: areas, aspect ratios, then one each.
 TOP, LEFT, FLIP, ORDER = range(2 * TRIES, 2 * TRIES + 4)
 NUM_DRAWS = ORDER + 1
 
@@ -29,18 +33,29 @@ def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return bits ^ (bits >> np.uint64(31))
 
 
-def random_bits(seed: int, epoch: int, indices: NDArray, columns: NDArray | slice = slice(None)) -> NDArray[np.uint64]:
-    """64 random bits for each image (N,) and each of its columns (K,): (N, K), keyed by (seed, epoch, index)."""
+def random_bits(seed: int, epoch: int, indices: NDArray, columns: range, stream: str = "") -> NDArray[np.uint64]:
+    """64 random bits for each image (N,) and each column (K,): (N, K), keyed by (seed, epoch, index, stream).
+
+    Args:
+        columns: in [0, 65,536): the same column has the same bits in every call.
+        stream: the name of what is drawn, so that no two augmentations draw the same numbers; "" is crop and order.
+    """
     state = np.zeros(1, np.uint64)
     for key in (np.array([seed]), np.array([epoch]), np.asarray(indices)):
         state = _mix((state ^ key.astype(np.uint64)) + _GOLDEN)
-    columns = np.arange(NUM_DRAWS, dtype=np.uint64)[columns]
-    return _mix(state[:, None] + (columns + np.uint64(1)) * _GOLDEN)
+    first = crc32(stream.encode()) << 16  # 0 for ""
+    places = np.arange(first + columns.start + 1, first + columns.stop + 1, dtype=np.uint64)
+    return _mix(state[:, None] + places * _GOLDEN)
+
+
+def uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Random bits as numbers in [0, 1): the upper 53 of each 64, which a float64 holds."""
+    return (bits >> np.uint64(11)) * 2.0**-53
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Training: a random box (Szegedy et al., arXiv 1409.4842) and a random horizontal flip; the order is shuffled.
+    """Training: a random box (Szegedy et al., arXiv 1409.4842) and a random horizontal flip.
 
     Args:
         area: lowest and highest share of the image's area, in (0, 1].
@@ -62,13 +77,12 @@ class RandomCrop:
 
     def draw(self, seed: int, epoch: int, indices: NDArray, sizes: NDArray) -> tuple[NDArray, NDArray]:
         """Boxes (N, 4) and flips (N,) for the images at `indices` (N,) of `sizes` (N, 2), height first."""
-        # 53 bits make a float64 in [0, 1)
-        uniform = (random_bits(seed, epoch, indices) >> np.uint64(11)) * 2.0**-53  # [N, NUM_DRAWS]
+        drawn = uniform(random_bits(seed, epoch, indices, range(NUM_DRAWS)))  # [N, NUM_DRAWS]
         image_h, image_w = sizes[:, 0, None].astype(float), sizes[:, 1, None].astype(float)  # [N, 1]
 
-        area = image_h * image_w * (self.area[0] + (self.area[1] - self.area[0]) * uniform[:, :TRIES])
+        area = image_h * image_w * (self.area[0] + (self.area[1] - self.area[0]) * drawn[:, :TRIES])
         low, high = np.log(self.ratio)
-        ratio = np.exp(low + (high - low) * uniform[:, TRIES : 2 * TRIES])
+        ratio = np.exp(low + (high - low) * drawn[:, TRIES : 2 * TRIES])
         box_w, box_h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))  # [N, TRIES]
         fits = (box_w >= 1) & (box_w <= image_w) & (box_h >= 1) & (box_h <= image_h)
 
@@ -79,14 +93,14 @@ class RandomCrop:
         any_fits = fits.any(1, keepdims=True)
         box_w = np.where(any_fits, np.take_along_axis(box_w, first, 1), whole_w)
         box_h = np.where(any_fits, np.take_along_axis(box_h, first, 1), whole_h)
-        top = np.where(any_fits, np.floor(uniform[:, TOP, None] * (image_h - box_h + 1)), (image_h - box_h) // 2)
-        left = np.where(any_fits, np.floor(uniform[:, LEFT, None] * (image_w - box_w + 1)), (image_w - box_w) // 2)
-        return np.concatenate([top, left, box_h, box_w], 1).astype(np.int32), uniform[:, FLIP] < self.flip
+        top = np.where(any_fits, np.floor(drawn[:, TOP, None] * (image_h - box_h + 1)), (image_h - box_h) // 2)
+        left = np.where(any_fits, np.floor(drawn[:, LEFT, None] * (image_w - box_w + 1)), (image_w - box_w) // 2)
+        return np.concatenate([top, left, box_h, box_w], 1).astype(np.int32), drawn[:, FLIP] < self.flip
 
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Evaluation: the square in the middle, in the dataset's order, every image once.
+    """Evaluation: the square in the middle, never flipped.
 
     `share` of the shorter side is kept: 224 / 256 cuts what "resize the shorter side to 256, cut the middle 224"
     cuts, to the nearest source pixel.
@@ -99,6 +113,7 @@ class CenterCrop:
             raise ValueError(f"the share of the centre crop must lie in (0, 1], not {self.share}")
 
     def draw(self, seed: int, epoch: int, indices: NDArray, sizes: NDArray) -> tuple[NDArray, NDArray]:
+        """As `RandomCrop.draw`; seed and epoch change nothing."""
         side = np.maximum(1, np.rint(sizes.min(1) * self.share)).astype(np.int32)  # [N]
         top, left = (sizes[:, 0] - side) // 2, (sizes[:, 1] - side) // 2
         return np.stack([top, left, side, side], 1).astype(np.int32), np.zeros(len(indices), bool)
@@ -109,12 +124,13 @@ class StepPlan:
     """One rank's share of one global batch of n images.
 
     indices (n,) int64, positions in the dataset; boxes (n, 4) int32, (top, left, height, width) in source pixels, at
-    least 1×1 and inside the image; flips (n,) bool.
+    least 1×1 and inside the image; flips (n,) bool; operations: what each augmentation on pixels has drawn, (n, …).
     """
 
     indices: NDArray[np.int64]
     boxes: NDArray[np.int32]
     flips: NDArray[np.bool_]
+    operations: tuple[NDArray, ...] = ()
 
 
 class EpochPlan:
@@ -124,26 +140,36 @@ class EpochPlan:
         seed, epoch: at least 0.
         sizes: (N, 2) height and width of every image in pixels.
         global_batch_size: images in a step over all ranks, at least 1.
-        augmentation: `RandomCrop` shuffles and leaves out the last, incomplete batch; `CenterCrop` keeps the order
-            and every image.
+        crop: draws the box and the flip of each image.
+        shuffle: the order is drawn anew for each epoch; else it is the dataset's.
+        drop_last: leave out the last batch where it is incomplete.
+        augmentations: change the pixels, one after another; each draws what it does to each image.
     """
 
     def __init__(
-        self, seed: int, epoch: int, sizes: NDArray, global_batch_size: int, augmentation: RandomCrop | CenterCrop
+        self,
+        seed: int,
+        epoch: int,
+        sizes: NDArray,
+        global_batch_size: int,
+        crop: RandomCrop | CenterCrop,
+        *,
+        shuffle: bool,
+        drop_last: bool,
+        augmentations: Sequence[PixelAugmentation] = (),
     ):
         if not (0 <= seed < 2**63 and 0 <= epoch < 2**63):
             raise ValueError(f"seed and epoch must lie in [0, 2**63), not {seed} and {epoch}")
         if global_batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, not {global_batch_size}")
         self.seed, self.epoch, self.sizes = seed, epoch, sizes
-        self.global_batch_size, self.augmentation = global_batch_size, augmentation
-        if isinstance(augmentation, RandomCrop):
-            keys = random_bits(seed, epoch, np.arange(len(sizes)), slice(ORDER, ORDER + 1))[:, 0]
+        self.global_batch_size, self.crop, self.augmentations = global_batch_size, crop, augmentations
+        self.order = np.arange(len(sizes))
+        if shuffle:
+            keys = random_bits(seed, epoch, self.order, range(ORDER, ORDER + 1))[:, 0]
             self.order = np.argsort(keys, kind="stable")
-            self._num_steps = len(sizes) // global_batch_size
-        else:
-            self.order = np.arange(len(sizes))
-            self._num_steps = -(-len(sizes) // global_batch_size)
+        whole, rest = divmod(len(sizes), global_batch_size)
+        self._num_steps = whole if drop_last or not rest else whole + 1
 
     def __len__(self) -> int:
         return self._num_steps
@@ -165,5 +191,6 @@ class EpochPlan:
         """What `rank` of `world_size` ranks does in `step`."""
         start, stop = self.bounds(step, rank, world_size)
         indices = self.order[start:stop].astype(np.int64)
-        boxes, flips = self.augmentation.draw(self.seed, self.epoch, indices, self.sizes[indices])
-        return StepPlan(indices, boxes, flips)
+        boxes, flips = self.crop.draw(self.seed, self.epoch, indices, self.sizes[indices])
+        operations = tuple(one.draw(self.seed, self.epoch, indices) for one in self.augmentations)
+        return StepPlan(indices, boxes, flips, operations)

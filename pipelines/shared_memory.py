@@ -1,4 +1,4 @@
-"""Shared memory, /dev/shm: what is there, and what processes that load need of it. Containers begin with 64 MB."""
+"""Shared memory (/dev/shm): how much is free, and how much loading processes need. Containers have 64 MB by default."""
 
 import math
 import os
@@ -9,9 +9,9 @@ PATH = "/dev/shm"
 
 @dataclass(frozen=True)
 class Need:
-    """What the loading processes of a machine fill at a time.
+    """How much the loading processes of a machine need at a time.
 
-    batches: under way in each rank. batch_bytes: of one batch. ranks: of this machine.
+    batches: in each rank, waiting or in use. batch_bytes: of one batch. ranks: of this machine.
     """
 
     batches: int = 0
@@ -24,13 +24,13 @@ class Need:
         return self.ranks * self.batches * math.ceil(self.batch_bytes / page) * page
 
     def is_met(self) -> bool:
-        """Whether there is as much free now; before anything is loaded."""
+        """Whether so much is free. To be asked before anything is loaded."""
         return free_and_size()[0] >= self.bytes
 
     def advice(self) -> str:
-        """What there is, what is needed, and what to do, in one line."""
+        """One line: how much is free, how much is needed, and what to do."""
         free, size = free_and_size()
-        enough = math.ceil((size - free + self.bytes) / 2**26) * 64  # beside what others have filled
+        enough = math.ceil((size - free + self.bytes) / 2**26) * 64  # what others use stays in use
         return (
             f"{PATH} has {_mib(free)} free of {_mib(size)}, and the loading processes need {_mib(self.bytes)} "
             f"({self.batches} batches of {_mib(self.batch_bytes)} for each of {self.ranks} ranks): give the container "

@@ -1,64 +1,64 @@
-"""Threads that make things ahead and beside each other, and never keep a program from ending.
+"""Threads that work ahead or side by side, and that never keep a program from ending.
 
-One of them may be in a read that never returns: a dead network disk, a pipe that nobody writes to. So they are daemons,
-for which Python does not wait at its end (it does for the threads of `concurrent.futures`), and whoever stops them
-waits for a bounded time. Their queues are `SimpleQueue`, which holds no lock in Python: a signal handler may raise
-while the main thread waits in one, and the queue is still whole.
+A thread may be in a read that never returns, from a dead network disk or a pipe that nobody writes to. So all threads
+are daemons: Python does not wait for them at its end, as it does for those of `concurrent.futures`, and who stops them
+waits for a limited time. Their queues are `SimpleQueue`s, which hold no lock in Python: a signal handler may raise
+while the main thread waits for one, and the queue stays whole.
 """
 
 from collections.abc import Callable, Generator, Iterable
 from queue import SimpleQueue
 from threading import Thread
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-PATIENCE_S = 2.0  # for a thread that is told to end
+PATIENCE_S = 2.0  # how long a thread that was told to end is waited for
 
 
 def in_background(items: Generator[T, None, None], ahead: int) -> Generator[T, None, None]:
-    """The items, made in a thread of their own, at most `ahead` of them before they are asked for.
+    """The items, made in a thread of their own, which is at most `ahead` items ahead.
 
-    An error in making them is raised here. Closing this generator closes `items` and ends the thread; a thread that has
-    not ended after `PATIENCE_S` is left behind, with `items` as they are.
+    An error in that thread is raised here, after the items before it. Closing this generator closes `items` and ends
+    the thread; a thread that does not end within `PATIENCE_S` is left behind, with `items` not closed.
     """
-    made: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
-    places: SimpleQueue[None] = SimpleQueue()  # one for each item that may be made
+    results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+    free_places: SimpleQueue[None] = SimpleQueue()  # one entry for each item that may be made
     for _ in range(ahead):
-        places.put(None)
+        free_places.put(None)
     stopped = False
 
     def fill() -> None:
         error = None
         try:
             for item in items:
-                places.get()
+                free_places.get()
                 if stopped:
                     break
-                made.put((item, None))
-                del item  # the consumer's alone, while the next one is made
+                results.put((item, None))
+                del item  # so that only the consumer holds it while the next one is made
         except BaseException as raised:
             error = raised
         finally:
             items.close()
-        made.put((None, error or StopIteration()))
+        results.put((None, error or StopIteration()))
 
     thread = Thread(target=fill, daemon=True)
     try:
         thread.start()
         while True:
-            item, error = made.get()
+            item, error = results.get()
             if isinstance(error, StopIteration):
                 return
             if error is not None:
                 raise error
-            places.put(None)
+            free_places.put(None)
             yield item
     finally:
         stopped = True
-        places.put(None)  # it may wait for one
+        free_places.put(None)  # the thread may wait for one
         if thread.is_alive():
             thread.join(PATIENCE_S)
 
@@ -82,8 +82,27 @@ class Threads:
             if not self._closed:
                 work()
 
+    def submit(self, function: Callable[..., R], *arguments: Any) -> Callable[[], R]:
+        """Call the function on a thread. What is returned waits for the result, or raises the error."""
+        done: SimpleQueue[tuple[R | None, BaseException | None]] = SimpleQueue()
+
+        def call() -> None:
+            try:
+                done.put((function(*arguments), None))
+            except BaseException as error:
+                done.put((None, error))
+
+        def result() -> R:
+            value, error = done.get()
+            if error is not None:
+                raise error
+            return value
+
+        self._work.put(call)
+        return result
+
     def map(self, function: Callable[[T], R], arguments: Iterable[T]) -> list[R]:
-        """The function of each argument, in order; the first error of any is raised."""
+        """The function's results, in order of the arguments. The first error is raised at once."""
         done: SimpleQueue[tuple[int, R | None, BaseException | None]] = SimpleQueue()
 
         def call(place: int, argument: T) -> None:
@@ -106,7 +125,7 @@ class Threads:
         return self
 
     def __exit__(self, *_) -> None:
-        """End the threads when they have done what they are at; those that have not after `PATIENCE_S` are left."""
+        """Let each thread finish its present call, and end it. What takes longer than `PATIENCE_S` is left behind."""
         self._closed = True
         for _ in self._threads:
             self._work.put(None)

@@ -15,7 +15,7 @@ import dcd
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from tests.helpers import ROOT, SMALL, command, difference, environment, error_lines, last, lines, part_of, read, run
-from tests.pipelines.conftest import converted
+from tests.pipelines.helpers import converted
 
 
 @pytest.fixture(scope="module")

@@ -118,8 +118,8 @@ def look(source: Source, index: int) -> Seen | str:
         seen = source.examine_stored(index, stored)
     except DataError as error:
         return str(error)
-    kind = seen.odd or layout(stored)
-    is_converted = seen.odd not in (None, "pixels")
+    kind = seen.reencoded_because or layout(stored)
+    is_converted = seen.reencoded_because not in (None, "pixels")
     rows = seen.pixels.reshape(seen.height, -1)
     sums = rows.sum(0, dtype=np.int64).reshape(-1, 3).sum(0)
     squares = np.square(rows, dtype=np.uint16).sum(0, dtype=np.int64).reshape(-1, 3).sum(0)

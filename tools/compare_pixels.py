@@ -58,7 +58,7 @@ def reference(path: Path | IO[bytes], box: tuple[int, int, int, int], flip: bool
 def references(folder: Path, config: DataConfig, steps: int) -> Iterator[Tensor]:
     """The references of the first `steps` training batches, (N, 3, S, S)."""
     source = FolderSource(folder / "train")
-    plan = EpochPlan(config.seed, 0, source.sizes, config.batch_size, RandomCrop())
+    plan = EpochPlan(config.seed, 0, source.sizes, config.batch_size, RandomCrop(), shuffle=True, drop_last=True)
     for step in map(plan.step, range(steps)):
         images = zip(step.indices, step.boxes.tolist(), step.flips, strict=True)
         yield torch.stack([reference(source.path(i), box, flip, config.input_size) for i, box, flip in images])

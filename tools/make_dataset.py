@@ -3,8 +3,8 @@
     python -m tools.make_dataset SRC OUT                      the JPEGs as they are
     python -m tools.make_dataset SRC OUT --mode reencode      500 pixels, quality 90: FFCV's own recipe
 
-OUT then holds train.beton, val.beton, the checksums of their images and dataset.json. Until all of it is there, all of
-it lies in OUT/.partial; an interrupted conversion leaves nothing else, and the next one begins anew.
+OUT then holds train.beton, val.beton, the checksums of their images and dataset.json. Until everything is finished it
+lies in OUT/.partial. An interrupted conversion leaves nothing else, and the next one begins again.
 
     python -m tools.make_dataset SRC OUT --shards 16          in 16 parts; the next one does those that are missing
     python -m tools.make_dataset SRC OUT --only 3/16          part 3 alone, counted from 0, beside others like it
@@ -66,9 +66,9 @@ def make_dataset(src: Path, out: Path, options: Options, on_bad: str, workers: i
 def make_parts(
     src: Path, out: Path, options: Options, on_bad: str, workers: int, parts: Sequence[Part], strict: bool = False
 ) -> None:
-    """Convert these parts of `src` into shards in `out`, but for those that are there; and join them, if they are all.
+    """Convert those of `parts` that `out` lacks into shards, and join the parts if these are all of them.
 
-    Processes may do so side by side, on one machine or many. A part with a bad image fails, and the next one is begun.
+    Several processes may do so at once, on one machine or many. A part with a bad image fails, and the next one begins.
 
     Raises:
         DataError: anything that a user can mend.
@@ -127,10 +127,10 @@ def _make_part(
 
 
 def _is_part_there(out: Path, part: Part, wanted: dict[str, Any], listing: str) -> bool:
-    """Whether `out` holds the part, whole. One that is damaged is to be made again.
+    """Whether `out` holds the whole part. A damaged one counts as missing.
 
     Raises:
-        DataError: it was made from something else, or otherwise, or is not of our making.
+        DataError: it was made from other images, or by other options, or not by this program.
     """
     record = read_part(out, part)
     if record is None:
@@ -185,7 +185,7 @@ def _names(stems: Sequence[str]) -> list[str]:
 
 
 def _is_finished(out: Path) -> bool:
-    """Whether `out` holds a dataset. One that was interrupted when only its renaming was left is renamed now."""
+    """Whether `out` holds a dataset; files whose renaming was interrupted are renamed now."""
     if (out / PARTIAL / DATASET_FILE).exists():
         publish(out / PARTIAL, out, [*_names(SPLITS), DATASET_FILE])
     if (out / DATASET_FILE).exists():
@@ -198,7 +198,7 @@ def _is_finished(out: Path) -> bool:
 
 def _compare(out: Path, src: Path, wanted: dict[str, Any]) -> None:
     """Raises:
-    DataError: the dataset in `out` was made from something else, or otherwise.
+    DataError: the dataset in `out` was made from another source, or by other options.
     """
     try:
         dataset = json.loads((out / DATASET_FILE).read_text())
@@ -220,7 +220,7 @@ def _convert(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     found: dict[str, Written] = {}
-    useless = False  # once an image is bad that may not be, the others are checked, and no longer written
+    useless = False  # after a bad image, the others are still checked, but no longer written
     for split, stem in zip(SPLITS, stems, strict=True):
         beton = folder / f"{stem}.beton"
         found[split] = write_split(source.splits[split], beton, options, workers, on_bad == "error", useless)
@@ -256,7 +256,7 @@ def _report(out: Path, stems: Sequence[str], record: str, found: dict[str, Writt
     counts = " and ".join(f"{len(found[split].checksums):,} {stem}" for split, stem in zip(SPLITS, stems, strict=True))
     print(f"wrote {counts} images, {size:.1f} GiB, to {out}", flush=True)
     for what, images in (
-        ("re-encoded as RGB", [image for written in found.values() for image in written.odd]),
+        ("re-encoded as RGB", [image for written in found.values() for image in written.reencoded]),
         ("skipped", [image for written in found.values() for image in written.bad]),
     ):
         if images:
@@ -295,7 +295,7 @@ def main(
             download, or Hugging Face's parquet shards.
         out: the folder for train.beton, val.beton and dataset.json. A dataset that is there already stays: that is
             success where it was made from SRC with the same options, else an error.
-        mode: verbatim stores the bytes of the JPEGs; reencode shrinks and compresses every image again.
+        mode: verbatim stores the JPEGs as they are; reencode shrinks and compresses every image again.
         max_size: reencode: longest side in pixels of what is stored; smaller images keep their size.
         quality: reencode: of the JPEGs, up to 100.
         jpeg_fraction: reencode: share of the images that become JPEG; the others become pixels, which load faster.

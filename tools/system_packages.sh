@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Look for what compiles FFCV and pipelines/native.cpp; root installs what is missing, others are told how to.
+# Look for what compiles FFCV and pipelines/native/native.cpp; root installs what is missing, others are told how to.
 #
 #     tools/system_packages.sh PYTHON    # the interpreter that .venv is made of
 set -u

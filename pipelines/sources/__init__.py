@@ -1,1 +1,1 @@
-"""Where images come from: their sizes, labels and bytes, by index."""
+"""Sources of images: each knows their sizes and labels, and reads the bytes of image i."""

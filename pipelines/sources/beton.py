@@ -1,9 +1,9 @@
-"""Images in a .beton file, FFCV's format (version 2), as `tools.make_dataset` or FFCV's own writer leaves it.
+"""Images in a .beton file, FFCV's format (version 2), written by `tools.make_dataset` or by FFCV itself.
 
     header | field descriptors | metadata: one row an image | pages of image bytes | allocation table
 
-Everything but the pages is read at the start and checked against the file, and against `dataset.json` beside it where
-there is one: FFCV itself trusts every byte. The pages are mapped into memory, which the processes of a machine share.
+At the start everything but the pages is read, and checked: it must fit the file, and `dataset.json` beside it if there
+is one. FFCV itself trusts every byte. The pages are mapped into memory, which the processes of a machine share.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 INT_FIELD, IMAGE_FIELD = 1, 2  # type numbers
-MOST_CLASSES = 1_000_000  # each gets a name
+MOST_CLASSES = 1_000_000  # a damaged label must not ask for a name for each number below it
 JPEG, RAW = 0, 1  # modes of an image
 FIELD_TYPES = {0: np.dtype("<f8"), INT_FIELD: np.dtype("<i8"), IMAGE_FIELD: IMAGE}
 
@@ -52,26 +52,27 @@ class BetonSource:
     """One split in a .beton file.
 
     Args:
-        path: the file. `dataset.json` beside it adds the names of the classes and the checksums; without it the
-            classes are called by their numbers, and damage to the bytes of an image is noticed by the decoder alone.
-        record: another file in its stead, and what it holds, read already.
+        path: the file. `dataset.json` beside it adds the names of the classes and the checksums. Without it the classes
+            have numbers for names, and only the decoder notices damage to an image.
+        record: the path and content of another file to use in place of `dataset.json`.
 
     Attributes:
         classes: names, sorted; the label is the position in this list. has_names: False where they are numbers.
         labels: (N,) int64. sizes: (N, 2) int32, height and width in pixels.
         offsets, lengths: (N,) int64, where the bytes of each image are in `data`.
-        is_raw: (N,) bool, whether they are height × width × 3 pixels rather than a JPEG; plain: whether they are not.
+        is_raw: (N,) bool, whether these bytes are height × width × 3 pixels; plain: whether they are a JPEG.
         checksums: (N,) uint64, XXH64 of them, or None.
-        data: (size of the file,) uint8, the mapped file. note: None; the converter has said what it left out.
+        data: (size of the file,) uint8, the mapped file. note: None, since the converter has reported what it left out.
 
     Raises:
-        DataError: no such file, another format or version, or a file that is not whole.
+        DataError: there is no such file, it has another format or version, or it is not whole.
     """
 
     def __init__(self, path: str | Path, record: tuple[Path, dict[str, Any]] | None = None):
-        self.path, self.note = Path(path), None
+        self.path = Path(path)
+        self.note: str | None = None
         try:
-            # Not np.memmap: this mapping is also asked to read ahead (`will_need`).
+            # Not np.memmap, which can't be asked to read ahead (`will_need`)
             with open(self.path, "rb") as file:
                 self._mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except FileNotFoundError as error:
@@ -94,7 +95,8 @@ class BetonSource:
         for label in (self.labels.min(), self.labels.max()):
             if not 0 <= label < MOST_CLASSES:
                 raise self._damaged(f"label {label}, which is not in [0, {MOST_CLASSES:,})")
-        self.classes, self.has_names = [str(label) for label in range(self.labels.max() + 1)], False
+        self.classes = [str(label) for label in range(self.labels.max() + 1)]
+        self.has_names = False
         self.checksums: NDArray[np.uint64] | None = None
         self._use_record(record)
 
@@ -102,15 +104,15 @@ class BetonSource:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Image `index` as an error names it."""
+        """How an error names image `index`."""
         return f"image {index} of {self.path}"
 
-    def particulars(self) -> dict[str, str]:
-        """The bytes of all images, where there are checksums, for `pipelines.fingerprint`."""
+    def fingerprint_parts(self) -> dict[str, str]:
+        """A hash of the bytes of all images, if there are checksums, for `pipelines.fingerprint`."""
         return {} if self.checksums is None else {"bytes": digest(self.checksums)}
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """The bytes of image `index`, a view of the mapped file, compared with their checksum.
+        """The bytes of image `index`, a view of the mapped file, after comparing them with their checksum.
 
         Raises:
             DataError: they are not those that were converted.
@@ -122,7 +124,7 @@ class BetonSource:
         return stored
 
     def read_sound(self, index: int) -> NDArray[np.uint8]:
-        """As `read`, of an image that is whole: where there are no checksums, all of its codes have been read once.
+        """As `read`, for decoders that do not notice damage: without checksums, all codes have been read once.
 
         Raises:
             DataError: it is damaged.
@@ -151,10 +153,10 @@ class BetonSource:
     def examine_stored(
         self, index: int, stored: NDArray[np.uint8], with_pixels: bool = True, memory: NDArray[np.uint8] | None = None
     ) -> Examined:
-        """As `examine`, of the bytes `stored` (N,) that `read` has given."""
+        """As `examine`, of the bytes `stored` (N,), which `read` has returned."""
         height, width = self.sizes[index].tolist()
         if self.is_raw[index]:
-            return Examined(height, width, stored.reshape(height, width, 3), "pixels")
+            return Examined(height, width, stored.reshape(height, width, 3), reencoded_because="pixels")
         try:
             seen = examine(stored, with_pixels, memory)
         except BadImage as error:
@@ -164,13 +166,13 @@ class BetonSource:
         return seen
 
     def decode(self, index: int, memory: NDArray[np.uint8] | None = None) -> Tensor:
-        """Image `index` as RGB, (3, H, W) uint8; in `memory` (M,) where it fits.
+        """Image `index` as RGB, (3, H, W) uint8; it lies in `memory` (M,) if it fits.
 
         Raises:
             DataError: as `examine`.
         """
         pixels = self.examine(index, memory=memory).pixels
-        # PyTorch wants memory that can be written to, as the mapped file's can't.
+        # PyTorch wants writable memory; the mapped file is not.
         return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
 
     def addresses(self, indices: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -178,30 +180,30 @@ class BetonSource:
         return (self.data.ctypes.data + self.offsets[indices]).astype(np.uint64)
 
     def will_need(self, indices: NDArray[np.int64]) -> None:
-        """Ask the system to read the bytes of these images (N,) from the disk, without waiting for them."""
+        """Ask the system to read the bytes of these images (N,) from the disk; this does not wait for them."""
         for offset, length in zip(self.offsets[indices].tolist(), self.lengths[indices].tolist(), strict=True):
             self.will_read(offset, length)
 
     def will_read(self, offset: int, length: int) -> None:
-        """Ask for `length` bytes of the file from `offset` on."""
+        """As `will_need`, for `length` bytes of the file from `offset` on."""
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         self._mapping.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
 
     def damaged_image(self, index: int, reason: str) -> DataError:
-        """The error for an image that can't be used."""
+        """The error to raise for an image that can't be used."""
         return DataError(f"{self.name(index)} is damaged ({reason}): convert the dataset again")
 
     def _damaged(self, reason: str) -> DataError:
         return DataError(f"{self.path} is damaged or no .beton file ({reason}): convert the dataset again")
 
     def _read(self, what: str, dtype: np.dtype, count: int, offset: int) -> NDArray:
-        """`count` records from `offset`, which must lie in the file."""
+        """`count` records from `offset` on; they must lie in the file."""
         if offset + count * dtype.itemsize > len(self.data):
             raise self._damaged(f"its {what} would end beyond the end of the file")
         return np.frombuffer(self._mapping, dtype, count, offset)
 
     def _read_index(self) -> tuple[NDArray, NDArray, NDArray]:
-        """The images' and the labels' columns of the metadata, and the allocation table sorted by address."""
+        """The columns of images and of labels from the metadata, and the allocation table, sorted by address."""
         header = self._read("header", HEADER, 1, 0)[0]
         if header["version"] != VERSION:
             raise self._damaged(f"version {header['version']} instead of {VERSION}")
@@ -227,13 +229,13 @@ class BetonSource:
         return metadata[str(IMAGE_FIELD)], metadata[str(INT_FIELD)], allocations[order]
 
     def _check_places(self, allocations: NDArray, num_images: int) -> None:
-        """One place for each image, none empty, between metadata and allocation table, none over another."""
+        """Check that each image has a place between metadata and allocation table, not empty, and that none overlap."""
         (_, start), (stop, _) = self._index_parts
         if len(allocations) != num_images:
             raise self._damaged(f"{len(allocations):,} places in its allocation table for {num_images:,} images")
         places, sizes = allocations["ptr"], allocations["size"]
         inside = (start <= places) & (places < stop)
-        inside &= (sizes > 0) & (sizes <= stop - places)  # unsigned: of no meaning where the place is beyond the stop
+        inside &= (sizes > 0) & (sizes <= stop - places)  # unsigned; meaningless where the place is not inside
         if not inside.all():
             wrong = inside.argmin()
             raise self._damaged(f"{sizes[wrong]:,} bytes at {places[wrong]:,} can't be an image's")
@@ -241,7 +243,7 @@ class BetonSource:
             raise self._damaged("images whose bytes overlap")
 
     def _find_bytes(self, images: NDArray, allocations: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(offsets, lengths): FFCV keeps the length of an image in the allocation table alone."""
+        """(offsets, lengths). Only the allocation table holds the length of an image."""
         self._check_places(allocations, len(images))
         at = np.searchsorted(allocations["ptr"], images["data_ptr"]).clip(max=len(images) - 1)
         entries = allocations[at]
@@ -255,11 +257,11 @@ class BetonSource:
         return entries["ptr"].astype(np.int64), entries["size"].astype(np.int64)
 
     def index_checksum(self) -> str:
-        """XXH64 of everything but the pages, 32 hexadecimal digits."""
+        """Two XXH64, of what lies before the pages and behind them: 32 hexadecimal digits."""
         return "".join(native.hex_checksum(self.data[start:stop]) for start, stop in self._index_parts)
 
     def _use_record(self, record: tuple[Path, dict[str, Any]] | None) -> None:
-        """Compare the file with dataset.json and take the classes and checksums from there."""
+        """Compare the file with dataset.json, and take the classes and checksums from there."""
         path = record[0] if record else self.path.with_name(DATASET_FILE)
         try:
             dataset = record[1] if record else json.loads(path.read_text())
@@ -268,7 +270,7 @@ class BetonSource:
             expected_bytes, expected_index = int(split["bytes"]), str(split["index_xxh64"])
             expected_checksums = str(split["checksums_xxh64"])
             self.classes, self.has_names = [str(name) for name in dataset["classes"]], True
-            checksums = np.load(self.path.with_name(split["checksums"]), mmap_mode="r")  # no more than the file holds
+            checksums = np.load(self.path.with_name(split["checksums"]), mmap_mode="r")  # may claim more than it holds
             if not (
                 isinstance(checksums, np.ndarray) and checksums.dtype == np.uint64 and checksums.shape == (len(self),)
             ):
@@ -278,7 +280,7 @@ class BetonSource:
             if Path(error.filename) == path:
                 return
             raise DataError(f"no file {error.filename}, which {path} names: convert the dataset again") from error
-        except Exception as error:  # of damaged files NumPy and json raise more than they say, as tokenize.TokenError
+        except Exception as error:  # NumPy and json raise more types than they document
             reason = f"{path} or the checksums that it names do not read ({error})"
             raise DataError(f"{reason}: convert the dataset again") from error
         if len(self.data) != expected_bytes:

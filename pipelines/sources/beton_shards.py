@@ -1,6 +1,6 @@
-"""A split in several .beton files, its shards, read as one: `train-00000-of-00016.beton` …, images in their order.
+"""A split in several .beton files, its shards, which are read as one: `train-00000-of-00016.beton` and so on.
 
-The index of an image does not depend on the number of shards, so neither does the plan.
+The images keep their order, so their indices, and with them the plan, do not depend on the number of shards.
 """
 
 import json
@@ -16,20 +16,20 @@ from pipelines.sources.beton import DATASET_FILE, BetonSource
 from pipelines.sources.errors import DataError
 from pipelines.sources.images import Examined
 
-# What of a source is an array with a row for each image
+# The attributes of a source that have a row for each image
 COLUMNS = ("labels", "sizes", "is_raw", "plain", "offsets", "lengths", "checksums")
 
 
 def shard_name(split: str, number: int, count: int) -> str:
-    """What shard `number` of `count`, from 0 on, is called, without a suffix."""
+    """The name of shard `number` of `count`, counted from 0, without a suffix."""
     return f"{split}-{number:05d}-of-{count:05d}"
 
 
 def find_betons(root: str | Path, split: str) -> list[Path]:
-    """The files of a split in the folder `root`: one, or its shards in order; none where there is none.
+    """The .beton files of a split in the folder `root`: one, or its shards in order, or none.
 
     Raises:
-        DataError: a shard is missing, or it is there twice: in shards of two numbers, or in one file as well.
+        DataError: a shard is missing; or the split is there twice, as one file and as shards, or as two sets of shards.
     """
     root = Path(root)
     names = re.compile(rf"{re.escape(split)}-(\d{{5}})-of-(\d{{5}})\.beton")
@@ -64,19 +64,28 @@ def open_betons(root: str | Path, split: str) -> "BetonSource | BetonShards | No
 
 
 class BetonShards:
-    """One split in several files, with all that loaders use of a `BetonSource`.
+    """One split in several files, with all that loaders and programs use of a `BetonSource`.
 
     Args:
-        files: all shards, in order; `dataset.json` must lie beside them: only with it is a split whole.
+        files: all shards, in order. `dataset.json` must lie beside them: it is written when all shards are there.
 
     Attributes:
-        offsets: (N,) int64, where the bytes of each image are in its own file.
+        classes … checksums: as of a `BetonSource`; offsets: where the bytes of each image are in its own file.
 
     Raises:
         DataError: see `BetonSource`; or no dataset.json.
     """
 
-    has_names, note = True, None
+    classes: list[str]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    is_raw: NDArray[np.bool_]
+    plain: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    checksums: NDArray[np.uint64] | None
+    has_names = True
+    note: str | None = None
 
     def __init__(self, files: list[Path]):
         record = files[0].with_name(DATASET_FILE)
@@ -100,7 +109,7 @@ class BetonShards:
             whole = np.concatenate([getattr(shard, column) for shard in self._shards])
             setattr(self, column, whole)
             for shard, part in zip(self._shards, np.split(whole, self._ends[:-1]), strict=True):
-                setattr(shard, column, part)  # nothing is kept twice
+                setattr(shard, column, part)  # views: nothing is kept twice
         self._memory = np.array([shard.data.ctypes.data for shard in self._shards], np.uint64)
 
     def __len__(self) -> int:
@@ -112,12 +121,12 @@ class BetonShards:
         return self._shards[number], index - self._starts[number]
 
     def name(self, index: int) -> str:
-        """Image `index` as an error names it: by its place in its shard."""
+        """How an error names image `index`: by its shard and its place there."""
         shard, inner = self._find(index)
         return shard.name(inner)
 
-    def particulars(self) -> dict[str, str]:
-        """See `BetonSource.particulars`: those of one file."""
+    def fingerprint_parts(self) -> dict[str, str]:
+        """See `BetonSource.fingerprint_parts`; the same as those of one file with all images."""
         return {"bytes": digest(self.checksums)}
 
     def read(self, index: int) -> NDArray[np.uint8]:

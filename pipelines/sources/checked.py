@@ -1,7 +1,8 @@
-"""Which images of a dataset have been found sound, for decoders that take damage for an image (DALI, nvJPEG).
+"""Keeps which images of a dataset were found sound, for decoders that do not notice damage (DALI, nvJPEG).
 
-To read all codes of a JPEG takes a tenth of a loader's time. So each image is read so once, by whoever reads it first,
-and that it is sound is kept for every later epoch and run in a file that the processes of a machine share.
+Reading all codes of a JPEG, to see whether it is whole, takes a tenth of a loader's time. So it is done once for each
+image, by the process that reads it first. The result is kept for later epochs and runs, in a file that the processes
+of a machine share.
 """
 
 import os
@@ -17,8 +18,8 @@ class Checked:
     """The images of one dataset that are known to be sound.
 
     Args:
-        name: of the file. fingerprint: 64 hexadecimal digits; another one than the file's begins anew.
-        count: of the images.
+        name: of the file. count: of the images.
+        fingerprint: 64 hexadecimal digits, kept in the file; where they differ, no image counts as checked.
     """
 
     def __init__(self, name: str, fingerprint: str, count: int):
@@ -39,7 +40,7 @@ class Checked:
         return bool(self._sound[index])
 
     def add(self, index: int) -> None:
-        """Image `index` has been read whole."""
+        """Keep that image `index` was found sound."""
         self._sound[index] = True
 
 

@@ -1,4 +1,4 @@
-"""The error that every source and loader raises for data that a user must mend."""
+"""The error that sources and loaders raise for data that a user must repair."""
 
 
 class DataError(ValueError):

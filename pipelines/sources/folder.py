@@ -1,7 +1,7 @@
 """Images in folders, as `listing` finds them: ROOT/CLASS/*.JPEG.
 
-The plan needs the height and width of every image. They are read once from the files' headers and kept under
-`$XDG_CACHE_HOME/dcd` (`~/.cache/dcd`), outside the dataset, which is often read-only.
+The plan needs the height and width of every image. They are read once from the files' headers and kept in the cache
+folder (`$XDG_CACHE_HOME/dcd`, else `~/.cache/dcd`), since a dataset is often read-only.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from pipelines.threads import Threads
 
 INDEX_VERSION = 2
 HEADER = np.dtype([("size", np.int32, 2), ("plain", np.bool_)])
-HEADER_THREADS = 32  # reading headers waits for the disk, not for the processor
+HEADER_THREADS = 32  # these threads wait for the disk, not for the processor
 
 
 class FolderSource:
@@ -36,8 +36,8 @@ class FolderSource:
     Args:
         root: the folder of the class folders, e.g. `imagenet/train`.
         strict: files in it that are no images by their names are an error.
-        keep_bad: files whose headers are no images' stay, with a size of 0 × 0; `examine` says why. Else they are an
-            error.
+        keep_bad: keep files whose headers are no images', with a size of 0 × 0; `examine` says what is wrong with them.
+            Otherwise they are an error.
 
     Attributes:
         classes: the class folders' names, sorted; the label is the position in this list.
@@ -47,20 +47,20 @@ class FolderSource:
         note: one line about what was left out, or None.
 
     Raises:
-        DataError: what `list_images` raises, files that are no images.
+        DataError: as `list_images`; or a file is no image.
     """
 
     has_names = True
 
     def __init__(self, root: str | Path, strict: bool = False, keep_bad: bool = False):
         self.root = Path(root)
-        has_native()  # compiled here, once, not by each worker
+        has_native()  # compiles native.cpp here once, not in each worker
         listing = list_images(self.root)
         if strict:
             listing.left_out.refuse(self.root)
         self.classes, self.labels = listing.classes, np.array(listing.labels, np.int64)
         self.note = listing.left_out.note(self.root)
-        # One array of bytes instead of a list of strings: forked workers share it without copying.
+        # An array of bytes, not a list of strings: forked workers share it without copying it.
         self._names = np.array([os.fsencode(name) for name in listing.names])
         self._fingerprint = hashlib.sha256(f"{INDEX_VERSION}{listing.fingerprint}".encode()).hexdigest()
         headers = _cached_headers(self.root, listing.names, self._fingerprint, keep_bad)
@@ -73,7 +73,7 @@ class FolderSource:
         """Image `index` as a message names it."""
         return str(self.path(index))
 
-    def particulars(self) -> dict[str, str]:
+    def fingerprint_parts(self) -> dict[str, str]:
         """The names of the files below the root, for `pipelines.fingerprint`."""
         return {"names of files": digest(self._names)}
 
@@ -93,7 +93,7 @@ class FolderSource:
             raise DataError(f"cannot read {self.path(index)} ({reason}): put the file back and start again") from error
 
     def read_sound(self, index: int) -> NDArray[np.uint8]:
-        """The bytes of file `index`, of which all codes have been read once: for decoders that don't notice damage.
+        """The bytes of file `index`, for decoders that do not notice damage: all of its codes have been read once.
 
         Raises:
             DataError: as `examine`.
@@ -109,24 +109,24 @@ class FolderSource:
         return Checked(_cache_name(self.root), self._fingerprint, len(self))
 
     def will_need(self, indices: NDArray[np.int64]) -> None:
-        """Nothing: threads and processes read the files of a batch side by side."""
+        """Nothing to do: threads and processes read the files of a batch side by side."""
 
     def damaged_image(self, index: int, reason: str) -> DataError:
-        """The error for an image that can't be used."""
+        """The error to raise for an image that can't be used."""
         return DataError(f"{self.path(index)} does not decode ({reason}): replace or remove this file")
 
     def examine(self, index: int, with_pixels: bool = True, memory: NDArray[np.uint8] | None = None) -> Examined:
         """Read all of image `index`; see `images.examine`.
 
         Raises:
-            DataError: the file is gone, does not decode, or is not of the size in the index.
+            DataError: the file is gone, does not decode, or has another size than in the index.
         """
         return self.examine_stored(index, self.read(index), with_pixels, memory)
 
     def examine_stored(
         self, index: int, data: NDArray[np.uint8], with_pixels: bool = True, memory: NDArray[np.uint8] | None = None
     ) -> Examined:
-        """As `examine`, of the bytes `data` (N,) that `read` has given."""
+        """As `examine`, of the bytes `data` (N,), which `read` has returned."""
         try:
             seen = examine(data, with_pixels, memory)
         except BadImage as error:
@@ -140,7 +140,7 @@ class FolderSource:
         return seen
 
     def decode(self, index: int, memory: NDArray[np.uint8] | None = None) -> Tensor:
-        """Image `index` as RGB, (3, H, W) uint8; in `memory` (M,) where it fits.
+        """Image `index` as RGB, (3, H, W) uint8; it lies in `memory` (M,) if it fits.
 
         Raises:
             DataError: as `examine`.
@@ -157,7 +157,7 @@ def _index_path(root: Path) -> Path:
 
 
 def _cached_headers(root: Path, names: list[str], fingerprint: str, keep_bad: bool) -> NDArray:
-    """The headers (N,) of dtype `HEADER`: from the index where it fits the listing, else from the files, then kept."""
+    """The headers (N,) of dtype `HEADER`, from the index; if that does not fit the listing, from the files."""
     index = _index_path(root)
     try:
         with np.load(index) as stored:
@@ -165,7 +165,7 @@ def _cached_headers(root: Path, names: list[str], fingerprint: str, keep_bad: bo
             if str(stored["fingerprint"]) == fingerprint and headers.dtype == HEADER and len(headers) == len(names):
                 return headers
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        pass  # no index, or one that another version wrote: made anew below
+        pass  # no index, or one of another version: it is made anew below
     headers, bad = _read_headers(root, names)
     if bad and not keep_bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
@@ -188,7 +188,7 @@ def _cached_headers(root: Path, names: list[str], fingerprint: str, keep_bad: bo
 
 
 def _read_headers(root: Path, names: list[str]) -> tuple[NDArray, list[str]]:
-    """The headers (N,) of dtype `HEADER`, 0 × 0 where there is none; and which files these are, and why."""
+    """The headers (N,) of dtype `HEADER`, 0 × 0 for bad files; and for each bad file, its path and what is wrong."""
     if len(names) > 100_000:
         print(f"reading the sizes of {len(names):,} images in {root} (once)", file=sys.stderr)
 

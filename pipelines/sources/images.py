@@ -1,7 +1,7 @@
-"""One image, from its bytes to RGB pixels: the one verdict on what is an image, for the converter and every loader.
+"""From the bytes of one image to RGB pixels. The converter and every loader ask here what is an image.
 
-JPEGs are read by `native.cpp`, for which damage is an error where other decoders go on with grey; what it can't turn
-into RGB (CMYK) and every other format is Pillow's. EXIF rotation is ignored.
+`native.cpp` reads JPEGs: damage is an error, where other decoders go on with grey. Pillow reads what libjpeg can't turn
+into RGB (CMYK), and every other format. EXIF rotation is ignored.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -21,44 +22,45 @@ from PIL import Image, PngImagePlugin
 from pipelines import native
 from pipelines.sources.errors import DataError
 
-MAX_PIXELS = 178_956_970  # beyond it Pillow speaks of a decompression bomb
-MAX_SIDE = 65_535  # .beton files have 16 bits
-NOT_RGB = "Unsupported color conversion request"  # libjpeg, of CMYK and YCCK
+MAX_PIXELS = 178_956_970  # for Pillow, more are a decompression bomb
+MAX_SIDE = 65_535  # .beton files keep a side in 16 bits
+NOT_RGB = "Unsupported color conversion request"  # what libjpeg says of CMYK and YCCK
 
 Image.init()
-# Of Pillow's, those that need no other program and hold pixels of 8 or 16 bits
+# Pillow's formats that need no other program and hold pixels of 8 or 16 bits
 _WANTED = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 EXTENSIONS = tuple(sorted(end for end, name in Image.registered_extensions().items() if name in _WANTED))
 
-# A file is an image or it is none: warnings of odd metadata or of many pixels are for nobody.
+# A file is an image or it is none: nobody needs warnings of unusual metadata or of many pixels.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-# Text and colour profiles may be as long as an image: Pillow refuses a PNG with more than 1 MB of them.
+# Texts and colour profiles may be as long as an image; by default Pillow refuses a PNG with more than 1 MB of them.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class BadImage(ValueError):
-    """No image, or one that can't be read; the message says why, in one line."""
+    """These bytes are no image, or one that can't be read; the message says why, in one line."""
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What an image is. height, width in pixels. pixels: (H, W, 3) uint8 RGB, or None where they were not needed.
+    """An image that was read. height, width in pixels. pixels: (H, W, 3) uint8 RGB, or None if they were not asked for.
 
-    odd: why a plain JPEG decoder could not take it ("PNG, RGBA"), or None.
+    reencoded_because: None for a JPEG that is RGB or grey. Else what it is ("PNG, RGBA"; "pixels" in a .beton file),
+        which is why the converter encodes it anew.
     """
 
     height: int
     width: int
     pixels: NDArray[np.uint8] | None
-    odd: str | None
+    reencoded_because: str | None
 
 
 def examine(data: NDArray[np.uint8], with_pixels: bool = True, memory: NDArray[np.uint8] | None = None) -> Examined:
     """Read all of the image `data` (N,).
 
     Args:
-        with_pixels: without them a JPEG is read in half the time, with the same verdict.
+        with_pixels: False reads a JPEG in half the time, with the same verdict.
         memory: see `native.decode_jpeg`.
 
     Raises:
@@ -72,18 +74,18 @@ def examine(data: NDArray[np.uint8], with_pixels: bool = True, memory: NDArray[n
         height, width = native.jpeg_size(data)
         _check_size(height, width)
         if with_pixels:
-            return Examined(height, width, native.decode_jpeg(data, memory), None)
+            return Examined(height, width, native.decode_jpeg(data, memory), reencoded_because=None)
         native.check_jpeg(data)
-        return Examined(height, width, None, None)
+        return Examined(height, width, None, reencoded_because=None)
     except native.DecodeError as error:
-        if str(error) != NOT_RGB:  # a damaged file, which Pillow might take
+        if str(error) != NOT_RGB:  # a damaged file; Pillow might accept it
             raise BadImage(str(error)) from error
         return _examine_by_pillow(data)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of an image says. height, width in pixels.
+    """The header of an image. height, width in pixels.
 
     plain: whether it is a JPEG that all decoders read alike: grey, or YCbCr. They differ in CMYK without Adobe's
         marker, in JPEGs that hold RGB, and in every other format.
@@ -94,7 +96,7 @@ class Header:
     plain: bool
 
 
-def read_header(path: str) -> Header:
+def read_header(path: str | Path) -> Header:
     """The header of the image in a file.
 
     Raises:
@@ -108,7 +110,7 @@ def read_header(path: str) -> Header:
         data = np.fromfile(path, np.uint8)
         if not _is_jpeg(data):
             raise
-        try:  # a JPEG with an odd header may be one to libjpeg, as it is to the converter
+        try:  # libjpeg, and so the converter, may read a JPEG whose header Pillow refuses
             height, width = native.jpeg_size(data)
         except native.DecodeError:
             raise error from None
@@ -126,13 +128,13 @@ def _holds_rgb(image: Image.Image) -> bool:
 
 
 def _is_jpeg(data: NDArray[np.uint8]) -> bool:
-    """Whether libjpeg is to judge it."""
+    """Whether libjpeg decides what it is."""
     return data[:2].tobytes() == b"\xff\xd8" and has_native()
 
 
 @lru_cache
 def has_native() -> bool:
-    """Whether JPEGs can be judged; else it is said once, and Pillow reads them."""
+    """Whether `native.cpp` can read JPEGs here. If not, Pillow reads them, and one warning says so."""
     try:
         native.checksum(np.zeros(1, np.uint8))
     except DataError as error:
@@ -151,16 +153,17 @@ def _check_size(height: int, width: int) -> None:
 
 def _examine_by_pillow(data: NDArray[np.uint8]) -> Examined:
     with _open_by_pillow(io.BytesIO(data)) as image:
-        odd = f"{image.format}, {image.mode}"
+        form = f"{image.format}, {image.mode}"
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255 rather than scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         pixels = np.array(image.convert("RGB"))
-        return Examined(*pixels.shape[:2], pixels, odd)
+        height, width, _ = pixels.shape
+        return Examined(height, width, pixels, reencoded_because=form)
 
 
 @contextlib.contextmanager
 def _open_by_pillow(file: BinaryIO) -> Iterator[Image.Image]:
-    """An image of which the header is read. What Pillow raises, here or in the block, becomes `BadImage`."""
+    """An image whose header has been read. Whatever Pillow raises, here or in the block, becomes `BadImage`."""
     try:
         with Image.open(file, formats=FORMATS) as image:
             _check_size(image.height, image.width)

@@ -3,8 +3,8 @@
     ROOT/CLASS/*.JPEG              the folder names the class; deeper folders (CLASS/images/*.JPEG) count to it
     ROOT/images/*.JPEG             and ROOT/val_annotations.txt, which names the class: Tiny ImageNet's val
 
-Every path into the product lists by this module, the loaders and the converter: what one passes over, all do, and what
-is left out is counted and named.
+The loaders and the converter all list by this module, so they take the same files. What is left out is counted and
+named.
 """
 
 import hashlib
@@ -17,31 +17,31 @@ from pathlib import Path
 from pipelines.sources.errors import DataError
 from pipelines.sources.images import EXTENSIONS
 
-# What systems and programs leave behind, beside everything whose name begins with a dot
+# Names of what systems and programs leave behind; names that begin with a dot are hidden, too
 HIDDEN = frozenset({"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information"})
 ANNOTATIONS = "val_annotations.txt"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is a system's or a program's own, and passed over without a word."""
+    """Whether a file or folder of this name belongs to a system or a program. It is left out and not counted."""
     return name.startswith(".") or name.lower() in HIDDEN
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name should be an image that `images.examine` reads."""
+    """Whether a file of this name must be an image that `images.examine` can read."""
     return name.lower().endswith(EXTENSIONS)
 
 
 def class_name(name: str) -> str:
-    """The class of a folder of this name: "é" has two forms in Unicode, and systems that copy files change them."""
+    """The class of a folder of this name: "é" has two forms in Unicode, and copying files may change the form."""
     return unicodedata.normalize("NFC", name)
 
 
 @dataclass
 class LeftOut:
-    """What lies among the images and is none by its name. kinds: how many files of each extension. first: one of them.
+    """Files that are left out, since their names are no images'. kinds: how many of each extension. first: one of them.
 
-    deeper: images that lie deeper than ROOT/CLASS/FILE and are read. first_deeper: one of them.
+    deeper: images that lie deeper than ROOT/CLASS/FILE; they are not left out, but named. first_deeper: one of them.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -54,7 +54,7 @@ class LeftOut:
         self.kinds[os.path.splitext(path)[1] or "no extension"] += 1
 
     def take_images(self, files: list[str]) -> list[str]:
-        """Those of the files that should be images; the others are left out."""
+        """The files whose names are images'; the others are left out."""
         for file in files:
             if not is_image(file):
                 self.add(file)
@@ -68,7 +68,7 @@ class LeftOut:
             raise DataError(f"{self.note(root)}: remove them, or go without --strict")
 
     def note(self, root: Path) -> str | None:
-        """One line about both, or None where there is nothing to say."""
+        """One line about both kinds, or None where there are none."""
         parts = []
         if self.kinds:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common(5))
@@ -93,8 +93,8 @@ class Listing:
     Attributes:
         classes: names, sorted, in Unicode's composed form (NFC).
         names: (N) paths below the root, sorted by class, then by name. labels: (N), positions in `classes`.
-        fingerprint: changes when a file is added, removed or renamed, not when one is written over.
-        left_out: what is no image.
+        fingerprint: changes when a file is added, removed or renamed, not when one is overwritten.
+        left_out: the files that are no images by their names.
     """
 
     classes: list[str]
@@ -108,8 +108,8 @@ def list_images(root: Path) -> Listing:
     """The images below `root` and their classes.
 
     Raises:
-        DataError: no such folder, no classes, a class with no images, a link to nothing, something that is no file in
-            place of an image, two classes of the same name.
+        DataError: there is no such folder; it has no classes, or two of the same name; a class has no images; a link
+            leads to nothing; something among the images is no file, but a pipe or a device.
     """
     if not root.is_dir():
         raise DataError(f"no folder {root}: it must hold CLASS/*.JPEG, or be converted to {root.name}.beton")
@@ -125,10 +125,10 @@ def list_images(root: Path) -> Listing:
 
 
 def list_folder(root: Path) -> tuple[list[str], list[str]]:
-    """(folders, files) in `root` itself, each sorted, without what is hidden.
+    """(folders, files) in `root` itself, each sorted, without hidden ones.
 
     Raises:
-        DataError: as `list_images`, of what lies there.
+        DataError: as `list_images`, for what lies there.
     """
     return _Walk(root).entries("")
 
@@ -137,7 +137,7 @@ def _class_folders(root: Path, walk: "_Walk") -> dict[str, list[str]]:
     """{class: its images} of a folder of class folders."""
     folders, files = walk.entries("")
     for file in files:
-        walk.left_out.add(file)  # even an image, which has no class
+        walk.left_out.add(file)  # also an image: it has no class
     if not folders:
         raise DataError(f"{root} holds no class folders: it must look like {root}/CLASS/*.JPEG")
     by_class: dict[str, list[str]] = {}
@@ -157,7 +157,7 @@ def _class_folders(root: Path, walk: "_Walk") -> dict[str, list[str]]:
 
 
 def _annotated(root: Path, walk: "_Walk") -> dict[str, list[str]]:
-    """{class: its images} of Tiny ImageNet's val: a table whose columns are file, class and a box, divided by tabs."""
+    """{class: its images} of Tiny ImageNet's val: a table with the columns file, class and a box, separated by tabs."""
     try:
         rows = [line.split("\t") for line in (root / ANNOTATIONS).read_text("utf-8-sig").splitlines() if line.strip()]
         class_of = {row[0].strip(): class_name(row[1].strip()) for row in rows}
@@ -171,13 +171,13 @@ def _annotated(root: Path, walk: "_Walk") -> dict[str, list[str]]:
         by_class.setdefault(name, []).append(image)
     if not by_class:
         raise DataError(f"{root / 'images'} holds no images: download it again")
-    walk.left_out.deeper = 0  # as they should
+    walk.left_out.deeper = 0  # this form has its images there
     walk.note_time("", ANNOTATIONS)
     return by_class
 
 
 class _Walk:
-    """Goes through folders below `root`; paths are below it, too. Keeps what changes when one is changed."""
+    """Lists folders below `root`; all paths are relative to it. Hashes what tells whether one of them has changed."""
 
     def __init__(self, root: Path):
         self._root = root
@@ -188,13 +188,13 @@ class _Walk:
         return self._seen.hexdigest()
 
     def note_time(self, folder: str, name: str, *more: object) -> None:
-        """A folder's time changes when a file in it is added, removed or renamed."""
+        """Hash the time of a folder or file. A folder's changes when a file in it is added, removed or renamed."""
         path = os.path.join(folder, name)
         changed = os.stat(self._root / path).st_mtime_ns
         self._seen.update("\0".join(map(str, (path, changed, *more, ""))).encode(errors="surrogateescape"))
 
     def entries(self, folder: str) -> tuple[list[str], list[str]]:
-        """(folders, files) in `folder`, each sorted. What is hidden is in neither."""
+        """(folders, files) in `folder`, each sorted, without hidden ones."""
         folders, files = [], []
         try:
             with os.scandir(self._root / folder) as entries:
@@ -216,7 +216,7 @@ class _Walk:
         is_link = entry.is_symlink()
         if is_link and not os.path.exists(entry.path):
             if is_image(name):
-                return False  # that there is none will be said when it is read
+                return False  # reading it will say that nothing is there
             raise DataError(f"{entry.path} is a link to nothing: mend or remove it")  # perhaps it was a class folder
         if entry.is_dir() and not (is_image(name) and os.path.dirname(name)):
             inside, target = os.path.realpath(self._root / os.path.dirname(name)), os.path.realpath(entry.path)
@@ -224,7 +224,7 @@ class _Walk:
                 raise DataError(f"{entry.path} is a link to a folder that it lies in: remove it")
             return True
         if not entry.is_file():
-            raise DataError(f"{entry.path} is no file: remove it")  # a pipe would be waited for
+            raise DataError(f"{entry.path} is no file: remove it")  # a read from a pipe might never end
         return False
 
     def images(self, folder: str, depth: int = 0) -> list[str]:

@@ -1,12 +1,13 @@
-"""Images that exist in name only, for the executor that reads nothing."""
+"""A source without images, for the executor that reads nothing."""
 
 import numpy as np
 
 
 class SyntheticSource:
-    """`num_images` images that exist in name only, of ImageNet's typical size, with labels in turn."""
+    """Pretends to hold `num_images` images of ImageNet's typical size; their labels are 0, 1, … and again 0, 1, …"""
 
-    has_names, note = False, None
+    has_names = False
+    note: str | None = None
 
     def __init__(self, num_images: int, num_classes: int):
         self.classes = [f"{label:08d}" for label in range(num_classes)]
@@ -19,6 +20,6 @@ class SyntheticSource:
     def name(self, index: int) -> str:
         return f"synthetic image {index}"
 
-    def particulars(self) -> dict[str, str]:
-        """None."""
+    def fingerprint_parts(self) -> dict[str, str]:
+        """Nothing."""
         return {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import SMALL, command, difference, last, part_of
-from tests.pipelines.conftest import converted
+from tests.pipelines.helpers import converted
 from tests.processes import Job, WarmPython, start_command
 
 HERE = Path(__file__).parent

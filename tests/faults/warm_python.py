@@ -23,9 +23,9 @@ MODULES = (
     "training.build",
     "training.recipes",
     "training.profile.run_profile",
-    "pipelines.dali_loader",
-    "pipelines.ffcv_loader",
-    "pipelines.torchvision_loader",
+    "pipelines.executors.dali_executor",
+    "pipelines.executors.ffcv_executor",
+    "pipelines.executors.torchvision_executor",
     "pipelines.sources.beton",
     "pipelines.sources.folder",
 )

@@ -1,5 +1,5 @@
-// One input of `pipelines/native.cpp`: a `Choice`, then the bytes of an image. `run.py` makes a fuzzer of this file by
-// clang; with ALONE it is a program that takes the files on its command line, for valgrind.
+// One input of `native.cpp`: a `Choice`, then the bytes of an image. `run.py` makes a fuzzer of this file by clang; with
+// ALONE it is a program that takes the files on its command line, for valgrind.
 
 #ifdef __clang__  // has another name for GCC's
 #include <cstdint>
@@ -11,7 +11,7 @@ static Bytes __builtin_shuffle(Bytes from, Bytes order) {
 }
 #endif
 
-#include "../../pipelines/native.cpp"
+#include "../../pipelines/native/native.cpp"
 
 #include <cstdlib>
 #include <memory>

@@ -1,4 +1,4 @@
-"""Fuzz what reads files of others: JPEGs and raw images by `pipelines/native.cpp`, .beton files by `BetonSource`.
+"""Fuzz what reads files of others: JPEGs and raw images by `native.cpp`, .beton files by `BetonSource`.
 
     python -m tests.fuzz.run --seconds 60
 

@@ -13,7 +13,7 @@ from pipelines.config import DataConfig
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.beton_shards import BetonShards, open_betons
 from pipelines.sources.errors import DataError
-from tests.pipelines.conftest import indices_of
+from tests.pipelines.helpers import indices_of
 
 COUNTS = [1, 3, 7]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipelines import dali_probe
-from pipelines.dali_loader import HARDWARE_SHARE, choose_full_decode
-from pipelines.torchvision_loader import LARGEST_REDUCTION, resize_steps
+from pipelines.executors import dali_probe
+from pipelines.executors.dali_executor import HARDWARE_SHARE, choose_full_decode
+from pipelines.executors.torchvision_executor import LARGEST_REDUCTION, resize_steps
 
 
 @pytest.mark.parametrize(

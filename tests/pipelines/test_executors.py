@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,13 @@ import psutil
 import pytest
 import torch
 
-from pipelines.batch import Place
+from pipelines.batch import ExecutorOptions, ImageSource, MappedSource, Place, Source
 from pipelines.build import build_loader
-from pipelines.config import DataConfig
-from pipelines.plan import CenterCrop, EpochPlan, RandomCrop
+from pipelines.config import BACKENDS, AugmentationConfig, DataConfig
+from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
-from tests.pipelines.conftest import EXECUTORS, indices_of, pixels_of
-from tools.compare_pixels import reference
-
-
-def plan_of(config, photos, split, epoch=0):
-    crop = RandomCrop() if split == "train" else CenterCrop()
-    return EpochPlan(0, epoch, photos.source.sizes, config.batch_size, crop)
+from tests.pipelines.helpers import EXECUTORS, indices_of, pixels_of, plan_of, reference
 
 
 def errors(photos, config, split, build):
@@ -64,10 +59,40 @@ def overwrite(path, offset, data):
         file.write(data)
 
 
-def test_these_are_all_backends(photos):
-    from pipelines.config import BACKENDS
+def test_these_are_all_backends(root):
+    tested = {name.split()[0] for name in EXECUTORS} | {"synthetic"}
+    files = {file.name.removesuffix("_executor.py") for file in (root / "pipelines/executors").glob("*_executor.py")}
+    assert tested == files == set(BACKENDS) - {"auto"}
 
-    assert {name.split()[0] for name in EXECUTORS} | {"auto", "synthetic"} == set(BACKENDS)
+
+class Promised:
+    """A source of which nothing can be had but what a protocol names."""
+
+    def __init__(self, source, protocol):
+        self._source = source
+        kinds = [kind for kind in protocol.__mro__ if kind.__module__ == protocol.__module__]
+        self._names = {name for kind in kinds for name in (*vars(kind), *kind.__annotations__)}
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getattr__(self, name):
+        assert name in self._names, f"{name} is not promised"
+        return getattr(self._source, name)
+
+
+def test_executors_use_of_a_source_what_its_protocol_promises(photos, small, build):
+    """In one process: what a worker of torchvision uses would be found out there, too."""
+    source = BetonSource(small.root / "train.beton") if small.root == photos.verbatim else photos.source
+    narrow = Promised(source, MappedSource if small.backend == "ffcv" else ImageSource)
+    with pytest.raises(AssertionError, match="examine_stored is not promised"):
+        _ = narrow.examine_stored
+    options = ExecutorOptions(replace(small, workers=0), training=True, place=Place(), as_bytes=False)
+    executor = import_module(f"pipelines.executors.{small.backend}_executor").create_executor(narrow, options)
+    loader = Loader(Promised(source, Source), executor, True, small, AugmentationConfig(), Place(), seed=0)
+    for batch, expected in zip(loader, build(small, "train"), strict=True):
+        assert torch.equal(batch.images, expected.images) and torch.equal(batch.labels, expected.labels)
+    loader.close()
 
 
 @pytest.mark.parametrize("world_size, workers", [(1, 1), (1, 4), (2, 1), (3, 4)])
@@ -251,8 +276,6 @@ def test_closing_in_the_middle_of_an_epoch_leaves_nothing_ten_times(small):
 @pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_overwritten_bytes_of_an_image_are_named(photos, tmp_path, backend, workers):
-    from pipelines.sources.beton import BetonSource
-
     root = damaged_copy(photos, tmp_path)
     source = BetonSource(root / "val.beton")
     # in the middle of the code: most decoders would go on and give something else

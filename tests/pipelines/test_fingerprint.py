@@ -10,7 +10,7 @@ from pipelines.fingerprint import fingerprint
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.folder import FolderSource
 from pipelines.sources.synthetic import SyntheticSource
-from tests.pipelines.conftest import converted
+from tests.pipelines.helpers import converted
 
 
 def of_folder(root):

@@ -11,13 +11,13 @@ from PIL import Image
 
 from pipelines.batch import Place
 from pipelines.config import AugmentationConfig, DataConfig
-from pipelines.dali_loader import is_installed
+from pipelines.executors.dali_executor import is_installed
+from pipelines.executors.torchvision_executor import TorchvisionExecutor
 from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
-from pipelines.torchvision_loader import TorchvisionExecutor
-from tests.pipelines.conftest import converted, pixels_of, write_photos
+from tests.pipelines.helpers import Inverted, converted, pixels_of, write_photos
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -76,7 +76,7 @@ def test_batches_under_load_are_those_of_the_cpu(photographs, build, decoder):
     """Twenty-one of them, while the GPU computes on another stream and still reads the batch before on this one."""
     config = DataConfig(photographs, "torchvision", batch_size=4, workers=0, input_size=160)
     cpus, gpus = build(config, "train"), build(replace(config, **decoder, workers=2), "train", Place(device=GPU))
-    other, matrix = torch.cuda.Stream(GPU), torch.randn(4096, 4096, device=GPU)
+    other, matrix = torch.cuda.Stream(GPU), torch.randn(4096, 4096, Place(device=GPU))
     other.wait_stream(torch.cuda.current_stream(GPU))
     sums, kept, wanted = [], [], []
     for epoch in range(7):
@@ -121,10 +121,10 @@ def test_what_the_gpu_does_not_decode_comes_out_all_the_same(copied, build, deco
     agree(found.images[8], wanted.images[8])
 
 
-def batches_of_two_epochs(executor, source) -> list[torch.Tensor]:
+def batches_of_two_epochs(executor, source, device, augmentations=()) -> list[torch.Tensor]:
     """Pixels in [0, 255]. Each batch is freed before the GPU, which has other work first, has read it."""
-    config = DataConfig(batch_size=4, input_size=64)
-    loader = Loader(source, executor, True, config, AugmentationConfig(), Place(), seed=0)
+    config, place = DataConfig(batch_size=4, input_size=64), Place(device=device)
+    loader = Loader(source, executor, True, config, AugmentationConfig(), place, 0, augmentations)
     kept = []
     for epoch in (0, 1):
         loader.set_epoch(epoch)
@@ -138,25 +138,26 @@ def batches_of_two_epochs(executor, source) -> list[torch.Tensor]:
     return [torch.cat([pixels_of(images.cpu()).flatten(), labels.cpu()]) for images, labels in kept]
 
 
+@pytest.mark.parametrize("augmentations", [(), (Inverted(),)])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_torchvision_decodes_on_the_cpu_arrives_as_it_is(photographs, workers):
+def test_what_torchvision_decodes_on_the_cpu_arrives_as_it_is(photographs, workers, augmentations):
     source = FolderSource(photographs / "train")
     wanted, found = (
-        batches_of_two_epochs(TorchvisionExecutor(source, device, torch.float32, workers), source)
+        batches_of_two_epochs(TorchvisionExecutor(source, device, workers), source, device, augmentations)
         for device in (CPU, GPU)
     )
     for batch, expected in zip(found, wanted, strict=True):
-        assert torch.equal(batch.round(), expected.round())  # bytes, normalised on the device
+        assert torch.equal(batch.round(), expected.round())  # bytes, augmented and normalised on the device
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_ffcv_decodes_on_the_cpu_arrives_as_bytes(photographs, tmp_path, workers):
     pytest.importorskip("ffcv", reason="needs FFCV")
-    from pipelines.ffcv_loader import FfcvExecutor
+    from pipelines.executors.ffcv_executor import FfcvExecutor
 
     source = BetonSource(converted(photographs, tmp_path / "beton") / "train.beton")
     wanted, found = (
-        batches_of_two_epochs(FfcvExecutor(source, device, torch.float32, workers, exact=True), source)
+        batches_of_two_epochs(FfcvExecutor(source, device, workers, exact=True), source, device)
         for device in (CPU, GPU)
     )
     for batch, expected in zip(found, wanted, strict=True):

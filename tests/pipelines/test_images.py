@@ -9,12 +9,11 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from pipelines.batch import MEAN, STD
+from pipelines.executors.torchvision_executor import TorchvisionExecutor, TorchvisionGpuExecutor
 from pipelines.plan import StepPlan
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
 from pipelines.sources.images import BadImage, examine
-from pipelines.torchvision_loader import TorchvisionExecutor, TorchvisionGpuExecutor
 from tools.conversion.images import Options, convert
 
 CPU = torch.device("cpu")
@@ -52,20 +51,20 @@ def folder_of(tmp_path, files: dict[str, bytes]) -> FolderSource:
 
 def executor_of(name: str, source: FolderSource):
     if name == "dali":
-        from pipelines.dali_loader import DaliExecutor
+        from pipelines.executors.dali_executor import DaliExecutor
 
-        return DaliExecutor(source, CPU, torch.float32, 1, 1)
+        return DaliExecutor(source, CPU, torch.float32, 1, 1, as_bytes=True)
     if name == "torchvision":
-        return TorchvisionExecutor(source, CPU, torch.float32, 0)
-    return TorchvisionGpuExecutor(source, CPU, torch.float32, 1)  # the same code by the CPU's decoder
+        return TorchvisionExecutor(source, CPU, 0)
+    return TorchvisionGpuExecutor(source, CPU, 1)  # the same code by the CPU's decoder
 
 
 def pixels(executor, index: int, height: int, width: int) -> np.ndarray:
     """The square in the upper left corner of an image, as an executor hands it out, (S, S, 3)."""
     side = min(height, width)
     box = np.array([[0, 0, side, side]], np.int32)
-    (batch,) = executor.run([StepPlan(np.array([index]), box, np.zeros(1, bool))], side)
-    return (batch.images[0].permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)).numpy()
+    ((_, images),) = executor.run([StepPlan(np.array([index]), box, np.zeros(1, bool))], side)
+    return images[0].float().numpy()
 
 
 def without(marker: int, data: bytes) -> bytes:
@@ -89,7 +88,7 @@ def turned() -> Image.Exif:
 
 
 CMYK = saved(RGB.convert("CMYK"), "JPEG", quality=95)
-ODD = {
+UNUSUAL = {
     "grey.JPEG": saved(RGB.convert("L"), "JPEG", quality=95),
     "progressive.JPEG": saved(RGB, "JPEG", quality=95, progressive=True),
     "cmyk.JPEG": CMYK,
@@ -113,14 +112,14 @@ ODD = {
 
 
 @pytest.mark.parametrize("executor", ["torchvision", "torchvision by batches", "dali"])
-def test_odd_images_have_the_same_pixels_by_every_backend(tmp_path, executor):
-    source = folder_of(tmp_path, ODD)
+def test_unusual_images_have_the_same_pixels_by_every_backend(tmp_path, executor):
+    source = folder_of(tmp_path, UNUSUAL)
     runner = executor_of(executor, source)
-    assert len(source) == len(ODD)
+    assert len(source) == len(UNUSUAL)
     for index in range(len(source)):
         name = source.path(index).name
         height, width = source.sizes[index].tolist()
-        wanted = examine(np.frombuffer(ODD[name], np.uint8)).pixels
+        wanted = examine(np.frombuffer(UNUSUAL[name], np.uint8)).pixels
         assert wanted.shape == (height, width, 3), name
         found = pixels(runner, index, height, width)
         side = min(height, width)
@@ -128,9 +127,9 @@ def test_odd_images_have_the_same_pixels_by_every_backend(tmp_path, executor):
     runner.close()
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_odd_images_hold_what_their_makers_put_in(name):
-    seen = examine(np.frombuffer(ODD[name], np.uint8))
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_images_hold_what_their_makers_put_in(name):
+    seen = examine(np.frombuffer(UNUSUAL[name], np.uint8))
     expected = gradient().astype(int)
     if name in ("grey.JPEG", "16 bits.png"):
         grey = np.asarray(RGB.convert("L")) if name == "grey.JPEG" else gradient()[..., 0]
@@ -141,8 +140,8 @@ def test_odd_images_hold_what_their_makers_put_in(name):
         assert np.abs(seen.pixels - expected).mean() <= tolerance
     else:
         assert name == "turned tiff.JPEG"
-    assert (seen.odd is None) == (name in ("grey.JPEG", "progressive.JPEG", "stored as RGB.JPEG"))
-    assert convert(np.frombuffer(ODD[name], np.uint8), 0, Options()).odd == seen.odd
+    assert (seen.reencoded_because is None) == (name in ("grey.JPEG", "progressive.JPEG", "stored as RGB.JPEG"))
+    assert convert(np.frombuffer(UNUSUAL[name], np.uint8), 0, Options()).reencoded_because == seen.reencoded_because
 
 
 def with_rows(data: bytes, rows: int) -> bytes:
@@ -182,7 +181,7 @@ def test_zeros_of_a_plain_image_and_behind_one_are_no_damage(mode):
     plain = saved(Image.new(mode, (2000, 2000)), "JPEG", optimize=True)
     assert bytes(2000) in plain
     assert examine(np.frombuffer(plain, np.uint8)).pixels.max() == 0
-    assert examine(np.frombuffer(WHOLE + bytes(4096), np.uint8), with_pixels=False).odd is None
+    assert examine(np.frombuffer(WHOLE + bytes(4096), np.uint8), with_pixels=False).reencoded_because is None
     longer = WHOLE[:-2] + b"some bytes more than needed" + WHOLE[-2:]  # as some programs leave them
     assert (examine(np.frombuffer(longer, np.uint8)).pixels == examine(np.frombuffer(WHOLE, np.uint8)).pixels).all()
 

@@ -5,21 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
-
 # Each case in turn in one process, which has all that is stuck in it when it ends.
 SCRIPT = """
 import multiprocessing, os, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 import torch
-from pipelines import native, threads, torchvision_loader
+from pipelines import native, threads
+from pipelines.executors import torchvision_executor
 from pipelines.batch import Place
 from pipelines.build import build_loader
 from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.loader import Loader
 
-threads.PATIENCE_S = torchvision_loader.PATIENCE_S = 0.5
+threads.PATIENCE_S = torchvision_executor.PATIENCE_S = 0.5
 folder, beton = map(Path, sys.argv[1:])
 config = DataConfig(folder, "torchvision", batch_size=4, workers=2, input_size=32)
 pipe, _ = os.pipe()  # which nobody writes to
@@ -46,8 +45,21 @@ def block_decoder():
 
 def on_gpu(config):
     source = build_loader(config, "train")._source
-    executor = torchvision_loader.TorchvisionGpuExecutor(source, torch.device("cpu"), torch.float32, 2)
+    executor = torchvision_executor.TorchvisionGpuExecutor(source, torch.device("cpu"), 2)
     return Loader(source, executor, True, config, AugmentationConfig(), Place(), seed=0)
+
+class Stuck:
+    def draw(self, seed, epoch, indices):
+        return indices
+
+    def apply(self, images, operations):
+        os.read(pipe, 1)
+
+def augmented(config):
+    return build_loader(config, "train", pixel_augmentations=[Stuck()])
+
+def do_nothing():
+    pass
 
 def open_train(config):
     return build_loader(config, "train")
@@ -58,6 +70,7 @@ cases = {
     "torchvision, on a GPU": (on_gpu, config, make_pipe),
     "DALI": (open_train, replace(config, backend="dali"), make_pipe),
     "torchvision, stopped workers": (open_train, replace(config, root=beton), stop_workers),
+    "augmentation": (augmented, replace(config, root=beton, backend="ffcv"), do_nothing),
     "FFCV": (open_train, replace(config, root=beton, backend="ffcv"), block_decoder),
 }
 image = stuck.read_bytes()
@@ -93,11 +106,11 @@ print("left", *(worker.pid for worker in multiprocessing.active_children()))
 """
 
 
-def test_a_stop_while_waiting_for_data_ends_at_once_on_every_backend(photos, tmp_path):
+def test_a_stop_while_waiting_for_data_ends_at_once_on_every_backend(photos, tmp_path, root):
     folder = shutil.copytree(photos.folder, tmp_path / "folder")
     command = [sys.executable, "-c", SCRIPT, str(folder), str(photos.verbatim)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     *closed, left = done.stdout.splitlines()
-    assert len(closed) == 6 and all(float(line.split()[0]) < 3 for line in closed)
+    assert len(closed) == 7 and all(float(line.split()[0]) < 3 for line in closed)
     assert not [pid for pid in left.split()[1:] if Path("/proc", pid).exists()]

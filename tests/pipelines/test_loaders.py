@@ -11,10 +11,9 @@ from torchvision.transforms import v2
 from pipelines.batch import Place
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
-from pipelines.plan import EpochPlan, RandomCrop
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
-from tests.pipelines.conftest import indices_of, pixels_of, write_photos
+from tests.pipelines.helpers import indices_of, pixels_of, training_plan, write_photos
 
 
 def test_normalised_images_have_the_mean_and_deviation_of_imagenet_taken_out(tmp_path, build):
@@ -107,7 +106,7 @@ def test_synthetic_training_follows_the_plan(build):
     config = DataConfig(backend="synthetic", batch_size=8, input_size=32, synthetic_images=50, synthetic_classes=7)
     loader = build(config, "train", Place(1, 2), seed=3)
     loader.set_epoch(2)
-    plan = EpochPlan(3, 2, np.broadcast_to(np.array([375, 500]), (50, 2)), 8, RandomCrop())
+    plan = training_plan(3, 2, np.broadcast_to(np.array([375, 500]), (50, 2)), 8)
     batches = list(loader)
     assert len(batches) == len(plan) == 6
     for step, batch in enumerate(batches):

@@ -8,6 +8,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from pipelines.plan import CenterCrop, EpochPlan, RandomCrop
+from tests.pipelines.helpers import evaluation_plan, training_plan
 
 SIZES = np.random.default_rng(0).integers(50, 600, (103, 2))
 ALIKE = np.broadcast_to(np.array([375, 500]), (4000, 2))  # ImageNet's typical size
@@ -27,7 +28,7 @@ def assert_inside(boxes, sizes):
 
 def test_the_random_rule_is_pinned():
     # A change of these figures breaks every run that resumes: its images would be drawn anew.
-    plan = EpochPlan(0, 0, ALIKE[:1000], 4, RandomCrop())
+    plan = training_plan(0, 0, ALIKE[:1000], 4)
     assert content(plan)[:5].tolist() == [
         [908, 64, 9, 275, 245, 1],
         [993, 16, 83, 353, 376, 1],
@@ -37,9 +38,9 @@ def test_the_random_rule_is_pinned():
     ]
 
 
-@pytest.mark.parametrize("crop", [RandomCrop(), CenterCrop()])
-def test_the_same_arguments_give_the_same_plan_in_any_order_of_steps(crop):
-    first, second = EpochPlan(3, 5, SIZES, 8, crop), EpochPlan(3, 5, SIZES.copy(), 8, crop)
+@pytest.mark.parametrize("plan", [training_plan, evaluation_plan])
+def test_the_same_arguments_give_the_same_plan_in_any_order_of_steps(plan):
+    first, second = plan(3, 5, SIZES, 8), plan(3, 5, SIZES.copy(), 8)
     backwards = [second.step(step) for step in reversed(range(len(second)))][::-1]
     assert len(first) == len(second)
     for step, other in enumerate(backwards):
@@ -52,7 +53,7 @@ def test_the_same_arguments_give_the_same_plan_in_any_order_of_steps(crop):
 @pytest.mark.parametrize("seed, epoch", [(4, 5), (3, 6), (5, 3)])
 def test_another_seed_or_epoch_gives_another_order_other_boxes_and_other_flips(seed, epoch):
     def by_index(seed, epoch):
-        rows = content(EpochPlan(seed, epoch, ALIKE, 8, RandomCrop()))
+        rows = content(training_plan(seed, epoch, ALIKE, 8))
         return rows, rows[rows[:, 0].argsort()]
 
     (rows, by_image), (other_rows, other_by_image) = by_index(3, 5), by_index(seed, epoch)
@@ -62,27 +63,36 @@ def test_another_seed_or_epoch_gives_another_order_other_boxes_and_other_flips(s
 
 
 def test_training_shuffles_every_image_once_and_drops_the_incomplete_batch():
-    plan = EpochPlan(0, 0, SIZES, 8, RandomCrop())
+    plan = training_plan(0, 0, SIZES, 8)
     assert sorted(plan.order) == list(range(103))
     indices = content(plan)[:, 0]
     assert len(plan) == 12 and len(indices) == len(set(indices)) == 96
     assert not np.array_equal(indices, np.sort(indices))
 
 
+@pytest.mark.parametrize("crop", [RandomCrop(), CenterCrop()])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_order_and_last_batch_do_not_depend_on_the_crop(crop, shuffle, drop_last):
+    plan = EpochPlan(0, 0, SIZES, 8, crop, shuffle=shuffle, drop_last=drop_last)
+    expected = training_plan(0, 0, SIZES, 8).order if shuffle else np.arange(103)
+    np.testing.assert_array_equal(content(plan)[:, 0], expected[: 96 if drop_last else 103])
+
+
 def test_the_dropped_images_differ_from_epoch_to_epoch():
-    dropped = {tuple(EpochPlan(0, epoch, SIZES, 8, RandomCrop()).order[96:]) for epoch in range(10)}
+    dropped = {tuple(training_plan(0, epoch, SIZES, 8).order[96:]) for epoch in range(10)}
     assert len(dropped) == 10
 
 
 def test_every_image_gets_to_every_place():
     # Over 200 epochs the mean place of an image is normally distributed about the middle, 51 ± 2.1.
-    places = np.stack([EpochPlan(0, epoch, SIZES, 8, RandomCrop()).order.argsort() for epoch in range(200)])
+    places = np.stack([training_plan(0, epoch, SIZES, 8).order.argsort() for epoch in range(200)])
     assert abs(places.mean(0) - 51).max() < 4.5 * 103 / math.sqrt(12 * 200)
 
 
 def test_boxes_and_flips_do_not_depend_on_batch_size_rank_or_world_size():
     def by_image(batch_size, world_size):
-        plan = EpochPlan(7, 2, SIZES, batch_size, RandomCrop())
+        plan = training_plan(7, 2, SIZES, batch_size)
         rows = np.concatenate([content(plan, rank, world_size) for rank in range(world_size)])
         return {row[0]: tuple(row[1:]) for row in rows.tolist()}
 
@@ -93,10 +103,10 @@ def test_boxes_and_flips_do_not_depend_on_batch_size_rank_or_world_size():
         assert part.items() <= whole.items()
 
 
-@pytest.mark.parametrize("crop", [RandomCrop(), CenterCrop()])
+@pytest.mark.parametrize("make_plan", [training_plan, evaluation_plan])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_ranks_slices_put_together_are_the_global_batch(world_size, crop):
-    plan = EpochPlan(1, 1, SIZES, 12, crop)
+def test_the_ranks_slices_put_together_are_the_global_batch(world_size, make_plan):
+    plan = make_plan(1, 1, SIZES, 12)
     for step in range(len(plan)):
         whole, parts = plan.step(step), [plan.step(step, rank, world_size) for rank in range(world_size)]
         for name in ("indices", "boxes", "flips"):
@@ -108,7 +118,7 @@ def test_the_ranks_slices_put_together_are_the_global_batch(world_size, crop):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("num_images", [17, 18, 13, 5, 1])  # a last batch of 5, 6, 1 image(s); less than one batch
 def test_evaluation_sees_each_image_exactly_once(num_images, world_size):
-    plan = EpochPlan(0, 0, SIZES[:num_images], 6, CenterCrop())
+    plan = evaluation_plan(0, 0, SIZES[:num_images], 6)
     rows = np.concatenate([content(plan, rank, world_size) for rank in range(world_size)])
     assert sorted(rows[:, 0]) == list(range(num_images))
     assert not rows[:, 5].any()
@@ -209,14 +219,14 @@ def test_a_center_crop_out_of_range_is_refused(share):
 
 
 @pytest.mark.parametrize("seed, epoch, batch_size", [(-1, 0, 8), (0, -1, 8), (0, 0, 0), (0, 0, -8), (2**64, 0, 8)])
-@pytest.mark.parametrize("crop", [RandomCrop(), CenterCrop()])
-def test_a_plan_out_of_range_is_refused(seed, epoch, batch_size, crop):
+@pytest.mark.parametrize("plan", [training_plan, evaluation_plan])
+def test_a_plan_out_of_range_is_refused(seed, epoch, batch_size, plan):
     with pytest.raises(ValueError, match="seed|epoch|batch"):
-        EpochPlan(seed, epoch, SIZES, batch_size, crop)
+        plan(seed, epoch, SIZES, batch_size)
 
 
 def test_steps_and_ranks_out_of_range_are_refused():
-    plan = EpochPlan(0, 0, SIZES, 8, RandomCrop())
+    plan = training_plan(0, 0, SIZES, 8)
     for step in (-1, 12):
         with pytest.raises(IndexError, match="12 steps"):
             plan.step(step)
@@ -227,7 +237,7 @@ def test_steps_and_ranks_out_of_range_are_refused():
 
 def test_planning_prints_and_warns_nothing(capfd, recwarn):
     # Integer overflow is the generator's way of working; NumPy warns about it for scalars.
-    content(EpochPlan(2**62, 10**6, SIZES, 8, RandomCrop()))
-    content(EpochPlan(0, 0, np.array([[1, 1000], [5000, 3]]), 1, RandomCrop()))
+    content(training_plan(2**62, 10**6, SIZES, 8))
+    content(training_plan(0, 0, np.array([[1, 1000], [5000, 3]]), 1))
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list

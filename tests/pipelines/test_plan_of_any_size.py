@@ -10,6 +10,7 @@ SIDES = st.integers(1, 65535) | st.sampled_from([1, 2, 3, 65534, 65535])
 LISTS = st.lists(st.tuples(SIDES, SIDES), max_size=40).map(lambda sizes: np.array(sizes, np.int32).reshape(-1, 2))
 SIZES = st.tuples(LISTS, st.integers(1, 5)).map(lambda drawn: np.tile(drawn[0], (drawn[1], 1)))
 KEYS = st.integers(0, 2**63 - 1) | st.sampled_from([0, 2**32, 2**53 + 1, 2**63 - 1])
+BOOLEANS = st.booleans()
 SHARES = st.floats(1e-9, 1)
 RATIOS = st.floats(1e-5, 1e5)
 
@@ -25,10 +26,11 @@ CROPS = RANDOM_CROPS | st.just(CenterCrop()) | st.builds(CenterCrop, share=SHARE
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=150)
-@given(SIZES, st.integers(1, 20) | st.integers(1, 250), st.integers(1, 20), KEYS, KEYS, CROPS)
-def test_every_image_once_every_box_inside_every_rank_its_part(sizes, batch_size, world_size, seed, epoch, crop):
-    plan = EpochPlan(seed, epoch, sizes, batch_size, crop)
-    training = isinstance(crop, RandomCrop)
+@given(SIZES, st.integers(1, 20) | st.integers(1, 250), st.integers(1, 20), KEYS, KEYS, CROPS, BOOLEANS, BOOLEANS)
+def test_every_image_once_every_box_inside_every_rank_its_part(
+    sizes, batch_size, world_size, seed, epoch, crop, shuffle, drop_last
+):
+    plan = EpochPlan(seed, epoch, sizes, batch_size, crop, shuffle=shuffle, drop_last=drop_last)
     seen = []
     for number in range(len(plan)):
         whole = plan.step(number)
@@ -42,7 +44,7 @@ def test_every_image_once_every_box_inside_every_rank_its_part(sizes, batch_size
         corner, box, image = whole.boxes[:, :2], whole.boxes[:, 2:], sizes[whole.indices]
         assert (corner >= 0).all() and (box >= 1).all() and (corner + box <= image).all()
         seen.extend(whole.indices.tolist())
-    kept = len(sizes) // batch_size * batch_size if training else len(sizes)
+    kept = len(sizes) // batch_size * batch_size if drop_last else len(sizes)
     assert len(seen) == len(set(seen)) == kept and set(seen) <= set(range(len(sizes)))
     assert sorted(plan.order) == list(range(len(sizes)))
 

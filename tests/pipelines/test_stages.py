@@ -1,19 +1,20 @@
-"""Threads between stages, memory that is used again, normalisation, and the GPU's executor on a CPU."""
+"""Threads between stages, memory that is used again, normalisation, and the executor for a GPU on a CPU."""
 
 import threading
-import time
 
+import numpy as np
 import pytest
 import torch
 
 from pipelines.batch import MEAN, STD, Place
-from pipelines.build import build_loader
 from pipelines.config import AugmentationConfig, DataConfig
+from pipelines.executors.common import Buffers
+from pipelines.executors.torchvision_executor import TorchvisionGpuExecutor
 from pipelines.loader import Loader
+from pipelines.plan import StepPlan
 from pipelines.sources.beton import BetonSource
-from pipelines.stages import Buffers, HostBatch, normalise
+from pipelines.stages import DeviceStage
 from pipelines.threads import in_background
-from pipelines.torchvision_loader import TorchvisionGpuExecutor
 
 
 def counted(made, closed, stop=10**9):
@@ -26,15 +27,19 @@ def counted(made, closed, stop=10**9):
 
 
 def test_items_are_made_ahead_in_another_thread_and_in_order():
-    made, closed = [], []
-    items = in_background(counted(made, closed, 50), ahead=3)
-    assert next(items) == 0
-    deadline = time.monotonic() + 5
-    while len(made) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert len(made) == 5  # one handed out, three in the queue, one that waits for a place
-    assert list(items) == list(range(1, 50))
+    made, closed, taken, is_ahead = [], [], [], threading.Event()
+
+    def watched():
+        for item in counted(made, closed, 50):
+            if item == 4:
+                is_ahead.set()
+            yield item
+
+    for item in in_background(watched(), ahead=3):
+        taken.append(item)
+        assert is_ahead.wait(5)
+        assert len(made) <= len(taken) + 4  # three in the queue, one that waits for a place
+    assert taken == list(range(50))
     assert closed != [threading.current_thread()]
 
 
@@ -72,22 +77,26 @@ def test_memory_is_used_again_only_when_nobody_holds_it():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_normalised_and_floats_are_taken_as_they_are(dtype):
+    def finish(images, dtype):
+        step = StepPlan(np.array([2, 0]), np.zeros((2, 4), np.int32), np.zeros(2, bool))
+        (batch,) = DeviceStage(Place(dtype=dtype)).run((item for item in [(step, images)]), np.array([5, 6, 7]))
+        assert batch.labels.tolist() == [7, 5] and batch.indices.tolist() == [2, 0]
+        return batch.images
+
     images = torch.randint(0, 256, (2, 5, 5, 3), dtype=torch.uint8)
-    labels = torch.tensor([1, 2])
-    batch = normalise(HostBatch(images, labels, labels), torch.device("cpu"), dtype)
     expected = (images.float() - torch.tensor(MEAN)) / torch.tensor(STD)
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
-    torch.testing.assert_close(batch.images.float(), expected.permute(0, 3, 1, 2), rtol=tolerance, atol=tolerance)
-    again = normalise(HostBatch(expected, labels, labels), torch.device("cpu"), torch.float32)
-    assert torch.equal(again.images, expected.permute(0, 3, 1, 2))
+    found = finish(images, dtype).float()
+    torch.testing.assert_close(found, expected.permute(0, 3, 1, 2), rtol=tolerance, atol=tolerance)
+    assert torch.equal(finish(expected, torch.float32), expected.permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("data", ["verbatim", "half_raw"])  # raw images are none that the batch decoder takes
-def test_the_executor_for_a_gpu_does_on_a_cpu_what_the_other_does(photos, data):
+def test_the_executor_for_a_gpu_does_on_a_cpu_what_the_other_does(photos, build, data):
     config = DataConfig(getattr(photos, data), "torchvision", batch_size=4, workers=0, input_size=64)
-    other = build_loader(config, "train")
+    other = build(config, "train")
     source = BetonSource(config.root / "train.beton")
-    executor = TorchvisionGpuExecutor(source, torch.device("cpu"), torch.float32, 2)
+    executor = TorchvisionGpuExecutor(source, torch.device("cpu"), 2)
     loader = Loader(source, executor, True, config, AugmentationConfig(), Place(), seed=0)
     for batch, expected in zip(loader, other, strict=True):
         assert torch.equal(batch.indices, expected.indices) and torch.equal(batch.labels, expected.labels)

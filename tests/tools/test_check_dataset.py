@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipelines.sources.beton import BetonSource
-from tests.pipelines.conftest import converted
+from tests.pipelines.helpers import converted
 from tools.check_dataset import main
 
 ROOT = Path(__file__).parents[2]

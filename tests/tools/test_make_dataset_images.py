@@ -81,7 +81,7 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_jpegs_that_decode_are_kept_to_the_byte(name):
     image = stored(KEPT[name])
-    assert image.data.tobytes() == KEPT[name] and image.odd is None
+    assert image.data.tobytes() == KEPT[name] and image.reencoded_because is None
     assert (image.height, image.width) == Image.open(io.BytesIO(KEPT[name])).size[::-1]
     small = stored(KEPT[name], REENCODE)
     assert max(pixels(small).shape) <= 40 and pixels(small).shape == (small.height, small.width, 3)
@@ -112,7 +112,7 @@ ODD = {
 def test_what_a_plain_decoder_cannot_take_becomes_rgb(name):
     what, data, tolerance = ODD[name]
     image, small = stored(data), stored(data, REENCODE)
-    assert image.odd == small.odd == what
+    assert image.reencoded_because == small.reencoded_because == what
     assert np.abs(pixels(image) - gradient()).mean() <= tolerance
     assert Image.open(io.BytesIO(image.data.tobytes())).layer[0][1:3] == (1, 1)  # chroma at full resolution
     assert pixels(small).shape == (26, 40, 3)
@@ -121,7 +121,7 @@ def test_what_a_plain_decoder_cannot_take_becomes_rgb(name):
 def test_ycck_becomes_what_pillow_makes_of_it():
     image = stored(ycck())
     expected = np.asarray(Image.open(io.BytesIO(ycck())).convert("RGB")).astype(int)
-    assert image.odd == "JPEG, CMYK" and np.abs(pixels(image) - expected).mean() <= 3
+    assert image.reencoded_because == "JPEG, CMYK" and np.abs(pixels(image) - expected).mean() <= 3
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

@@ -14,7 +14,7 @@ from pipelines.batch import Place
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from pipelines.sources.errors import DataError
-from tests.pipelines.conftest import converted, indices_of
+from tests.pipelines.helpers import converted, indices_of
 from tools.profile_throughput import Feed, Window, main
 from training.options import ConfigError
 from training.profile.step_timer import PHASES

@@ -37,13 +37,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Stored:
-    """An image as it goes into the file. data: (bytes,) uint8. odd: why a plain decoder could not take it, or None."""
+    """An image as it goes into the file.
+
+    data: (bytes,) uint8. reencoded_because: why a plain decoder could not take the bytes of the source, or None.
+    """
 
     mode: int  # JPEG or RAW
     height: int
     width: int
     data: NDArray[np.uint8]
-    odd: str | None
+    reencoded_because: str | None
 
 
 def convert(data: NDArray[np.uint8], index: int, options: Options) -> Stored:
@@ -54,15 +57,15 @@ def convert(data: NDArray[np.uint8], index: int, options: Options) -> Stored:
     """
     seen = examine(data, with_pixels=options.mode == "reencode")
     if options.mode == "reencode":
-        return _reencode(seen.pixels, seen.odd, options, options.as_jpeg(index))
+        return _reencode(seen.pixels, seen.reencoded_because, options, options.as_jpeg(index))
     if seen.pixels is None:
         return Stored(JPEG, seen.height, seen.width, data, None)
     buffer = io.BytesIO()
     Image.fromarray(seen.pixels).save(buffer, "JPEG", quality=FALLBACK_QUALITY, subsampling="4:4:4")
-    return Stored(JPEG, seen.height, seen.width, np.frombuffer(buffer.getvalue(), np.uint8), seen.odd)
+    return Stored(JPEG, seen.height, seen.width, np.frombuffer(buffer.getvalue(), np.uint8), seen.reencoded_because)
 
 
-def _reencode(pixels: NDArray[np.uint8], odd: str | None, options: Options, as_jpeg: bool) -> Stored:
+def _reencode(pixels: NDArray[np.uint8], reencoded_because: str | None, options: Options, as_jpeg: bool) -> Stored:
     """Shrink and encode as FFCV's RGBImageField does, by the same functions of OpenCV."""
     import cv2
 
@@ -73,9 +76,9 @@ def _reencode(pixels: NDArray[np.uint8], odd: str | None, options: Options, as_j
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
         height, width = pixels.shape[:2]
     if not as_jpeg:
-        return Stored(RAW, height, width, np.ascontiguousarray(pixels).reshape(-1), odd)
+        return Stored(RAW, height, width, np.ascontiguousarray(pixels).reshape(-1), reencoded_because)
     bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     encoded, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, options.quality])
     if not encoded:
         raise BadImage("OpenCV can't encode it as JPEG")
-    return Stored(JPEG, height, width, data.reshape(-1), odd)
+    return Stored(JPEG, height, width, data.reshape(-1), reencoded_because)

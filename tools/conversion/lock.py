@@ -1,4 +1,4 @@
-"""Locks that keep conversions apart. They go with the process, however that ends."""
+"""Locks that keep conversions apart. A lock ends with its process, however that ends."""
 
 import contextlib
 import fcntl
@@ -25,7 +25,7 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
     """Lock a folder, or a file that is made where it isn't there: network file systems lock files, if anything.
 
     Args:
-        shared: keep out those alone who want it for themselves.
+        shared: others may hold it, too, but nobody alone.
 
     Raises:
         DataError: somebody else has locked it.

@@ -1,7 +1,7 @@
 """Part K of N of a source: a range of each split, in the dataset's order, that one process or machine converts alone.
 
-An image keeps its place in the dataset, and so does whatever depends on it; the shards of all parts, one behind the
-other, hold what one file would.
+An image keeps its position in the dataset, on which its form depends. The shards of all parts, one after the other,
+hold what a single file would hold.
 """
 
 import hashlib
@@ -45,17 +45,17 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Of what belongs to it, but for a suffix."""
+        """The name of its files, without a suffix."""
         return shard_name("part", self.number, self.count)
 
     @property
     def record(self) -> str:
-        """The file that says that all of it is there, until dataset.json does."""
+        """The file that says that the whole part is there. After the join, dataset.json says so."""
         return f"{self.name}.json"
 
     @property
     def files(self) -> str:
-        """All its files, as a shell takes them."""
+        """All its files, as a pattern for a shell."""
         return f"{shard_name('*', self.number, self.count)}.*"
 
     def stem(self, split: str) -> str:
@@ -103,7 +103,7 @@ class _PartReader:
 
 
 def fingerprint(source: Source) -> str:
-    """What is the same for everyone who lists the same images: SHA-256 of classes, names and labels."""
+    """SHA-256 of classes, names and labels: equal wherever the same images are listed."""
     found = hashlib.sha256(json.dumps([source.kind, source.classes]).encode())
     for name in SPLITS:
         split = source.splits[name]

@@ -1,4 +1,4 @@
-"""What a conversion says of its files, and how they come into the open: synced, then renamed, the record last."""
+"""What a conversion records of its files, and how it publishes them: synced, then renamed, the record last."""
 
 import contextlib
 import importlib.metadata
@@ -30,7 +30,7 @@ def relevant(options: Options) -> dict[str, Any]:
 
 
 def file_record(beton: Path, written: Written) -> dict[str, Any]:
-    """What is said of one file; its checksums are written beside it."""
+    """The record of one file; its checksums are written beside it."""
     checksums = beton.with_suffix(".checksums.npy")
     with writing(checksums):
         np.save(checksums, written.checksums)
@@ -42,13 +42,13 @@ def file_record(beton: Path, written: Written) -> dict[str, Any]:
         "index_xxh64": BetonSource(beton).index_checksum(),
         "checksums": checksums.name,
         "checksums_xxh64": native.hex_checksum(written.checksums),
-        "reencoded": [{"name": name, "reason": reason} for name, reason in written.odd],
+        "reencoded": [{"name": name, "reason": reason} for name, reason in written.reencoded],
         "skipped": [{"name": name, "reason": reason} for name, reason in written.bad],
     }
 
 
 def dataset_record(source: Source, src: Path, options: dict[str, Any], splits: dict[str, Any]) -> dict[str, Any]:
-    """What is said of the whole."""
+    """The record of the whole dataset."""
     return {
         "format": FORMAT,
         "classes": source.classes,

@@ -37,8 +37,8 @@ class Split:
     """Attributes:
     labels: (N,) int64.
     names: (N,) bytes, the path of each image inside the source. An array, which forked processes share.
-    largest: bytes of the largest image, or None where only reading tells.
-    first: place of its first image in the dataset, of which it may be a part.
+    largest: bytes of the largest image, or None where that is not known before reading.
+    first: position in the whole dataset of the first image; above 0 in a part.
     """
 
     labels: NDArray[np.int64]
@@ -55,7 +55,7 @@ class Split:
 class Source:
     """An ImageNet. kind: its form. classes: sorted; a label is a position in them. splits: train and val.
 
-    left_out: what lies among the images and is none, by its folder.
+    left_out: for each folder, the files in it that are not images.
     """
 
     kind: str

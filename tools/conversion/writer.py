@@ -37,7 +37,7 @@ from tools.conversion.source import Split
 MIN_PAGE_SIZE = 8 << 20  # FFCV's default
 SHARD_PAGE_SIZE = 32 << 20  # where the sizes of the images are not known beforehand; ImageNet's largest has 15 MB
 MAX_PAGE_SIZE = 1 << 31  # FFCV holds it in 32 bits
-AHEAD = 4  # tasks for each worker between the first that is not placed and the last that is begun
+AHEAD = 4  # for each worker, so many tasks may be converted before their places in the file are known
 STOPS = (signal.SIGINT, signal.SIGTERM)
 QUEUED = 2  # tasks given to a worker at a time, so that it need not wait for the next
 
@@ -55,10 +55,10 @@ ROW = np.dtype(
 
 @dataclass
 class Written:
-    """What became of a split. checksums: (images,) uint64. odd, bad: (name, reason), sorted by their place."""
+    """What became of a split. checksums: (images,) uint64. reencoded, bad: (name, reason), in their order."""
 
     checksums: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    odd: list[tuple[str, str]] = field(default_factory=list)
+    reencoded: list[tuple[str, str]] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -78,7 +78,7 @@ def write_split(
     writer = _prepare(split, path, _page_size(split, options))
     rows = np.zeros(len(split.labels), ROW)
     places = np.zeros(len(split.labels), np.int64)  # in the file; the first page is the header's, so 0 is nowhere
-    odd: dict[int, str] = {}
+    reencoded: dict[int, str] = {}
     bad: dict[int, str] = {}
     layout = _Layout(writer.data_region_start, writer.page_size)
     tasks = split.reader.tasks
@@ -99,10 +99,10 @@ def write_split(
                     written += 1
                     bar.update(payload)
                     continue
-                task_rows, task_odd, task_bad = payload
+                task_rows, task_reencoded, task_bad = payload
                 worker.queued -= 1
                 converted[number] = worker, task_rows
-                odd.update(task_odd)
+                reencoded.update(task_reencoded)
                 bad.update(task_bad)
                 bar.update(len(task_bad))
             while placed in converted:
@@ -118,7 +118,7 @@ def write_split(
                 placed += 1
     if not discard:
         _finish(writer, split.labels, rows, places, path)
-    by_name = [[(split.name(index), reason) for index, reason in sorted(found.items())] for found in (odd, bad)]
+    by_name = [[(split.name(index), reason) for index, reason in sorted(found.items())] for found in (reencoded, bad)]
     return Written(rows["checksum"][places > 0], *by_name)
 
 
@@ -214,7 +214,7 @@ def _finish(writer: Any, labels: NDArray[np.int64], rows: NDArray, places: NDArr
 
 
 def sync(path: Path) -> None:
-    """Have the disk keep a file. A full one may only show here."""
+    """Write a file to the disk. That the disk is full may only be found here."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -252,7 +252,7 @@ class _Workers:
 
     def __enter__(self) -> "_Workers":
         try:
-            # A stop waits meanwhile: Python drops an exception that falls into what it does around a fork.
+            # Signals wait meanwhile: Python drops an exception that is raised while it prepares a fork.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
             try:
                 for _ in range(self._count):
@@ -267,7 +267,7 @@ class _Workers:
     def _start_worker(self) -> None:
         context = multiprocessing.get_context("fork")  # the index is shared, and FFCV imported once
         ours, theirs = context.Pipe()
-        # The ends of the others' pipes, which a fork copies: were they open, nobody would see a process die.
+        # A fork copies the ends of the other workers' pipes. If they stayed open, nobody would see a process die.
         foreign = [worker.connection for worker in self.workers] + [ours]
         process = context.Process(target=_work, args=(theirs, foreign, *self._arguments), daemon=True)
         process.start()
@@ -309,7 +309,7 @@ def _work(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     for other in foreign:
         other.close()
-    gc.freeze()  # what the parent had is never to be collected, so it need not be looked at
+    gc.freeze()  # the collector need not look at what the parent had
     held: dict[int, list[Stored]] = {}
     number = -1
     try:
@@ -345,8 +345,8 @@ def _work(
 def _convert_task(
     split: Split, task: Any, options: Options, page_size: int
 ) -> tuple[list[Stored], NDArray, dict[int, str], dict[int, str]]:
-    """(images, their rows, {index: reason} of the odd, {index: reason} of the bad) of one task."""
-    images, rows, odd, bad = [], [], {}, {}
+    """(images, their rows, {index: reason} of the re-encoded, {index: reason} of the bad) of one task."""
+    images, rows, reencoded, bad = [], [], {}, {}
     for index, data in split.reader.read(task):
         try:
             if isinstance(data, OSError):
@@ -357,12 +357,12 @@ def _convert_task(
         except BadImage as error:
             bad[index] = str(error)
             continue
-        if image.odd is not None:
-            odd[index] = image.odd
+        if image.reencoded_because is not None:
+            reencoded[index] = image.reencoded_because
         images.append(image)
         checksum = native.checksum(image.data)
         rows.append((index, image.mode, image.height, image.width, image.data.nbytes, checksum))
-    return images, np.array(rows, ROW), odd, bad
+    return images, np.array(rows, ROW), reencoded, bad
 
 
 def _write(file: int, data: NDArray[np.uint8], place: int) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from pipelines.batch import MEAN, STD, Batch, Place
 from pipelines.build import build_loader
-from pipelines.config import DataConfig
-from pipelines.dali_loader import is_installed as has_dali
-from pipelines.dali_probe import why_no_box_decode
+from pipelines.config import AugmentationConfig, DataConfig
+from pipelines.executors.dali_executor import is_installed as has_dali
+from pipelines.executors.dali_probe import why_no_box_decode
+from pipelines.executors.torchvision_executor import TorchvisionExecutor
 from pipelines.loader import Loader
 from pipelines.sources.folder import FolderSource
-from pipelines.torchvision_loader import TorchvisionExecutor
 from tools.gpu.networks import free
 from tools.gpu.record import Record
 from tools.profiling.steps import wait
@@ -87,8 +87,9 @@ def open_loader(name: str, config: DataConfig, device: torch.device, dtype: torc
     if name != ON_CORES:
         return build_loader(config, "train", Place(device=device, dtype=dtype))
     source = FolderSource(config.root / "train")
-    executor = TorchvisionExecutor(source, device, dtype, config.workers)
-    return Loader(source, executor, config, training=True, rank=0, world_size=1)
+    executor = TorchvisionExecutor(source, device, config.rank_workers(1))
+    place = Place(device=device, dtype=dtype)
+    return Loader(source, executor, True, config, AugmentationConfig(), place, seed=0)
 
 
 def compare_pixels(record: Record, ways: dict[str, DataConfig], device: torch.device) -> None:

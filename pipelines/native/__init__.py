@@ -1,4 +1,4 @@
-"""JPEG and raw images, decoded and resized by `native.cpp` on threads of this process.
+"""JPEG and raw images, decoded and resized by `native.cpp` on threads of this process: its Python binding.
 
 The C++ file is compiled at its first use on a machine, with the machine's own instructions, and kept under
 `$XDG_CACHE_HOME/dcd` (`~/.cache/dcd`) for every later start. It needs a C++ compiler and libjpeg-turbo's header.
@@ -25,8 +25,8 @@ PACKAGES = "g++ libjpeg-dev"  # by Debian's and Ubuntu's names
 
 _MESSAGE_BYTES = 256
 
-# One image of a batch; `struct Job` of native.cpp. data: address of `size` bytes, a JPEG or (is_raw) height × width × 3
-# bytes. checksum: their XXH64, compared where has_checksum. box: (top, left, height, width) inside the image.
+# One image of a batch, as `struct Job` of native.cpp. data: the address of `size` bytes: a JPEG, or with is_raw
+# height × width × 3 pixels. checksum: their XXH64, compared if has_checksum. box: (top, left, height, width).
 JOB = np.dtype(
     [
         ("data", np.uint64),
@@ -118,15 +118,15 @@ def jpeg_size(data: NDArray[np.uint8]) -> tuple[int, int]:
 def decode_jpeg(
     data: NDArray[np.uint8], memory: NDArray[np.uint8] | None = None, by_libjpeg_alone: bool = False
 ) -> NDArray[np.uint8]:
-    """A whole JPEG as (H, W, 3), by libjpeg-turbo's accurate transform and smooth upsampling of chroma.
+    """The pixels (H, W, 3) of a whole JPEG, by libjpeg-turbo's accurate transform and smooth upsampling of chroma.
 
     Args:
         data: (N,), the bytes.
-        memory: (M,), used for the pixels where it is large enough: the system would clear fresh memory first.
+        memory: (M,), holds the pixels if it is large enough: fresh memory is slower, since the system clears it first.
         by_libjpeg_alone: without `jpeg_huffman.h`, for comparison.
 
     Raises:
-        DecodeError: it is damaged, truncated, or not to be had as RGB (CMYK).
+        DecodeError: it is damaged or truncated, or libjpeg can't turn it into RGB (CMYK).
     """
     height, width = jpeg_size(data)
     if memory is not None and memory.size >= height * width * 3:
@@ -138,7 +138,7 @@ def decode_jpeg(
 
 
 def check_jpeg(data: NDArray[np.uint8]) -> None:
-    """Read all of a JPEG, to see that `decode_jpeg` will, in about half the time.
+    """Read all of a JPEG without decoding it: about twice as fast as `decode_jpeg`, with the same verdict.
 
     Raises:
         DecodeError: as `decode_jpeg`.
@@ -169,7 +169,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _compiled() -> Path:
-    """The compiled library, made now unless an earlier start has left it."""
+    """The path of the compiled library; it is compiled now unless an earlier start has done so."""
     compiler = os.environ.get("CXX", "g++")
     key = hashlib.sha256(SOURCE.read_bytes() + b"".join(header.read_bytes() for header in HEADERS))
     for part in (compiler, *FLAGS, platform.machine(), _processor()):
@@ -178,7 +178,7 @@ def _compiled() -> Path:
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    temporary = library.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: another rank may look for it
+    temporary = library.with_suffix(f".{os.getpid()}.tmp")  # renamed when it is whole: other ranks may compile it, too
     try:
         done = subprocess.run(
             [compiler, *FLAGS, str(SOURCE), "-o", str(temporary), "-ljpeg"], capture_output=True, text=True
@@ -193,7 +193,7 @@ def _compiled() -> Path:
 
 
 def _processor() -> str:
-    """What the compiler's -march=native depends on: a home folder may be shared by machines that differ."""
+    """The processor's features, on which -march=native depends: machines that differ may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,9 +1,9 @@
 // The Huffman codes of a JPEG, read faster than libjpeg does.
 //
-// Six tenths of the time of a box went into libjpeg's reading of codes: it looks up a code, then takes the bits of its
-// value. Here one look-up gives both where they fit into it, from bytes whose stuffing is taken out beforehand. libjpeg
-// does everything else: it gets these blocks in place of its own. Only the common form is read (one scan, not
-// progressive, 8 bits), and whatever is not as it should be is left to libjpeg, which then has to say what it is.
+// libjpeg spends six tenths of the time for a box on reading codes: it looks up a code, then takes the bits of its
+// value. Here one look-up gives both where they fit into it, and the stuffing is removed from the bytes beforehand.
+// libjpeg does everything else: it gets these blocks in place of its own. Only the common form is read here (one scan,
+// not progressive, 8 bits). Anything irregular is left to libjpeg, whose verdict counts.
 
 #pragma once
 
@@ -17,7 +17,7 @@
 
 using std::uint8_t;
 
-// libjpeg's entropy decoder, whose declaration it does not install; it begins so in all versions since 1998.
+// libjpeg's entropy decoder, which no installed header declares. It has begun like this in all versions since 1998.
 struct jpeg_entropy_decoder {
     void (*start_pass)(j_decompress_ptr);
     boolean (*decode_mcu)(j_decompress_ptr, JBLOCKROW *);
@@ -53,8 +53,8 @@ class Huffman {
         return true;
     }
 
-    // Reads the blocks of the next unit into `blocks`, which are zero; or passes over them where it is null. False where
-    // it is not as it should be.
+    // Reads the blocks of the next unit into `blocks`, which hold zeros; skips them where `blocks` is null. False if the
+    // unit is irregular.
     bool read(const jpeg_decompress_struct &info, JBLOCKROW *blocks) {
         return blocks ? read_unit<true>(info, blocks) : read_unit<false>(info, blocks);
     }
@@ -70,21 +70,21 @@ class Huffman {
     }
 
    private:
-    static const int BITS = 11;             // that are looked up at once
-    static const int SKIPPED = 13;          // the same, where codes are passed over
-    static const int END = 127;             // a run that leads out of the block, and farther than two others do
+    static const int BITS = 11;             // bits in one look-up
+    static const int SKIPPED = 13;          // the same, where codes are skipped
+    static const int END = 127;             // a run that leads out of the block, and farther than any two runs
     static const size_t PADDING = 1 << 13;  // a unit has at most 10 blocks of 64 codes of 31 bits
 
     struct Code {
         int16_t value;
         uint8_t run;   // zeros before the value; END where no value follows in the block
-        uint8_t bits;  // of code and value; 0: of no meaning
+        uint8_t bits;  // of code and value; 0 where this entry has no meaning
     };
 
     struct Table {
-        Code codes[1 << BITS];        // by the next bits, where they hold code and value
-        uint16_t symbols[1 << BITS];  // length << 8 | symbol, where they hold the code; 0 where it is longer
-        uint16_t moves[1 << SKIPPED];  // moves in the block << 8 | bits, of one code and value, or two where they hold both
+        Code codes[1 << BITS];        // by the next bits, where these hold code and value
+        uint16_t symbols[1 << BITS];  // length << 8 | symbol, where the next bits hold the code; 0 where it is longer
+        uint16_t moves[1 << SKIPPED];  // steps in the block << 8 | bits: of two codes with values, or one
         int first[17], start[17];     // by length: the first code and its number
         bool is_dc;
         JHUFF_TBL table = {};
@@ -92,7 +92,7 @@ class Huffman {
         void set(const JHUFF_TBL &wanted, bool dc) {
             if (!memcmp(table.bits, wanted.bits, sizeof table.bits) &&
                 !memcmp(table.huffval, wanted.huffval, sizeof table.huffval))
-                return;  // most files have the same
+                return;  // most files have the same table
             table = wanted, is_dc = dc;
             memset(symbols, 0, sizeof symbols);
             int code = 0, at = 0;
@@ -136,10 +136,10 @@ class Huffman {
         }
     };
 
-    // Takes codes from `next` on.
+    // Reads codes from `next` on.
     struct Reader {
         const uint8_t *next;
-        uint64_t bits;  // `valid` of them, at the top, are read
+        uint64_t bits;  // the upper `valid` bits are the next ones of the file
         int valid;
 
         void refill(int needed) {
@@ -170,7 +170,7 @@ class Huffman {
             return true;
         }
 
-        // The same, two codes at a time.
+        // The same, up to two codes in one look-up.
         bool skip_block(const Table &table) {
             for (int place = 1; place < 64;) {
                 refill(SKIPPED);
@@ -180,7 +180,7 @@ class Huffman {
                     take(moves & 255);
                     continue;
                 }
-                const Code code = read(table);  // a longer one, or the last of the block before another block's
+                const Code code = read(table);  // a longer code, or one of the next block is behind it
                 place += code.run + 1;
                 if (place > 64 || !code.bits) return code.run == END;
             }
@@ -223,7 +223,7 @@ class Huffman {
             if (next_[1] == 0) *to++ = 0xFF;
             next_ += 2;
             if (next_[-1] != 0) {
-                for (marker = next_[-1]; marker == 0xFF && next_ < end_;) marker = *next_++;  // any number of FF may lead
+                for (marker = next_[-1]; marker == 0xFF && next_ < end_;) marker = *next_++;  // FFs may precede it
                 break;
             }
         }
@@ -252,7 +252,7 @@ class Huffman {
         return used() <= size_ * 8;
     }
 
-    static constexpr uint8_t ZIGZAG[64] = {  // where in a block the values come, Figure A.6 of T.81
+    static constexpr uint8_t ZIGZAG[64] = {  // the place of each value in a block, Figure A.6 of T.81
         0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
         41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
         30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};

@@ -1,7 +1,7 @@
-"""Whether DALI decodes a box of a JPEG alone ("mixed" `image_slice`) on this GPU.
+"""Finds out whether DALI can decode a box of a JPEG ("mixed" `image_slice`) on this GPU.
 
 nvImageCodec 0.9.0, which DALI 2.4 needs, is reported to fail at it: with an error on some GPUs, with a segmentation
-fault on others (nvImageCodec's issue 55). So it is tried once, in a process of its own, and the answer is kept.
+fault on others (nvImageCodec's issue 55). So it is tried once in a process of its own, and the answer is kept.
 """
 
 import hashlib
@@ -18,37 +18,37 @@ from numpy.typing import NDArray
 
 from pipelines.cache import cache_folder
 
-LIMIT_S = 90.0  # for the attempt; DALI takes seconds to start
-TOLERANCE = 8.0  # mean |difference| from the CPU's pixels, of 255: more than decoders differ by on smooth images
+LIMIT_S = 90.0  # for the attempt, of which DALI takes seconds to start
+TOLERANCE = 8.0  # mean |difference| from the CPU's pixels, of 255; decoders differ by less on smooth images
 
 
 def why_no_box_decode(device: torch.device) -> str | None:
-    """None where boxes can be decoded on this GPU, else the reason, in a few words. The first time takes seconds."""
+    """None if boxes can be decoded on this GPU, else the reason why not. The first call takes seconds."""
     driver = Path("/proc/driver/nvidia/version")
     setting = [
         *(f"{package} {_version(package)}" for package in ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13")),
         torch.cuda.get_device_name(device),
         driver.read_text() if driver.exists() else "",
     ]
-    command = [sys.executable, "-m", "pipelines.dali_probe", str(device.index or 0)]
+    command = [sys.executable, "-m", "pipelines.executors.dali_probe", str(device.index or 0)]
     return probe(command, setting, LIMIT_S)
 
 
 def probe(command: list[str], setting: list[str], limit_s: float) -> str | None:
-    """None where the command ends well within the time, else why not; kept for the next call with this setting.
+    """None if the command ends well within the time, else what went wrong. The answer is kept for the next call.
 
     Args:
-        setting: what the answer depends on: versions, device, driver.
+        setting: what the answer depends on (versions, device, driver): a kept answer is used for the same setting only.
     """
     key = hashlib.sha256("\0".join(setting).encode()).hexdigest()[:16]
     kept = cache_folder() / f"dali-box-{key}.json"
     try:
         return json.loads(kept.read_text())["why_not"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not tried yet, or torn
+        pass  # it was not tried yet, or the file is torn
     try:
-        # in the root of the code, wherever this program was started
-        root = Path(__file__).parents[1]
+        # the command imports our modules, which needs the root of the code, wherever this program was started
+        root = Path(__file__).parents[2]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, errors="replace", timeout=limit_s)
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         error = next((line for line in said if "nvImageCodec" in line), said[-1])[:200]
@@ -75,8 +75,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def pictures() -> list[NDArray[np.uint8]]:
-    """JPEGs as a dataset holds them: smooth images of several sizes, with halved colours."""
+def smooth_jpegs() -> list[NDArray[np.uint8]]:
+    """Smooth images of several sizes, with colours at half the resolution (4:2:0), as most JPEGs have them."""
     from torchvision.io import encode_jpeg
 
     found = []
@@ -88,7 +88,7 @@ def pictures() -> list[NDArray[np.uint8]]:
 
 
 def decode_boxes(encoded: list[NDArray[np.uint8]], boxes: NDArray[np.int32], device_id: int | None) -> list[NDArray]:
-    """The boxes (N, 4) of the JPEGs by DALI, on that GPU, or with None on the CPU."""
+    """The boxes (N, 4) of N JPEGs, decoded by DALI on a GPU, or on the CPU where `device_id` is None."""
     from nvidia.dali import Pipeline, fn, types
 
     pipeline = Pipeline(len(encoded), 2, device_id=device_id)
@@ -108,7 +108,7 @@ def decode_boxes(encoded: list[NDArray[np.uint8]], boxes: NDArray[np.int32], dev
 
 
 def decoder_options(device: str) -> dict:
-    """What every decoder of ours is told; `device`: cpu or mixed."""
+    """Options of all our decoders by DALI. device: "cpu" or "mixed"."""
     from nvidia.dali import types
 
     options = {
@@ -116,16 +116,16 @@ def decoder_options(device: str) -> dict:
         "output_type": types.RGB,
         "adjust_orientation": False,  # the plan's sizes are those of the stored image
     }
-    # The colours of most JPEGs are halved; libjpeg-turbo interpolates them, and a GPU does if it is told to.
+    # Most JPEGs hold colours at half the resolution. libjpeg-turbo interpolates them; nvJPEG does so only if told to.
     return {**options, "jpeg_fancy_upsampling": True} if device == "mixed" else options
 
 
 def main(device_id: int | None) -> None:
-    """End with exit code 0 where boxes are decoded, and are those of the CPU."""
+    """Exit with code 0 if the boxes are decoded and are those of the CPU."""
     from pipelines import native
 
-    encoded = pictures()
-    for attempt in range(3):  # a batch after another, with boxes that lie anywhere
+    encoded = smooth_jpegs()
+    for attempt in range(3):  # batches one after another, with other boxes
         sizes = np.array([native.jpeg_size(data) for data in encoded])
         start = (sizes * (0.11 + 0.1 * attempt)).astype(np.int32)
         boxes = np.concatenate([start, (sizes * 0.57).astype(np.int32)], 1).astype(np.int32)

@@ -1,10 +1,10 @@
 """The executors by torchvision: on the CPU in PyTorch's DataLoader, on a GPU by its batch decoder.
 
-    this process:      steps of the plan ->                                       -> to the device, normalise
+    this process:      steps of the plan ->
     worker processes:                       one whole rank's batch each: decode (libjpeg-turbo), cut, resize, flip
 
-A worker makes a whole batch, in uint8 and right in shared memory: one tensor instead of hundreds, at a quarter of the
-bytes. The workers stay alive from epoch to epoch, and are killed at the end: they hold nothing that could be lost.
+A worker makes a whole batch in uint8, right in shared memory: one tensor instead of hundreds, a quarter of the bytes.
+The workers live from epoch to epoch. At the end they are killed, for they hold nothing that could be lost.
 """
 
 import atexit
@@ -24,23 +24,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipelines.batch import Batch, ImageSource, Place
+from pipelines.batch import Executed, ExecutorOptions, ImageSource, Place
 from pipelines.config import DataConfig
+from pipelines.executors.common import read_images
 from pipelines.plan import StepPlan
 from pipelines.shared_memory import Need, free_and_size
 from pipelines.sources.errors import DataError
-from pipelines.stages import HostBatch, host_batch, normalise, read_images, to_device
 from pipelines.threads import PATIENCE_S, in_background
 
 BATCHES_AHEAD = 2  # of each worker
-MEMORY_BYTES = 32 << 20  # that a worker keeps for an image; larger ones, of 11 megapixels, are rare
-LARGEST_REDUCTION = 64  # of one resize on a GPU, whose kernel keeps the weights of a pixel in 48 KiB: 94 is its end
+MEMORY_BYTES = 32 << 20  # that a worker keeps for an image, enough for 11 megapixels; larger ones are rare
+LARGEST_REDUCTION = 64  # of one resize on a GPU: the weights of a pixel must fit into 48 KiB, as up to 94 they do
 
 
 def render(image: Tensor, box: tuple[int, int, int, int], flip: bool, size: int) -> Tensor:
@@ -50,9 +49,9 @@ def render(image: Tensor, box: tuple[int, int, int, int], flip: bool, size: int)
         (size, size, 3) uint8.
     """
     top, left, height, width = box
-    # Pixel by pixel in memory, as decoders leave it: the resize is faster so, and its result needs no shuffling.
+    # Channels last, as decoders leave it: the resize is faster, and its result already has the layout that is wanted.
     cut = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
-    if cut.is_cuda:  # which resizes floats only
+    if cut.is_cuda:  # a GPU resizes floats only
         resized = cut.float()
         for step in resize_steps(height, width, size):
             resized = F.interpolate(resized, step, mode="bilinear", antialias=True)
@@ -73,17 +72,17 @@ def resize_steps(height: int, width: int, size: int) -> list[tuple[int, int]]:
 
 
 class _Batches(Dataset):
-    """The key of an item is the work itself: (step of the plan, side of the images). The item is the images
-    (N, S, S, 3) uint8 and their indices (N,).
+    """The key of an item is the work itself: (step of the plan, side of the images). The item is the step and its
+    images (N, S, S, 3) uint8.
     """
 
     def __init__(self, source: ImageSource, need: Need):
         self.source, self._need = source, need
-        # Where images are decoded to: the system would clear fresh memory for each first.
+        # Images are decoded into it: the system would have to clear fresh memory for each of them.
         largest = 3 * int(source.sizes.astype(np.int64).prod(1).max())
         self._memory = np.empty(min(largest, MEMORY_BYTES), np.uint8)
 
-    def __getitem__(self, work: tuple[StepPlan, int]) -> tuple[Tensor, NDArray[np.int64]] | DataError:
+    def __getitem__(self, work: tuple[StepPlan, int]) -> tuple[StepPlan, Tensor] | DataError:
         step, size = work
         try:
             images = self._empty(len(step.indices), size, size, 3)
@@ -91,11 +90,11 @@ class _Batches(Dataset):
                 image.copy_(render(self.source.decode(index, self._memory), box, flip, size))
         except DataError as error:
             return error  # raised in the training process; the DataLoader would wrap it into a page of text
-        return images, step.indices
+        return step, images
 
     def _empty(self, *shape: int) -> Tensor:
-        """Uninitialised bytes: in a worker in shared memory, where the DataLoader would otherwise copy them later, in
-        a thread whose failure nobody would notice.
+        """Uninitialised bytes. In a worker they lie in shared memory: else the DataLoader would copy them there, in a
+        thread whose failure nobody would notice.
         """
         if get_worker_info() is None:
             return torch.empty(shape, dtype=torch.uint8)
@@ -107,7 +106,7 @@ class _Batches(Dataset):
 
 
 class _Work(Sampler):
-    """Hands the DataLoader the work of one epoch; filled anew for each, so that the workers can stay."""
+    """Hands the DataLoader the work of one epoch. It is filled anew for each epoch, so that the workers can stay."""
 
     def __init__(self):
         self.items: Iterable[tuple[StepPlan, int]] = ()
@@ -116,8 +115,17 @@ class _Work(Sampler):
         return iter(self.items)
 
 
+def create_executor(source: ImageSource, options: ExecutorOptions) -> "TorchvisionExecutor | TorchvisionGpuExecutor":
+    """The executor of a loader: by the device's own decoder. All images are handed out as bytes."""
+    config, place = options.config, options.place
+    if place.device.type == "cuda":
+        return TorchvisionGpuExecutor(source, place.device, options.workers)
+    need = shared_memory_need(config, options.training, place, len(source))
+    return TorchvisionExecutor(source, place.device, options.workers, need)
+
+
 def shared_memory_need(config: DataConfig, training: bool, place: Place, num_images: int) -> Need:
-    """What the workers of this machine's ranks fill: the batches that are made ahead, and the one that is in use."""
+    """The shared memory that the workers of this machine's ranks need: batches that are made ahead, and one in use."""
     steps = num_images // config.batch_size if training else math.ceil(num_images / config.batch_size)
     batch_size = math.ceil(min(config.batch_size, num_images) / place.world_size)
     batches = min(BATCHES_AHEAD * config.rank_workers(place.ranks_of_machine) + 1, steps)
@@ -125,22 +133,22 @@ def shared_memory_need(config: DataConfig, training: bool, place: Place, num_ima
 
 
 def _start_worker(worker_id: int) -> None:
-    # Ctrl-C, and what a launcher or a batch system sends, reach all processes; the workers must outlive the last
-    # checkpoint.
+    # Ctrl-C and the signals of a launcher or a batch system reach all processes. The workers must live until the last
+    # checkpoint is written.
     for number in (SIGINT, SIGTERM, SIGUSR1):
         signal(number, SIG_IGN)
     Queue._on_queue_feeder_error = staticmethod(_give_up)
 
 
 def _give_up(error: Exception, item: Any) -> None:
-    """End this worker: the batch that it can't send would be waited for without end, its death is noticed."""
+    """End this worker. Its death is noticed, while the batch that it can't send would be waited for without end."""
     print(f"a loading process cannot send a batch: {error}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 @atexit.register  # before multiprocessing's own, which sends SIGTERM and waits
 def _kill_workers() -> None:
-    """End what no `close` has ended."""
+    """Kill the workers that no `close` has ended."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -150,18 +158,15 @@ class TorchvisionExecutor:
     """Decodes a folder or a .beton file on the CPU.
 
     Args:
-        source: the images. device, dtype: of the batches.
+        source: the images. device: of the batches.
         workers: processes, at least 0; with 0 the images are decoded in this process.
-        need: of shared memory, where there are workers; by default not looked at.
+        need: of shared memory, checked if there are workers; by default nothing is needed.
 
     Raises:
-        DataError: there is less of it.
+        DataError: there is too little shared memory.
     """
 
-    def __init__(
-        self, source: ImageSource, device: torch.device, dtype: torch.dtype, workers: int, need: Need | None = None
-    ):
-        self._source, self._device, self._dtype = source, device, dtype
+    def __init__(self, source: ImageSource, device: torch.device, workers: int, need: Need | None = None):
         self._need = need or Need()
         if workers and not self._need.is_met():
             raise DataError(f"too little shared memory: {self._need.advice()}")
@@ -169,7 +174,7 @@ class TorchvisionExecutor:
         self._batches: DataLoader | None = DataLoader(
             _Batches(source, self._need),
             batch_size=None,
-            collate_fn=lambda item: item,  # PyTorch's would make a tensor of the indices, which takes shared memory
+            collate_fn=lambda item: item,  # PyTorch's would make tensors of the step, which take shared memory
             sampler=self._work,
             num_workers=workers,
             prefetch_factor=BATCHES_AHEAD if workers else None,
@@ -181,22 +186,19 @@ class TorchvisionExecutor:
             worker_init_fn=_start_worker if workers else None,
         )
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
         self._work.items = ((step, image_size) for step in steps)
-        yield from to_device(self._host_batches(), self._device, self._dtype)
-
-    def _host_batches(self) -> Iterator[HostBatch]:
         try:
             batches = iter(self._batches)
             if current_thread() is main_thread():
-                # PyTorch's handler raises wherever this thread is, in the middle of a training step; a worker's end is
-                # noticed here, too, when its batch is waited for.
+                # PyTorch's handler would raise in the middle of a training step. The end of a worker is also noticed
+                # here, while its batch is waited for.
                 signal(SIGCHLD, SIG_DFL)
             for item in batches:
                 if isinstance(item, DataError):
                     raise item
-                images, indices = item
-                yield host_batch(images, indices, self._source.labels)
+                step, images = item
+                yield step, images
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
@@ -217,10 +219,10 @@ class TorchvisionExecutor:
 def _end(iterator: Any) -> None:
     """Kill the workers of a DataLoader's iterator.
 
-    Its own way, `_shutdown_workers`, asks them to end, waits for five seconds for each that is stuck in a read, sends
+    PyTorch's own `_shutdown_workers` asks them to end, waits five seconds for each that is stuck in a read, sends
     SIGTERM, which they ignore, and waits for ever for a lock that a stopped worker may hold.
     """
-    iterator._shutdown = True  # there will be nothing left to do for it
+    iterator._shutdown = True  # its own shutdown has nothing left to do
     _remove_worker_pids(id(iterator))
     iterator._worker_pids_set = False
     if iterator._pin_memory:
@@ -236,36 +238,31 @@ def _end(iterator: Any) -> None:
         queue.close()
     end = time.monotonic() + PATIENCE_S
     for thread in filter(None, (queue._thread for queue in iterator._index_queues)):
-        thread.join(max(0.0, end - time.monotonic()))  # it ends at once, unless its pipe is full
+        thread.join(max(0.0, end - time.monotonic()))  # it ends at once unless its pipe is full
 
 
 class TorchvisionGpuExecutor:
     """Decodes a folder or a .beton file on the GPU (nvJPEG), a batch at a time.
 
         threads:     steps of the plan -> bytes of the batch
-        thread:                                              -> GPU: decode whole images, cut, resize, flip, normalise
+        thread:                                              -> GPU: decode whole images, cut, resize, flip
 
     Args:
-        source: the images. device, dtype: of the batches (on a CPU the CPU's decoder does the same).
+        source: the images. device: of the batches (on a CPU the CPU's decoder does the same).
         workers: threads that read; 0 is one.
     """
 
-    def __init__(self, source: ImageSource, device: torch.device, dtype: torch.dtype, workers: int):
-        self._source, self._device, self._dtype = source, device, dtype
+    def __init__(self, source: ImageSource, device: torch.device, workers: int):
+        self._source, self._device = source, device
         self._threads = max(1, workers)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def run(self, steps: Iterable[StepPlan], image_size: int) -> Generator[Batch, None, None]:
+    def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
         encoded = in_background(read_images(steps, self._read, self._threads), ahead=2)
-        with closing(in_background(self._decode(encoded, image_size), ahead=1)) as batches:
-            for batch in batches:
-                for tensor in batch[:2] if self._stream else ():
-                    # it was allocated on the other stream
-                    tensor.record_stream(torch.cuda.current_stream(self._device))
-                yield batch
+        return in_background(self._decode(encoded, image_size), ahead=1)
 
     def close(self) -> None:
-        """Nothing: no thread outlives a run."""
+        """Nothing to do: no thread outlives a run."""
 
     def _read(self, index: int) -> Tensor:
         """The bytes (N,) of a plain JPEG, else the pixels (3, H, W)."""
@@ -273,23 +270,19 @@ class TorchvisionGpuExecutor:
             return torch.from_numpy(self._source.read_sound(index).copy())
         return self._source.decode(index)
 
-    def _decode(
-        self, encoded: Generator[tuple[StepPlan, list[Tensor]], None, None], size: int
-    ) -> Generator[Batch, None, None]:
+    def _decode(self, encoded: Generator[tuple[StepPlan, list[Tensor]], None, None], size: int) -> Executed:
         with closing(encoded):
             for step, data in encoded:
                 with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                     whole = self._decode_batch(step, data)
                     boxes = zip(whole, step.boxes.tolist(), step.flips, strict=True)
                     images = torch.stack([render(image, box, flip, size) for image, box, flip in boxes])
-                    batch = normalise(host_batch(images, step.indices, self._source.labels), self._device, self._dtype)
                 if self._stream:
-                    # It must be here, and this thread waits, not the training's: nvJPEG's hardware decoder writes
-                    # before the work that is queued on its stream is done (torchvision's pull request 9606,
-                    # torchcodec's 1634), so the next batch may only be decoded, into memory that this one has used,
-                    # when this one is finished.
+                    # nvJPEG's hardware decoder writes before the work that is queued on its stream is done
+                    # (torchvision's pull request 9606, torchcodec's 1634). The next batch is decoded into memory that
+                    # this one has used, so this one must be finished. This thread waits, not that of the training.
                     self._stream.synchronize()
-                yield batch
+                yield step, images
 
     def _decode_batch(self, step: StepPlan, data: list[Tensor]) -> list[Tensor]:
         """Whole images (3, H, W) uint8 on the device."""
@@ -297,6 +290,6 @@ class TorchvisionGpuExecutor:
         try:
             decoded = iter(decode_jpeg(encoded, ImageReadMode.RGB, device=self._device) if encoded else [])
         except RuntimeError:
-            # nvJPEG can't do one of them, or it has changed since it was found sound, which this will name.
+            # nvJPEG can't decode one of them, or it has changed since it was found sound; this names a damaged image.
             return [self._source.decode(index).to(self._device) for index in step.indices]
         return [next(decoded) if one.ndim == 1 else one.to(self._device) for one in data]

@@ -6,12 +6,12 @@
 //                                                   v
 //                                               out row, normalised floats or rounded bytes
 //
-// Huffman codes can only be read from the beginning, which `jpeg_huffman.h` does for libjpeg; but everything after it is
-// done for the box alone: rows above it are skipped, rows below it are never read, and columns beside it are neither
-// transformed nor upsampled. The resizer takes rows as they are decoded, so a thread's working set is a few rows and stays
-// in its cache.
+// Huffman codes can only be read from the beginning, which `jpeg_huffman.h` does for libjpeg. Everything after that is
+// done for the box alone: rows above it are skipped, rows below it are never read, columns beside it are neither
+// transformed nor upsampled. The resizer takes rows as they are decoded, so a thread works on a few rows, which stay in
+// its cache.
 //
-// `native.py` compiles this file and is its only caller; it states what each function takes.
+// `__init__.py` compiles this file and is its only caller; its docstrings say what each function takes.
 
 #include <atomic>
 #include <csetjmp>
@@ -39,8 +39,8 @@ typedef float Pixel __attribute__((vector_size(16)));  // red, green, blue, unus
 static const int MARGIN = 2;       // columns beside the box that the upsampling of chroma looks at
 static const size_t MESSAGE = 256;  // bytes of an error message
 
-// What a file of a few bytes may claim at most. A progressive image is kept whole, 6 bytes a pixel, and each scan goes
-// through all of it, so these bound memory and time.
+// A file of a few bytes may claim to be huge. A progressive image is kept whole, with 6 bytes a pixel, and each scan
+// goes through all of it: these two limits bound memory and time.
 static const uint64_t MOST_PIXELS = 178956970;  // what Pillow, and so the converter, allow
 static const int MOST_SCANS = 100;  // libjpeg itself writes 10
 
@@ -48,8 +48,8 @@ static const int MOST_SCANS = 100;  // libjpeg itself writes 10
 
 static inline uint64_t rotate(uint64_t x, int bits) { return (x << bits) | (x >> (64 - bits)); }
 
-// XXH64 of Y. Collet, seed 0 (the specification is doc/xxhash_spec.md of github.com/Cyan4973/xxHash): 64 bits at more
-// than the speed of memory, so that bytes which changed on the disk are told from an image at no cost.
+// XXH64 of Y. Collet, seed 0 (the specification is doc/xxhash_spec.md of github.com/Cyan4973/xxHash): It is faster
+// than memory, so checking that the bytes on the disk are still those of the image costs nothing.
 extern "C" uint64_t dcd_xxh64(const uint8_t *p, uint64_t size) {
     const uint64_t P1 = 0x9E3779B185EBCA87, P2 = 0xC2B2AE3D27D4EB4F, P3 = 0x165667B19E3779F9, P4 = 0x85EBCA77C2B2AE63,
                    P5 = 0x27D4EB2F165667C5;
@@ -88,8 +88,8 @@ class Decoder {
     ~Decoder() { jpeg_destroy_decompress(&info); }
     Decoder(const Decoder &) = delete;
 
-    // Runs `work`; false if libjpeg gave up, with the reason in `message`. `work` must hold nothing that a jump out of
-    // it would leak. It may be run twice: by `Huffman`, and where that finds an irregular code, by libjpeg alone.
+    // Runs `work`; false if libjpeg gave up, with the reason in `message`. `work` must own
+    // nothing, for libjpeg jumps out of it. It may run twice: if `Huffman` finds an irregular code, without `Huffman`.
     template <class Work>
     bool guarded(Work work) {
         return attempt(work, false) || (found_irregular_ && attempt(work, true));
@@ -109,7 +109,7 @@ class Decoder {
         return true;
     }
 
-    // The header, with RGB as the aim; libjpeg refuses what it can't turn into RGB (CMYK) when decoding starts.
+    // Reads the header. What libjpeg can't turn into RGB (CMYK), it refuses when decoding starts.
     void read_header(const uint8_t *data, uint64_t size) {
         has_lost_sector_ = false;
         jpeg_mem_src(&info, data, size);
@@ -139,7 +139,7 @@ class Decoder {
             };
     }
 
-    // Whether all codes behind the header are regular, by reading them alone; false where libjpeg has to say.
+    // Reads all codes behind the header, without decoding: true if they are regular, false if libjpeg has to read them.
     bool is_regular() {
         if (!reads_codes_) return false;
         if (!huffman_.is_whole(info)) give_up_irregular();
@@ -149,7 +149,7 @@ class Decoder {
     // Ends decompression when all rows have been read.
     void finish() {
         if (!reads_codes_) return void(jpeg_finish_decompress(&info));
-        if (!huffman_.is_at_end()) give_up_irregular();  // libjpeg has to say what is behind the last block
+        if (!huffman_.is_at_end()) give_up_irregular();  // libjpeg has to judge what lies behind the last block
         jpeg_abort_decompress(&info);
     }
 
@@ -158,9 +158,9 @@ class Decoder {
     jpeg_progress_mgr progress_;
     jmp_buf escape_;
     Huffman huffman_;
-    bool reads_codes_ = false;      // `huffman_`, instead of libjpeg
+    bool reads_codes_ = false;      // whether `huffman_` reads them instead of libjpeg
     bool by_libjpeg_alone_ = false, found_irregular_ = false;
-    bool has_lost_sector_ = false;  // perhaps; bytes that are left over make it certain
+    bool has_lost_sector_ = false;  // perhaps: left-over bytes would prove it
 
     void create() {
         info.err = jpeg_std_error(&errors_);
@@ -177,8 +177,8 @@ class Decoder {
         info.progress = &progress_;
     }
 
-    // libjpeg reports damaged data as a warning and goes on with grey; here it is an error, as any other. Bytes that
-    // are left over when all blocks are read are none by themselves: some programs leave them.
+    // libjpeg warns of damaged data and goes on with grey; here damage is an error. Bytes that are left over after the
+    // last block are no damage by themselves: some programs write them.
     static bool is_damage(j_common_ptr common) {
         const int code = common->err->msg_code;
         if (code == JWRN_EXTRANEOUS_DATA) return static_cast<Decoder *>(common->client_data)->has_lost_sector_;
@@ -206,14 +206,15 @@ class Decoder {
 
 // ------------------------------------------------------------------------------------------------------------ resizer
 
-// Antialiased bilinear resize along one axis: output i is the sum of `weights[i * taps + k]` times input `first[i] + k`.
-// The triangle is as wide as the step between outputs, at least 1, and cut at the box: what torchvision and Pillow do.
+// Antialiased bilinear resize along one axis: output i is the sum over k of `weights[i * taps + k]` times input
+// `first[i] + k`. The weights are a triangle. Each of its sides is as wide as the step between outputs, at least 1, and
+// is cut off at the box, as in torchvision and Pillow.
 struct Axis {
-    int taps;  // of the output that has most; the others have weights 0 at the end
+    int taps;  // the most inputs of any output; outputs of fewer inputs have weights of 0 at the end
     std::vector<int> first, count;
     std::vector<float> weights;
 
-    // `size` outputs from [start, start + length), where `end` is the first input behind it; in falling order to flip.
+    // `size` outputs from inputs in [start, start + length); `end` is the first input behind it. `flip` reverses them.
     void set(float start, float length, int end, int size, bool flip) {
         const float step = length / size, reach = std::max(step, 1.0f);
         auto low = [&](int i) { return std::max(int(start + (i + 0.5f) * step - reach + 0.5f), int(start)); };
@@ -257,10 +258,10 @@ static void blend_rows(const uint8_t *const *rows, const float *weights, int cou
     for (int k = 4; k < count; k++) blend<1, true>(rows + k, weights + k, width, line);
 }
 
-// Whether libjpeg may cut columns away at less than full size: 4:4:4, 4:2:0, 4:2:2, 4:4:0, 4:1:1 and grey. At 1/2 and
-// 1/4 it gives chroma a larger inverse transform where that leaves less to upsample, but jpeg_crop_scanline counts the
-// columns of chroma by the sampling alone. In these layouts what is still upsampled has the transform of brightness; in
-// others (4x2, 2x4, two kinds of chroma) part of the columns would never be written.
+// Whether libjpeg can cut columns away while it decodes at a smaller size: it can for 4:4:4, 4:2:0, 4:2:2, 4:4:0, 4:1:1
+// and grey. At 1/2 and 1/4 libjpeg gives chroma a larger inverse transform where that leaves less to upsample, but its
+// jpeg_crop_scanline counts the columns of chroma by the sampling alone. In these layouts the chroma that is still
+// upsampled has the transform of brightness. In others (4x2, 2x4, two kinds of chroma) some columns stay unwritten.
 static bool can_shrink(const jpeg_decompress_struct &info) {
     if (info.num_components == 1) return true;
     if (info.num_components != 3) return false;
@@ -275,7 +276,7 @@ static bool can_shrink(const jpeg_decompress_struct &info) {
 
 // ------------------------------------------------------------------------------------------------------------- render
 
-struct Job {  // as in native.py
+struct Job {  // as in __init__.py
     const uint8_t *data;
     uint64_t size, checksum;
     int32_t height, width;               // of the stored image

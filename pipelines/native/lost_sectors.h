@@ -1,4 +1,4 @@
-// Sectors that a disk has lost, which then read as zeros: in a JPEG they may be codes as any others.
+// Finds sectors that a disk has lost. They read as zeros, which a JPEG decoder may take for codes.
 
 #pragma once
 
@@ -12,9 +12,9 @@ using std::uint8_t;
 
 static const int SECTOR = 512;  // bytes that a disk loses at once, and a file system then reads as zeros
 
-// Whether a sector of zeros lies in an image whose scans begin at `scan`; behind the image it means nothing.
+// Whether a sector of zeros lies in an image whose scans begin at `scan`. Zeros behind the image are no damage.
 static inline bool holds_zeroed_sector(const uint8_t *scan, const uint8_t *end) {
-    for (const uint8_t *probe = scan + SECTOR - 1; probe < end; probe += SECTOR) {  // one of these lies in it
+    for (const uint8_t *probe = scan + SECTOR - 1; probe < end; probe += SECTOR) {  // 512 zeros cover one
         if (*probe) continue;
         const uint8_t *first = probe, *last = probe;
         while (first > scan && !first[-1]) first--;
@@ -27,8 +27,8 @@ static inline bool holds_zeroed_sector(const uint8_t *scan, const uint8_t *end) 
     return false;
 }
 
-// Whether a row of zeros stands for coefficients, block after block, as no image has them; where it stands for empty
-// blocks it may be a plain area. Decompression has started.
+// Whether zero bits stand for coefficients in every block: no image has such blocks. Otherwise they may stand for empty
+// blocks, as a plain area has them. Decompression has started.
 static inline bool zeros_are_coefficients(const jpeg_decompress_struct &info) {
     if (info.progressive_mode || info.arith_code || info.comps_in_scan != info.num_components) return false;
     for (int component = 0; component < info.comps_in_scan; component++)
