@@ -10,15 +10,14 @@ floor. What is above it in the time of the kernels alone (a CUDA graph) is the g
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
-from dcd.layers import available_paths, dcd_conv2d
+from dcd.layers import available_paths, set_form
+from dcd.ops.fused import choose_form
 from tools.gpu.networks import free
 from tools.gpu.record import Record
 from tools.gpu.timing import copy_rate, graphed, matrix_rate, step_ms
@@ -72,33 +71,32 @@ def count_launches(step: Callable[[], None], device: torch.device) -> int | None
 
 
 class Ways:
-    """The ways in which a layer of one shape is computed, by name: (path, whether by one kernel for each image)."""
+    """The ways in which a layer of one shape is computed, by name: (path, form)."""
 
     def __init__(self, shape: Shape, device: torch.device):
-        self._ways: dict[str, tuple[str, bool]] = {STATIC: (STATIC, False)}
+        self._ways = {STATIC: (STATIC, "auto")}
         for path in available_paths(device)[1:]:
             if shape.kernel_size == shape.stride == 1:
-                self._ways[f"{path}, by kernels"] = path, True
-                self._ways[f"{path}, by maps"] = path, False
+                self._ways[f"{path}, by kernels"] = path, "kernels"
+                self._ways[f"{path}, by maps"] = path, "maps"
             else:
-                self._ways[path] = path, False
+                self._ways[path] = path, "maps"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._ways)
 
-    def choose(self, name: str) -> AbstractContextManager:
-        """Layers are computed in this way inside the context, whatever their size."""
-        return patch.object(dcd_conv2d, "has_light_kernels", lambda x: self._ways[name][1])
-
     def create(self, name: str, shape: Shape) -> nn.Module:
-        path, _ = self._ways[name]
-        return create_layer(shape, STATIC if path == STATIC else f"dcd {path}")
+        path, form = self._ways[name]
+        layer = create_layer(shape, STATIC if path == STATIC else f"dcd {path}")
+        set_form(layer, form)
+        return layer
 
     def usual(self, shape: Shape) -> str:
         """The way that the layer takes by itself."""
         path, _ = list(self._ways.values())[-1]
-        light = dcd_conv2d.has_light_kernels(torch.empty(1, shape.in_channels, shape.size, shape.size, device="meta"))
-        return next(name for name, way in self._ways.items() if way in ((path, light), (path, False)))
+        x = torch.empty(1, shape.in_channels, shape.size, shape.size, device="meta")
+        usual = path, choose_form("auto", x, shape.kernel_size, shape.stride)
+        return next(name for name, way in self._ways.items() if way == usual)
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class Bench:
         ways = Ways(shape, self.device)
         usual, static_ms = ways.usual(shape), math.nan
         for way in ways:
-            with self.record.part(f"{shape} {way}"), ways.choose(way):
+            with self.record.part(f"{shape} {way}"):
                 kernels_ms, floor_ms = self._row(shape, count, way, ways.create(way, shape), static_ms)
                 if way == STATIC:
                     static_ms = kernels_ms
