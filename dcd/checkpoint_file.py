@@ -1,4 +1,4 @@
-"""Reading checkpoint files, of whatever trainer, without running code that they may carry."""
+"""Reads checkpoint files of any trainer, without running code that they may contain."""
 
 import pickle
 import re
@@ -12,7 +12,7 @@ from torch import Tensor
 from dcd.file_kinds import HEAD_BYTES, LEGACY, ZIP, foreign_kind, foreign_zip
 from dcd.foreign_types import STAND_INS
 
-# Where trainers put the weights, and where their moving average: ours, timm, torchvision's references, DeepSpeed.
+# The keys of the weights and of their moving average, by ours, timm, torchvision's references, DeepSpeed.
 _WEIGHTS = ("model", "state_dict", "module")
 _AVERAGES = ("ema", "state_dict_ema", "model_ema")
 
@@ -28,8 +28,8 @@ class DamagedCheckpointError(CheckpointError):
 def read_file(path: str | Path) -> dict:
     """The dictionary in a checkpoint file, on the CPU, read with `weights_only=True`.
 
-    The file is compared with its checksums first, which takes about as long as to read it once more; the format before
-    PyTorch 1.6 has none. Objects of other libraries beside the weights are replaced by `foreign_types.Unread`.
+    The file is first compared with its checksums, which takes about as long as reading it once more. (The format
+    before PyTorch 1.6 has no checksums.) Objects of other libraries are replaced by `foreign_types.Unread`.
 
     Raises:
         DamagedCheckpointError: empty, torn, or not as it was written.
@@ -86,7 +86,7 @@ def _damaged(path: Path, reason: str) -> DamagedCheckpointError:
 
 
 def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
-    """What `weights_only=True` does not read: a type that is not known to be harmless, or another kind of pickle."""
+    """The error for a file that `weights_only=True` refuses: for a type that may do harm, or another kind of pickle."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found:
         return CheckpointError(
@@ -101,8 +101,8 @@ def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
 class Weights:
     """What a checkpoint file holds of a model.
 
-    state: the weights, by name, on the CPU. classes: what the outputs mean, in their order, or None where the file does
-    not say. path: where they are from, for messages.
+    state: the weights, by name, on the CPU. classes: the names of the outputs' classes, in order, or None where the
+    file has none. path: of the file, for messages.
     """
 
     state: dict[str, Tensor]

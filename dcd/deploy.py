@@ -23,9 +23,9 @@ from dcd.layers.folded import FoldedDCDConv2d, FoldedDCDLinear
 def fold(model: nn.Module) -> nn.Module:
     """A copy of `model` for inference, with the batch norms folded into the convolutions before them.
 
-    A static convolution and its batch norm become one convolution with bias, a dynamic layer with those inside and
-    behind it a `FoldedDCDConv2d` or `FoldedDCDLinear`; an identity stands where a batch norm stood. Every other module
-    stays as it is, and so does a batch norm behind another kind of layer.
+    A static convolution and its batch norm become one convolution with bias. A dynamic layer, the batch norms inside it
+    and the one behind it become a `FoldedDCDConv2d` or `FoldedDCDLinear`. An identity takes the place of a folded batch
+    norm. Every other module stays as it is, and so does a batch norm behind another kind of layer.
 
     Args:
         model: a model of `dcd.list_models()`, any module that contains such, or a single layer; in training mode or
@@ -52,10 +52,10 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _pairs(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    """The names in a module of layers and of the batch norms right behind them."""
+    """Pairs of names in a module: of a layer, and of the batch norm right behind it."""
     if type(module) is nn.Sequential:
         return tuple(pairwise(name for name, _ in module.named_children()))
-    return getattr(module, "norms", ())
+    return getattr(module, "conv_norm_pairs", ())
 
 
 def _is_constant(norm: nn.Module | None) -> bool:

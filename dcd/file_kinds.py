@@ -1,10 +1,10 @@
-"""What a file is that is no PyTorch checkpoint, told by its first bytes: a download that failed, another format."""
+"""Recognises files that are no PyTorch checkpoints by their first bytes: failed downloads, other formats."""
 
 import string
 
 HEAD_BYTES = 512  # of a file, enough to tell what it is
 ZIP = b"PK\x03\x04"  # torch.save's format since PyTorch 1.6
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the one before: a pickled magic number
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the format before that: a pickled magic number
 
 _SAVE_AGAIN = 'read it with its own library and save the weights by torch.save({"state_dict": {name: tensor}}, FILE)'
 _BEGINNINGS = {

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Unread:
-    """Stands in for any object: takes what that was made of, and keeps nothing."""
+    """Replaces an object of any type: accepts whatever the object was created from, and keeps nothing."""
 
     def __init__(self, *args): ...
 
@@ -16,7 +16,7 @@ class Unread:
 
 
 class PlainDict:
-    """Stands in for a class of dictionaries: what it makes is a dict."""
+    """Replaces a class of dictionaries: creates a plain dict."""
 
     def __new__(cls, *args):
         return {}
@@ -41,7 +41,7 @@ _DICTIONARIES = {
     "pytorch_lightning.utilities.parsing": ("AttributeDict",),
 }
 
-# For `torch.serialization.safe_globals`: what to make, and the name in the file that it is made for.
+# For `torch.serialization.safe_globals`: a stand-in, and the full name of the type that it replaces in a file.
 STAND_INS: list[tuple[Callable, str]] = [
     (stand_in, f"{module}.{name}")
     for stand_in, types in ((Unread, _UNREAD), (PlainDict, _DICTIONARIES))

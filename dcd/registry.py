@@ -27,9 +27,9 @@ def create_model(name: str, num_classes: int = 1000, dropout: float | None = Non
         name: one of `list_models()`.
         num_classes: width of the logits, at least 1.
         dropout: probability in [0, 1) of the dropout before the classifier; None for no dropout layer.
-        **kwargs: what the family takes besides. All: `zero_init_residual`, as torchvision's, the residual branches
-            start at 0; `*_dcd`: `zero_init_fusion`, the dynamic layers start without their fusion, for which see
-            `dcd.layers.zero_fusion`; `mobilenetv2*`: `width_mult`, and `fc_squeeze` when dynamic.
+        **kwargs: further options. All models: `zero_init_residual`, the residual branches start at 0, as torchvision's.
+            `*_dcd`: `zero_init_fusion`, the dynamic layers start without their fusion (`dcd.layers.zero_fusion`).
+            `mobilenetv2*`: `width_mult`, and `fc_squeeze` when dynamic.
 
     Returns:
         a module from images (B, 3, H, W), 32 <= H, W <= 512, to logits (B, num_classes).

@@ -1,7 +1,6 @@
 """Own names <-> names of other releases, and checkpoints of both.
 
-The dynamic models are mapped to the official DCD release, the static twins to torchvision (which the official
-release has no counterpart for).
+The dynamic models are mapped to the official DCD release. It has no static models: those are mapped to torchvision.
 """
 
 import re
@@ -148,7 +147,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, ema
 
 
 def load_weights(model: nn.Module, weights: Weights, strict: bool = True, classifier: bool = True) -> LoadReport:
-    """The same with what `read_weights` has read. Without `classifier`, the model's stays as it is."""
+    """As `load_checkpoint`, with weights already read. With classifier=False the model keeps its own classifier."""
     own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     to_upstream = upstream_names(model)
     # The file may come from a model with a dropout and this one have none, or the other way round.

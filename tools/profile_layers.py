@@ -28,7 +28,15 @@ from tools.profiling.parts import time_by_part
 from tools.profiling.report import write_report
 from tools.profiling.runner import DTYPES, Setting
 from tools.profiling.shapes import Shape, ShapeError, parse_shape, shapes_of
-from tools.profiling.variants import AUTO, NETWORKS, STATIC, all_variants, create_layer, create_model, has_model
+from tools.profiling.variants import (
+    NETWORKS,
+    STATIC,
+    all_variants,
+    create_layer,
+    create_model,
+    has_model,
+    other_variants,
+)
 from training.command_line import parse
 from training.cpu_memory import keep_freed_memory
 from training.precision import autocast_dtype
@@ -60,8 +68,8 @@ def main(
         models: networks that are measured as a whole, in every form that they have; may be empty.
         layers: networks whose dynamic convolutions are measured, each distinct shape once; may be empty.
         shapes: more layers, as 64x256k1s1@56: channels in x out, kernel, stride @ pixels.
-        variants: of static (always measured), se, condconv, dyconv, odconv, "dcd PATH", and "dcd auto", the path that
-            training takes; by default all but the last.
+        variants: of static (always measured), se, condconv, dyconv, odconv, "dcd PATH"; by default all of these. Also
+            "dcd auto", the path that training takes, and "dcd PATH FORM".
         batch_size: images in a batch; by default 64 on a GPU (a GPU's share in the published trainings) and 4 on a CPU.
         size: side of the images in pixels.
         rounds: timed steps of each variant.
@@ -77,10 +85,10 @@ def main(
     if where.type == "cuda" and not gpu:
         sys.exit("error: --device cuda: there is no GPU")
     batch_size = (64 if where.type == "cuda" else 4) if batch_size is None else batch_size
-    known = all_variants(where)
+    known, others = all_variants(where), other_variants(where)
     _refuse_unknown("--models", models, NETWORKS)
     _refuse_unknown("--layers", layers, NETWORKS)
-    _refuse_unknown("--variants", variants, (*known, AUTO))
+    _refuse_unknown("--variants", variants, (*known, *others))
     for name, value, least in (("--batch-size", batch_size, 2), ("--size", size, 32), ("--rounds", rounds, 1)):
         if value < least:
             sys.exit(f"error: {name} {value}: must be at least {least}")
@@ -103,7 +111,7 @@ def main(
     torch.set_float32_matmul_precision("high")  # as in training
     if where.type == "cpu":
         keep_freed_memory()
-    chosen = [name for name in (*known, AUTO) if name in (STATIC, *(variants or known))]
+    chosen = [name for name in (*known, *others) if name in (STATIC, *(variants or known))]
     extent = Extent(where, batch_size, rounds, fold=fold)
     rows, times, failures = [], [], []
     for setting, subject in tqdm(list(product(settings, subjects)), disable=not sys.stderr.isatty(), leave=False):

@@ -8,9 +8,7 @@ floor. What is above it in the time of the kernels alone (a CUDA graph) is the g
 """
 
 from collections import Counter
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -18,7 +16,8 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from benchmarks.gpu.networks import free
 from benchmarks.gpu.record import Record
-from dcd.layers import available_paths, dcd_conv2d
+from dcd.layers import available_paths
+from dcd.ops.fused import choose_form
 from tools.profiling.runner import Runner, Setting, multiply_adds
 from tools.profiling.shapes import Shape, shapes_of
 from tools.profiling.timing import graphed, wait, window_seconds
@@ -55,28 +54,16 @@ def floor_operations(layer: nn.Module, shape: Shape, batch_size: int) -> int:
     return 2 * 3 * batch_size * multiply_adds(layer, image)
 
 
-def ways_of(shape: Shape, device: torch.device) -> dict[str, tuple[str, bool]]:
-    """The ways in which a layer is computed, by name: (variant, whether by one kernel for each image)."""
-    ways = {STATIC: (STATIC, False)}
-    for path in available_paths(device)[1:]:
-        if shape.kernel_size == shape.stride == 1:
-            ways |= {f"{path}, by kernels": (f"dcd {path}", True), f"{path}, by maps": (f"dcd {path}", False)}
-        else:
-            ways[path] = f"dcd {path}", False
-    return ways
+def ways_of(shape: Shape, device: torch.device) -> list[str]:
+    """The variants of a layer: static, and each fast path in each form that it can take."""
+    forms = ("kernels", "maps") if shape.kernel_size == shape.stride == 1 else ("maps",)
+    return [STATIC, *(f"dcd {path} {form}" for path in available_paths(device)[1:] for form in forms)]
 
 
 def usual_way(shape: Shape, device: torch.device) -> str:
-    """The way that a layer takes by itself."""
-    ways = ways_of(shape, device)
-    *_, (variant, _) = ways.values()
-    light = dcd_conv2d.has_light_kernels(torch.empty(1, shape.in_channels, shape.size, shape.size, device="meta"))
-    return next(name for name, way in ways.items() if way in ((variant, light), (variant, False)))
-
-
-def chosen(by_kernels: bool) -> AbstractContextManager:
-    """1×1 layers are computed in this way inside the context, whatever their size."""
-    return patch.object(dcd_conv2d, "has_light_kernels", lambda x: by_kernels)
+    """The variant that the layer takes by itself."""
+    x = torch.empty(1, shape.in_channels, shape.size, shape.size, device="meta")
+    return f"dcd {available_paths(device)[-1]} {choose_form('auto', x, shape.kernel_size, shape.stride)}"
 
 
 def count_launches(runner: Runner) -> int | None:
@@ -119,9 +106,9 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
     for shape, count in shapes.items():
         if record.has_time(str(shape), 5):
             usual, static_ms = usual_way(shape, device), None
-            for way, (variant, by_kernels) in ways_of(shape, device).items():
-                with record.part(f"{shape} {way}"), chosen(by_kernels):
-                    cells, floor_ms, kernels_ms = measure(shape, variant, scale, device)
+            for way in ways_of(shape, device):
+                with record.part(f"{shape} {way}"):
+                    cells, floor_ms, kernels_ms = measure(shape, way, scale, device)
                     static_ms = kernels_ms if way == STATIC else static_ms
                     to_static = static_ms and kernels_ms / static_ms
                     record.add(table, str(shape), count, way, *cells, kernels_ms / floor_ms, to_static)

@@ -1,8 +1,19 @@
 """Dynamic layers: parameters and state over the functions of `dcd.ops`."""
 
+from dcd.layers.choices import set_form, set_path
 from dcd.layers.coefficients import CoefficientGenerator
-from dcd.layers.dcd_conv2d import PATHS, DCDConv2d, available_paths, set_path
+from dcd.layers.dcd_conv2d import FORMS, PATHS, DCDConv2d, available_paths
 from dcd.layers.dcd_linear import DCDLinear
 from dcd.layers.zero_fusion import zero_fusion
 
-__all__ = ["PATHS", "CoefficientGenerator", "DCDConv2d", "DCDLinear", "available_paths", "set_path", "zero_fusion"]
+__all__ = [
+    "FORMS",
+    "PATHS",
+    "CoefficientGenerator",
+    "DCDConv2d",
+    "DCDLinear",
+    "available_paths",
+    "set_form",
+    "set_path",
+    "zero_fusion",
+]

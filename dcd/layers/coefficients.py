@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dcd.ops import reference
-from dcd.ops.sample_matrices import Branch
+from dcd.ops.image_matrices import Branch
 
 
 class CoefficientGenerator(nn.Module):

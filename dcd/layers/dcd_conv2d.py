@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from dcd.layers.coefficients import CoefficientGenerator
 from dcd.ops import fused, reference
+from dcd.ops.fused_core import Convolutions, Parameters, Settings
+from dcd.ops.image_matrices import Norms, Statistics
 
 # Triton compiles what launches its kernels.
 HAS_TRITON = find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
-# Ways to compute the same equation: plain PyTorch, few passes over the maps, and those with kernels for the GPU. "auto"
-# is the last that the device can, and the first where torch.compile looks.
+# Ways to compute the same equation: "reference" is plain PyTorch, "fused" makes few passes over the maps, "triton" does
+# so by kernels for the GPU. "auto" is the last one that the device can run, and "reference" under torch.compile.
 PATHS = ("reference", "fused", "triton")
+# How the faster paths use the small matrices of an image (see `dcd.ops.fused`).
+FORMS = tuple(fused.FORMS)
 
 
 class DCDConv2d(nn.Module):
@@ -32,6 +36,11 @@ class DCDConv2d(nn.Module):
         latent_dim: L, the width of the dynamic part, at least 1.
         squeeze_dim: hidden width of the coefficient branch, at least 1.
         pool_size: the input is average-pooled to pool_size × pool_size (1 or 2) for the coefficient branch.
+
+    Attributes:
+        path: "auto" or one of `PATHS`.
+        form: "auto" or one of `FORMS`; the path "reference" has no forms. "kernels" is only for 1×1 convolutions with
+            stride 1, all others take "maps" instead (`fused.choose_form`).
     """
 
     def __init__(
@@ -47,7 +56,7 @@ class DCDConv2d(nn.Module):
     ):
         super().__init__()
         self.kernel_size, self.stride, self.pool_size = kernel_size, stride, pool_size
-        self.path = "auto"  # or one of PATHS
+        self.path = self.form = "auto"
         self.static_conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
         self.proj_in = nn.Conv2d(in_channels, latent_dim, 1, stride, bias=False)
         self.bn1 = nn.BatchNorm2d(latent_dim)
@@ -61,10 +70,10 @@ class DCDConv2d(nn.Module):
         path = self.path
         if path == "auto":
             path = "reference" if torch.compiler.is_compiling() else available_paths(x.device)[-1]
-        # By running statistics only the reference has gradients, and only it trains weights of 16 bits.
-        frozen = not self.bn1.training and self._needs_gradients(x)
-        short = self.bn1.training and self.static_conv.weight.element_size() < 4
-        if path == "reference" or frozen or short or not self._has_plain_norms():
+        # Only the reference has gradients where running statistics are used, and only it trains weights of 16 bits.
+        has_frozen_norms = not self.bn1.training and self._needs_gradients(x)
+        trains_16_bits = self.bn1.training and self.static_conv.weight.element_size() < 4
+        if path == "reference" or has_frozen_norms or trains_16_bits or not self._has_plain_norms():
             return self._by_reference(x)
         return leave_autocast(partial(self._by_fused, by_triton=path == "triton"), x)
 
@@ -78,30 +87,24 @@ class DCDConv2d(nn.Module):
     def _by_fused(self, x: Tensor, by_triton: bool) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         bn1, bn2 = self.bn1, self.bn2
-        parameters = fused.Parameters(
-            self.static_conv.weight,
-            self.proj_in.weight,
-            self.proj_out.weight,
+        parameters = Parameters(
+            Convolutions(self.static_conv.weight, self.proj_in.weight, self.proj_out.weight),
             self.coefficients.branch(),
-            fused.Norms(bn1.weight, bn1.bias, bn2.weight, bn2.bias),
+            Norms(bn1.weight, bn1.bias, bn2.weight, bn2.bias),
         )
-        settings = fused.Settings(
-            stride=self.stride,
-            pool_size=self.pool_size,
-            eps=(bn1.eps, bn2.eps),
-            by_sample=self.kernel_size == 1 and self.stride == 1 and has_light_kernels(x),
-            by_triton=by_triton and x.dtype != torch.float64,
-        )
+        implementation = fused.choose_implementation(x, parameters, self.pool_size, by_triton)
+        settings = Settings(self.stride, self.pool_size, (bn1.eps, bn2.eps), implementation)
+        form = fused.FORMS[fused.choose_form(self.form, x, self.kernel_size, self.stride)]
         if not bn1.training:
-            running = fused.Statistics(bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var)
-            return fused.infer(x, parameters, running, settings)
-        y, statistics = fused.train(x, parameters, settings)
-        self._keep(statistics, len(y) * y.shape[2] * y.shape[3])
+            running = Statistics(bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var)
+            return form.infer(x, parameters, running, settings)
+        y, statistics = form.train(x, parameters, settings)
+        self._remember(statistics, len(y) * y.shape[2] * y.shape[3])
         return y
 
     @torch.no_grad()
-    def _keep(self, found: fused.Statistics, count: int) -> None:
-        """Let the norms remember the statistics of a batch with `count` positions."""
+    def _remember(self, found: Statistics, count: int) -> None:
+        """Update the running statistics by those of a batch with `count` positions."""
         if count == 1:
             raise ValueError("a batch norm in training needs more than one value: use larger images or batches")
         bn1, bn2, unbiased = self.bn1, self.bn2, count / (count - 1)
@@ -116,7 +119,7 @@ class DCDConv2d(nn.Module):
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _has_plain_norms(self) -> bool:
-        """Whether both batch norms work alike, by this rank's statistics and a fixed momentum."""
+        """Whether both batch norms are plain ones in the same mode: statistics of this rank alone, a fixed momentum."""
         norms = self.bn1, self.bn2
         plain = all(type(norm) is nn.BatchNorm2d and norm.momentum and norm.track_running_stats for norm in norms)
         return plain and self.bn1.training == self.bn2.training
@@ -131,24 +134,6 @@ def leave_autocast(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return forward(x.to(torch.get_autocast_dtype(kind)))
 
 
-def has_light_kernels(x: Tensor) -> bool:
-    """Whether kernels of their own for the samples of x (B, C, H, W) move less memory than scaling the outputs."""
-    return x.shape[1] < x.shape[2] * x.shape[3]
-
-
 def available_paths(device: torch.device) -> tuple[str, ...]:
     """The ways to compute a dynamic layer that run on `device`, the fastest last."""
     return PATHS if device.type == "cuda" and HAS_TRITON else PATHS[:2]
-
-
-def set_path(model: nn.Module, path: str) -> None:
-    """Have every dynamic convolution in `model` computed in this way, "auto" or one of `PATHS`: all agree.
-
-    Raises:
-        ValueError: an unknown path.
-    """
-    if path not in ("auto", *PATHS):
-        raise ValueError(f"unknown path {path!r}: use auto, {', '.join(PATHS)}")
-    for module in model.modules():
-        if isinstance(module, DCDConv2d):
-            module.path = path

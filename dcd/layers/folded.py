@@ -1,4 +1,4 @@
-"""The dynamic layers for inference, made from trained ones: the functions of `dcd.ops.folded` with their constants."""
+"""The dynamic layers for inference, made from trained ones. `dcd.ops.folded` has the equation."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,9 @@ from dcd.layers.coefficients import CoefficientGenerator
 from dcd.layers.dcd_conv2d import DCDConv2d, leave_autocast
 from dcd.layers.dcd_linear import DCDLinear
 from dcd.ops import folded
-from dcd.ops.fused import as_features, as_rows, round_up
+from dcd.ops.fused import choose_form
+from dcd.ops.fused_core import as_features, as_rows, round_up
+from dcd.ops.fused_kernels import form_kernels, project
 
 
 class FoldedCoefficients(nn.Module):
@@ -48,31 +50,22 @@ class FoldedCoefficients(nn.Module):
 
     def forward(self, descriptor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From descriptor (B, D) to M (B, L, L), e (B, L) and s (B, O), in the weights' precision."""
-        return folded.coefficients(
-            descriptor.to(self.squeeze.dtype),
-            self.squeeze,
-            self.gate,
-            self.gate_bias,
-            self.heads,
-            self.heads_bias,
-            self.latent_dim,
-        )
+        branch = folded.FoldedBranch(self.squeeze, self.gate, self.gate_bias, self.heads, self.heads_bias)
+        return folded.coefficients(descriptor.to(self.squeeze.dtype), branch, self.latent_dim)
 
 
 class FoldedDCDConv2d(nn.Module):
     """`norm(layer(x))` in evaluation. For inference only: it has no gradients.
 
-    Each call takes the form that is cheapest for its input size (`folded.cheapest_form`).
-
     Args:
-        layer: the trained layer; what no batch norm changes is shared with it.
+        layer: the trained layer; what no batch norm changes is shared with it, and `form` is taken over.
         norm: the batch norm behind it, if any.
     """
 
     def __init__(self, layer: DCDConv2d, norm: _BatchNorm | None = None):
         super().__init__()
-        self.stride, self.padding = layer.static_conv.stride, layer.static_conv.padding
-        self.pool_size = layer.pool_size
+        self.kernel_size, self.stride, self.pool_size = layer.kernel_size, layer.stride, layer.pool_size
+        self.form = layer.form  # "auto" or one of `dcd.layers.FORMS`
         weight, proj_out = layer.static_conv.weight.detach(), layer.proj_out.weight.detach().flatten(1)
         bias = torch.zeros_like(proj_out[:, 0])
         if norm is not None:
@@ -94,30 +87,18 @@ class FoldedDCDConv2d(nn.Module):
         return leave_autocast(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x, dtype = x.contiguous(memory_format=torch.channels_last), x.dtype
         mixing, offset, scale = self.coefficients(F.adaptive_avg_pool2d(x, self.pool_size).flatten(1))
-        if self._form(x) == "kernels":
-            proj_in = self.proj_in.flatten(1)
-            kernels = folded.sample_kernels(
-                self.weight.flatten(1), scale, mixing, offset, proj_in, self.proj_out, self.bias
-            )
-            return as_features(folded.apply_kernels(as_rows(x), *kernels), x.shape[2:])
-        q = F.conv2d(x, self.proj_in.to(x.dtype), None, self.stride)
-        latent = folded.mix_latent(as_rows(q), mixing, offset)
-        static = F.conv2d(x, self.weight.to(x.dtype), None, self.stride, self.padding)
-        rows = folded.add_latent_(as_rows(static), scale, latent, self.proj_out, self.bias)
-        return as_features(rows, static.shape[2:])
-
-    def _form(self, x: Tensor) -> str:
-        out_channels, in_channels, *kernel_size = self.weight.shape
-        return folded.cheapest_form(
-            x.shape[2] * x.shape[3],
-            in_channels,
-            out_channels,
-            self.coefficients.latent_dim,
-            pointwise=(*kernel_size, *self.stride) == (1, 1, 1, 1),
-            element_size=x.element_size(),
-        )
+        read_out = mixing.transpose(1, 2) @ self.proj_out  # [B, L, O]
+        bias = torch.addmm(self.bias, offset, self.proj_out)  # [B, O]
+        if choose_form(self.form, x, self.kernel_size, self.stride) == "kernels":
+            kernels = form_kernels(scale, self.weight.flatten(1), read_out, self.proj_in.flatten(1), dtype)
+            return as_features(project(as_rows(x), kernels, bias), x.shape[2:])
+        q = as_rows(F.conv2d(x, self.proj_in.to(dtype), None, self.stride))  # [B, N, L]
+        static_out = F.conv2d(x, self.weight.to(dtype), None, self.stride, self.kernel_size // 2)
+        rows = as_rows(static_out)  # [B, N, O]
+        torch.addcmul(bias.to(dtype).unsqueeze(1), scale.to(dtype).unsqueeze(1), rows, out=rows)
+        return as_features(rows.baddbmm_(q, read_out.to(dtype)), static_out.shape[2:])
 
 
 class FoldedDCDLinear(nn.Module):
@@ -146,7 +127,7 @@ class FoldedDCDLinear(nn.Module):
         dtype = x.dtype
         mixing, offset, scale = self.coefficients(x)
         q = F.linear(x, self.proj_in.to(dtype))  # [B, L]
-        latent = folded.mix_latent(q.unsqueeze(1), mixing, offset).squeeze(1)
+        latent = torch.baddbmm(offset.unsqueeze(1), q.unsqueeze(1).to(mixing.dtype), mixing.transpose(1, 2)).squeeze(1)
         static = F.linear(x, self.weight.to(dtype), self.bias.to(dtype)) * scale.to(dtype)
         return torch.addmm(static, latent.to(dtype), self.proj_out.to(dtype))
 

@@ -9,9 +9,9 @@ from dcd.layers.dcd_linear import DCDLinear
 def zero_fusion(model: nn.Module) -> None:
     """Let every dynamic layer in `model` start without its fusion: the weight of bn2 is 0, so `y = Λ ⊙ (W₀ ∗ x) + P q`.
 
-    Φ(x) q is a product of two functions of x. With that weight at 1, as the official release begins, an image that is
-    unlike those of the running statistics comes out of each layer larger by a power, in evaluation. From 0 the layers
-    learn how much of their fusion they need. The function and the names of the weights are the same.
+    Φ(x) q is a product of two functions of x. The official release starts with that weight at 1. Then, in evaluation,
+    an image that is unlike those of the running statistics can grow like a square in each layer, and overflow.
+    From 0 the layers learn how much of their fusion they need. The function and the names of the weights stay the same.
 
     Raises:
         ValueError: the model has no dynamic layer.

@@ -57,7 +57,8 @@ class InvertedResidual(nn.Module):
     The input is added where the shapes agree. With an expansion of 1 there is no expanding layer.
     """
 
-    norms = (("expand", "bn1"), ("depthwise", "bn2"), ("project", "bn3"))  # which batch norm is behind which layer
+    # names of a layer and of the batch norm behind it
+    conv_norm_pairs = (("expand", "bn1"), ("depthwise", "bn2"), ("project", "bn3"))
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, pointwise: PointwiseFactory):
         super().__init__()
@@ -93,7 +94,8 @@ class MobileNetV2(nn.Module):
         zero_init_residual: the last batch norm of each block with a shortcut starts with weight 0.
     """
 
-    norms = (("stem", "stem_bn"), ("head", "head_bn"))  # which batch norm is behind which layer
+    # names of a layer and of the batch norm behind it
+    conv_norm_pairs = (("stem", "stem_bn"), ("head", "head_bn"))
 
     def __init__(
         self,

@@ -49,7 +49,8 @@ class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
 
     expansion = 1
-    norms = (("conv1", "bn1"), ("conv2", "bn2"))  # which batch norm is behind which layer
+    # names of a layer and of the batch norm behind it
+    conv_norm_pairs = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def __init__(
         self,
@@ -79,7 +80,8 @@ class Bottleneck(nn.Module):
     """1×1, 3×3 and 1×1 convolution and a shortcut: (B, C, H, W) -> (B, 4·width, H/stride, W/stride)."""
 
     expansion = 4
-    norms = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))  # which batch norm is behind which layer
+    # names of a layer and of the batch norm behind it
+    conv_norm_pairs = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(
         self,
@@ -125,13 +127,14 @@ class ResNet(nn.Module):
         classifier: makes the last layer from (in_features, num_classes).
         dropout: probability before the classifier, or None.
         shortcut_conv: makes the 1×1 convolutions of the shortcuts.
-        recalibrate: makes what stands behind the last batch norm of each block, from its channels.
-        conv_blocks: only the last so many blocks take `conv`, those before them are static; None for all.
+        recalibrate: makes the module behind the last batch norm of each block, from the number of channels.
+        conv_blocks: how many of the last blocks use `conv`; the blocks before them are static. None for all.
         zero_init_fusion: `dcd.layers.zero_fusion`; only with dynamic layers.
         zero_init_residual: as torchvision's: the last batch norm of each block starts with weight 0.
     """
 
-    norms = (("conv1", "bn1"),)  # which batch norm is behind which layer
+    # names of a layer and of the batch norm behind it
+    conv_norm_pairs = (("conv1", "bn1"),)
 
     def __init__(
         self,
@@ -168,7 +171,7 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
-                _, last_norm = module.norms[-1]
+                _, last_norm = module.conv_norm_pairs[-1]
                 nn.init.zeros_(getattr(module, last_norm).weight)
         if zero_init_fusion:
             zero_fusion(self)
@@ -192,9 +195,9 @@ for _name, (_block, _depths, _sizes) in _VARIANTS.items():
     register_model(_name, partial(ResNet, _block, _depths, static_conv, nn.Linear))
     register_model(f"{_name}_dcd", partial(ResNet, _block, _depths, partial(dynamic_conv, **_sizes), DCDLinear))
 
-# The layers stand where the published numbers of parameters (table 1 of ODConv's paper) say that they do: DY-Conv in
-# place of every convolution but the first, CondConv in the last three blocks and the classifier, ODConv in the blocks
-# but not in their shortcuts. tests/dcd/test_rivals.py compares the numbers.
+# Which convolutions each layer replaces follows from the published numbers of parameters (table 1 of ODConv's paper):
+# DY-Conv all but the first, CondConv those of the last three blocks and the classifier, ODConv those of the blocks but
+# not of their shortcuts. tests/dcd/test_rivals.py compares the numbers.
 _RIVALS = {
     "se": {"conv": static_conv, "classifier": nn.Linear, "recalibrate": SqueezeExcitation},
     "condconv": {"conv": CondConv2d, "classifier": CondConvLinear, "conv_blocks": 3},

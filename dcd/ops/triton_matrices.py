@@ -1,39 +1,46 @@
-"""`fuse` and `fuse_backward` of `sample_matrices.py` on a GPU, by Triton: three kernels and four.
+"""The matrices of the batch norms on a GPU, by Triton: `fuse` and `fuse_backward` of `image_matrices.py`.
 
-The matrices are a few kB for each sample, so what counts is how many kernels are started. What divides them are the
-sums over all samples: a kernel writes what it finds in each sample, and the next one adds that up, always in the same
-order.
+The matrices are a few kB for each image, so what counts is how many kernels are started: three forward and four
+backward. A new one begins where a sum over all images is needed: a kernel writes what it finds in each image, and the
+next one adds that up, always in the same order.
 
-The results are those of `sample_matrices.py`, in terms that take large means away first. With the mean m of Q ∗ x in a
-sample, its covariance C there, which is M less m mᵀ, and the scale S of bn1, the outputs of Φ have in the sample the
-mean Φ bn1(m) and the variances diag(Φ S C S Φᵀ). Over all samples their mean is the mean of the means, and their
-variance the mean of the variances plus the variance of the means.
+The results are those of equations 9 to 21, computed from terms that take large means away first. Of an image,
+`moments` holds the mean m of proj_in x and, less m mᵀ, its covariance C. With the scale and shift of bn1 (scale1, and
+shift1 = bias1 - mean1 scale1), output j of phi has in this image
 
-All tensors are contiguous and float32, and products are exact to float32. Legend of the shape comments: B batch, L
-latent dimension, L⁺ the width of q; i is an input and j an output of Φ. The pointers of the kernels have these shapes:
+    (32)  mean[j] = (phi (scale1 m + shift1))[j],    variance[j] = (crossed diag(scale1) phiᵀ)[j, j],
+          crossed = phi diag(scale1) C               the covariance of output j and channel i of proj_in x
 
-    phi, d_phi              (B, L, L)
-    moments                 (B, L⁺, L⁺), of which the first L + 1 rows and columns are read
-    fused, d_fused          (B, L⁺, L), of the gradient the first L + 1 rows are read
-    q_to_d_q                (B, L⁺, L⁺)
-    weight1, d_weight1, …   (L,)
-    norm1, norm2            (3, L): mean, variance and 1 / standard deviation of what bn1 and bn2 get
-    latent                  (2, L, B): mean and variance of Φ's outputs within each sample
-    crossed                 (B, L, L): covariance of output j of Φ and channel i of Q ∗ x within each sample
-    d_latent                (L, B): what each sample adds to d_weight2, times the standard deviation
-    d_first                 (2, L, L·blocks): what each j and block of samples adds to d_weight1 and d_bias1
+Over all images, a mean is the mean of the means, and a variance the mean of the variances plus the variance of the
+means:
+
+    (33)  mean2 = E[mean],    var2 = E[variance + (mean - mean2)²]
+
+bn1's statistics are found in the same way, from m and diag(C).
+
+Products are exact to float32. Legend of the shape comments: B images, L latent dimension, L⁺ the width of q, R blocks
+of images; i is an input and j an output of phi. All pointers are to contiguous tensors of float32. Of a matrix with L⁺
+rows or columns only the first L + 1 are read. What else the kernels hand on to each other is:
+
+    norm1, norm2    (3, L): mean, variance and 1 / standard deviation of what bn1 and bn2 get
+    latent          (2, L, B): mean and variance of phi's outputs within each image
+    crossed         (B, L, L): of equation 32, [j, i]
+    d_latent        (L, B): what each image adds to d_weight2 / inv2
+    d_first         (2, L, L·R): what each j and block of images adds to d_weight1 and d_bias1
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcd.ops.sample_matrices import Norms, Statistics
+from dcd.ops.image_matrices import Norms, Statistics
 from dcd.ops.triton_combine import block_of
 
-MAX_BATCH, MAX_WIDTH = 4096, 64  # one program holds a number for each sample, or a matrix of one
-SAMPLES = 32  # that a program holds one row of
+MAX_BATCH, MAX_WIDTH = 4096, 64  # one program holds a number for each image, or a matrix of one
+IMAGES = 32  # that a program holds one row of
 STEP = 16  # terms of a product that are in registers at a time
 WARPS = 8  # that share the registers of a program with several matrices
 
@@ -53,8 +60,8 @@ def _first(norm1, weight1, bias1, at, latent_dim):
 
 
 @triton.jit
-def _of_all(means, variances, exists, batch, eps):
-    """Mean, variance and 1 / standard deviation over all samples from means and variances within each (BATCH,)."""
+def _over_images(means, variances, exists, batch, eps):
+    """Mean, variance and 1 / standard deviation over all images from means and variances within each [BATCH]."""
     mean = tl.sum(means) / batch
     away = tl.where(exists, means - mean, 0.0)
     variance = tl.sum(variances + away * away) / batch
@@ -63,7 +70,7 @@ def _of_all(means, variances, exists, batch, eps):
 
 
 @triton.jit
-def _keep(norm, at, latent_dim, mean, variance, inv):
+def _write(norm, at, latent_dim, mean, variance, inv):
     """Write a column of norm1 or norm2."""
     tl.store(norm + at, mean)
     tl.store(norm + latent_dim + at, variance)
@@ -71,26 +78,38 @@ def _keep(norm, at, latent_dim, mean, variance, inv):
 
 
 @triton.jit
-def _norm1(moments, norm1, batch, latent_dim, width, eps, BATCH: tl.constexpr):
-    """`norm1`; a program for each channel."""
+def _norm1(
+    moments,  # [B, L⁺, L⁺]
+    norm1,  # [3, L], written
+    batch, latent_dim, width, eps,
+    BATCH: tl.constexpr,
+):  # fmt: skip
+    """Equation 9, computed like equation 33; a program for each channel."""
     i, b = tl.program_id(0), tl.arange(0, BATCH)
     means = tl.load(moments + (b * width + latent_dim) * width + i, b < batch, 0.0)
     squares = tl.load(moments + (b * width + i) * width + i, b < batch, 0.0)
-    mean, variance, inv = _of_all(means, squares - means * means, b < batch, batch, eps)
-    _keep(norm1, i, latent_dim, mean, variance, inv)
+    mean, variance, inv = _over_images(means, squares - means * means, b < batch, batch, eps)
+    _write(norm1, i, latent_dim, mean, variance, inv)
 
 
 @triton.jit
 def _latent(
-    phi, moments, norm1, weight1, bias1, latent, crossed, batch, latent_dim, width,
+    phi,  # [B, L, L]
+    moments,  # [B, L⁺, L⁺]
+    norm1,  # [3, L]
+    weight1,  # [L]
+    bias1,  # [L]
+    latent,  # [2, L, B], written
+    crossed,  # [B, L, L], written
+    batch, latent_dim, width,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """`latent` and `crossed`; a program for each sample."""
-    sample, at = tl.program_id(0), tl.arange(0, BLOCK)
+    """Equation 32; a program for each image."""
+    image, at = tl.program_id(0), tl.arange(0, BLOCK)
     exists = at < latent_dim
     tile, tile_exists = at[:, None] * latent_dim + at[None, :], exists[:, None] & exists[None, :]
-    phi += sample * latent_dim * latent_dim
-    moments += sample * width * width
+    phi += image * latent_dim * latent_dim
+    moments += image * width * width
     mean_q = tl.load(moments + latent_dim * width + at, exists, 0.0)
     mean = tl.zeros((BLOCK,), tl.float32)
     covariance = tl.zeros((BLOCK, BLOCK), tl.float32)  # [j, i]
@@ -108,25 +127,34 @@ def _latent(
         covariance = tl.dot(phi_part * scale[None, :], part, covariance, input_precision="ieee")
     scale, _ = _first(norm1, weight1, bias1, at, latent_dim)
     variance = tl.sum(covariance * tl.load(phi + tile, tile_exists, 0.0) * scale[None, :], 1)
-    tl.store(latent + at * batch + sample, mean, exists)
-    tl.store(latent + (latent_dim + at) * batch + sample, variance, exists)
-    tl.store(crossed + sample * latent_dim * latent_dim + tile, covariance, tile_exists)
+    tl.store(latent + at * batch + image, mean, exists)
+    tl.store(latent + (latent_dim + at) * batch + image, variance, exists)
+    tl.store(crossed + image * latent_dim * latent_dim + tile, covariance, tile_exists)
 
 
 @triton.jit
 def _fused(
-    phi, norm1, weight1, bias1, latent, norm2, weight2, bias2, fused, batch, latent_dim, width, eps,
-    BATCH: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
+    phi,  # [B, L, L]
+    norm1,  # [3, L]
+    weight1,  # [L]
+    bias1,  # [L]
+    latent,  # [2, L, B]
+    norm2,  # [3, L], written
+    weight2,  # [L]
+    bias2,  # [L]
+    fused,  # [B, L⁺, L], written
+    batch, latent_dim, width, eps,
+    BATCH: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`norm2`, and column j of `fused`; a program for each j and block of samples."""
+    """Equations 33 and 13; a program for each column j and block of images."""
     j, every = tl.program_id(0), tl.arange(0, BATCH)
     means = tl.load(latent + j * batch + every, every < batch, 0.0)
     variances = tl.load(latent + (latent_dim + j) * batch + every, every < batch, 0.0)
-    mean2, variance2, inv2 = _of_all(means, variances, every < batch, batch, eps)
+    mean2, variance2, inv2 = _over_images(means, variances, every < batch, batch, eps)
     if tl.program_id(1) == 0:
-        _keep(norm2, j, latent_dim, mean2, variance2, inv2)
-    b, i = tl.program_id(1) * SAMPLES + tl.arange(0, SAMPLES), tl.arange(0, BLOCK)
-    exists = (b < batch)[:, None] & (i < latent_dim)[None, :]  # [SAMPLES, BLOCK]
+        _write(norm2, j, latent_dim, mean2, variance2, inv2)
+    b, i = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES), tl.arange(0, BLOCK)
+    exists = (b < batch)[:, None] & (i < latent_dim)[None, :]  # [IMAGES, BLOCK]
     phi_row = tl.load(phi + (b[:, None] * latent_dim + j) * latent_dim + i[None, :], exists, 0.0)
     scale2 = tl.load(weight2 + j) * inv2
     mixed = scale2 * phi_row + (i == j).to(tl.float32)[None, :]
@@ -137,15 +165,24 @@ def _fused(
     tl.store(fused + at, column, (b < batch)[:, None] & (i < width)[None, :])
 
 
-def fits(matrices: Tensor) -> bool:
-    """Whether the kernels can take these moments, or this d_fused: (B, L⁺, …)."""
-    return matrices.dtype == torch.float32 and len(matrices) <= MAX_BATCH and matrices.shape[1] <= MAX_WIDTH
+class SavedFuse(NamedTuple):
+    """What `fuse` saves for its backward."""
+
+    phi: Tensor  # (B, L, L)
+    moments: Tensor  # (B, L⁺, L⁺)
+    norm1: Tensor  # (3, L)
+    latent: Tensor  # (2, L, B)
+    crossed: Tensor  # (B, L, L)
+    norm2: Tensor  # (3, L)
 
 
-def fuse(
-    phi: Tensor, moments: Tensor, norms: Norms, eps: tuple[float, float]
-) -> tuple[Tensor, Statistics, tuple[Tensor, ...]]:
-    """As `sample_matrices.fuse`."""
+def fits(batch: int, width: int) -> bool:
+    """Whether the kernels can take the float32 matrices of so many images, for a q of this width."""
+    return batch <= MAX_BATCH and width <= MAX_WIDTH
+
+
+def fuse(phi: Tensor, moments: Tensor, norms: Norms, eps: tuple[float, float]) -> tuple[Tensor, Statistics, SavedFuse]:
+    """As `image_matrices.fuse`."""
     (batch, latent_dim, _), width = phi.shape, moments.shape[1]
     sizes, every = (batch, latent_dim, width), triton.next_power_of_2(batch)
     norm1, norm2 = phi.new_empty(3, latent_dim), phi.new_empty(3, latent_dim)
@@ -156,41 +193,66 @@ def fuse(
     _latent[batch,](
         phi, moments, *first, latent, crossed, *sizes, BLOCK=block_of(latent_dim), STEP=STEP, num_warps=WARPS
     )
-    _fused[latent_dim, triton.cdiv(batch, SAMPLES)](
+    _fused[latent_dim, triton.cdiv(batch, IMAGES)](
         phi, *first, latent, norm2, norms.weight2, norms.bias2, fused, *sizes, eps[1],
-        BATCH=every, SAMPLES=SAMPLES, BLOCK=block_of(width),
+        BATCH=every, IMAGES=IMAGES, BLOCK=block_of(width),
     )  # fmt: skip
-    return fused, Statistics(norm1[0], norm1[1], norm2[0], norm2[1]), (phi, moments, norm1, latent, crossed, norm2)
+    saved = SavedFuse(phi, moments, norm1, latent, crossed, norm2)
+    return fused, Statistics(norm1[0], norm1[1], norm2[0], norm2[1]), saved
 
 
 @triton.jit
 def _d_latent(
-    phi, moments, norm1, weight1, bias1, latent, norm2, d_fused, d_latent, batch, latent_dim, width,
+    phi,  # [B, L, L]
+    moments,  # [B, L⁺, L⁺]
+    norm1,  # [3, L]
+    weight1,  # [L]
+    bias1,  # [L]
+    latent,  # [2, L, B]
+    norm2,  # [3, L]
+    d_fused,  # [B, L⁺, L]
+    d_latent,  # [L, B], written
+    batch, latent_dim, width,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`d_latent`; a program for each sample."""
-    sample, at = tl.program_id(0), tl.arange(0, BLOCK)
+    """The terms of d_weight2 in equation 15; a program for each image."""
+    image, at = tl.program_id(0), tl.arange(0, BLOCK)
     exists = at < latent_dim
     tile_exists = exists[:, None] & exists[None, :]  # [j, i]
-    d_fused += sample * width * latent_dim
-    phi_tile = tl.load(phi + (sample * latent_dim + at[:, None]) * latent_dim + at[None, :], tile_exists, 0.0)
+    d_fused += image * width * latent_dim
+    phi_tile = tl.load(phi + (image * latent_dim + at[:, None]) * latent_dim + at[None, :], tile_exists, 0.0)
     d_tile = tl.load(d_fused + at[None, :] * latent_dim + at[:, None], tile_exists, 0.0)
     d_constant = tl.load(d_fused + latent_dim * latent_dim + at, exists, 0.0)
-    mean_q = tl.load(moments + (sample * width + latent_dim) * width + at, exists, 0.0)
+    mean_q = tl.load(moments + (image * width + latent_dim) * width + at, exists, 0.0)
     scale, _ = _first(norm1, weight1, bias1, at, latent_dim)
     mean2, _ = _mean_and_inv(norm2, at, latent_dim)
     within = phi_tile * scale[None, :] * (d_tile - d_constant[:, None] * mean_q[None, :])
-    away2 = tl.load(latent + at * batch + sample, exists, 0.0) - mean2
-    tl.store(d_latent + at * batch + sample, tl.sum(within, 1) + d_constant * away2, exists)
+    away2 = tl.load(latent + at * batch + image, exists, 0.0) - mean2
+    tl.store(d_latent + at * batch + image, tl.sum(within, 1) + d_constant * away2, exists)
 
 
 @triton.jit
 def _d_phi(
-    phi, moments, norm1, weight1, bias1, latent, crossed, norm2, weight2, d_fused, d_latent,
-    d_phi, d_first, d_weight2, d_bias2, batch, latent_dim, width,
-    BATCH: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
+    phi,  # [B, L, L]
+    moments,  # [B, L⁺, L⁺]
+    norm1,  # [3, L]
+    weight1,  # [L]
+    bias1,  # [L]
+    latent,  # [2, L, B]
+    crossed,  # [B, L, L]
+    norm2,  # [3, L]
+    weight2,  # [L]
+    d_fused,  # [B, L⁺, L]
+    d_latent,  # [L, B]
+    d_phi,  # [B, L, L], written
+    d_first,  # [2, L, L*R], written
+    d_weight2,  # [L], written
+    d_bias2,  # [L], written
+    batch, latent_dim, width,
+    BATCH: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row j of `d_phi`, `d_weight2` and `d_bias2`, and `d_first`; a program for each j and block of samples."""
+    """Equations 15 to 18 (row j of d_phi, d_weight2, d_bias2) and the terms of equation 19; a program for each j and
+    block of images."""
     j, every = tl.program_id(0), tl.arange(0, BATCH)
     mean2, inv2 = tl.load(norm2 + j), tl.load(norm2 + 2 * latent_dim + j)
     d_weight = tl.sum(tl.load(d_latent + j * batch + every, every < batch, 0.0)) * inv2
@@ -198,8 +260,8 @@ def _d_phi(
     if tl.program_id(1) == 0:
         tl.store(d_weight2 + j, d_weight)
         tl.store(d_bias2 + j, d_bias)
-    b, i = tl.program_id(1) * SAMPLES + tl.arange(0, SAMPLES), tl.arange(0, BLOCK)
-    exists = (b < batch)[:, None] & (i < latent_dim)[None, :]  # [SAMPLES, BLOCK]
+    b, i = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES), tl.arange(0, BLOCK)
+    exists = (b < batch)[:, None] & (i < latent_dim)[None, :]  # [IMAGES, BLOCK]
     row = (b[:, None] * latent_dim + j) * latent_dim + i[None, :]
     phi_row, crossed_row = tl.load(phi + row, exists, 0.0), tl.load(crossed + row, exists, 0.0)
     mean_q = tl.load(moments + (b[:, None] * width + latent_dim) * width + i[None, :], exists, 0.0)
@@ -209,7 +271,7 @@ def _d_phi(
     away = mean_q - mean1[None, :]
     away2 = tl.load(latent + j * batch + b, b < batch, 0.0) - mean2
     # A batch norm subtracts from its input's gradient the means of its output's gradient, and of that times the output.
-    # d_mean is that of output j in a sample, d_normed that of its row of Φ if bn1 had no weights.
+    # d_mean is that of output j in an image, d_normed that of its row of phi if bn1 had no weights.
     scale2 = tl.load(weight2 + j) * inv2
     along = scale2 * inv2 * d_weight / batch
     d_mean = scale2 * (d_constant - d_bias / batch) - along * away2
@@ -217,7 +279,7 @@ def _d_phi(
     d_normed = inv1[None, :] * (scale2 * d_within - along * crossed_row + d_mean[:, None] * away)
     weight, bias = tl.load(weight1 + i, i < latent_dim, 0.0), tl.load(bias1 + i, i < latent_dim, 0.0)
     tl.store(d_phi + row, weight[None, :] * d_normed + bias[None, :] * d_mean[:, None], exists)
-    # What bn1 gives goes through Φ and bn2, and past them to output j = i.
+    # What bn1 gives goes through phi and bn2, and past them to output j = i.
     past = (i == j).to(tl.float32)[None, :]
     d_past = inv1[None, :] * (d_within + d_constant[:, None] * away)
     to_weight = tl.sum(d_normed * phi_row + d_past * past, 0)
@@ -229,8 +291,14 @@ def _d_phi(
 
 
 @triton.jit
-def _d_norm1(d_first, d_weight1, d_bias1, latent_dim, parts, PARTS: tl.constexpr):
-    """`d_weight1` and `d_bias1`; a program for each channel."""
+def _d_norm1(
+    d_first,  # [2, L, L*R]
+    d_weight1,  # [L], written
+    d_bias1,  # [L], written
+    latent_dim, parts,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """The sums of equation 19; a program for each channel."""
     i, part = tl.program_id(0), tl.arange(0, PARTS)
     tl.store(d_weight1 + i, tl.sum(tl.load(d_first + i * parts + part, part < parts, 0.0)))
     tl.store(d_bias1 + i, tl.sum(tl.load(d_first + (latent_dim + i) * parts + part, part < parts, 0.0)))
@@ -238,11 +306,22 @@ def _d_norm1(d_first, d_weight1, d_bias1, latent_dim, parts, PARTS: tl.constexpr
 
 @triton.jit
 def _q_to_d_q(
-    phi, norm1, weight1, bias1, norm2, weight2, d_weight1, d_bias1, d_weight2, d_bias2, q_to_d_q,
-    latent_dim, width, values, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    phi,  # [B, L, L]
+    norm1,  # [3, L]
+    weight1,  # [L]
+    bias1,  # [L]
+    norm2,  # [3, L]
+    weight2,  # [L]
+    d_weight1,  # [L]
+    d_bias1,  # [L]
+    d_weight2,  # [L]
+    d_bias2,  # [L]
+    q_to_d_q,  # [B, L⁺, L⁺], written
+    latent_dim, width, values,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """`q_to_d_q`, for batch norms over so many values; a program for each sample."""
-    sample, i = tl.program_id(0), tl.arange(0, BLOCK)
+    """Equation 21, for batch norms over so many values; a program for each image."""
+    image, i = tl.program_id(0), tl.arange(0, BLOCK)
     exists = i < latent_dim
     mean1, inv1 = _mean_and_inv(norm1, i, latent_dim)
     scale, shift = _first(norm1, weight1, bias1, i, latent_dim)
@@ -252,7 +331,7 @@ def _q_to_d_q(
         j = start + tl.arange(0, STEP)
         j_exists = j < latent_dim
         part_exists = j_exists[:, None] & exists[None, :]  # [STEP, BLOCK]
-        part = tl.load(phi + (sample * latent_dim + j[:, None]) * latent_dim + i[None, :], part_exists, 0.0)
+        part = tl.load(phi + (image * latent_dim + j[:, None]) * latent_dim + i[None, :], part_exists, 0.0)
         mean2, inv2 = _mean_and_inv(norm2, j, latent_dim)
         scale2 = tl.load(weight2 + j, j_exists, 0.0) * inv2
         along2 = scale2 * inv2 * tl.load(d_weight2 + j, j_exists, 0.0)
@@ -264,17 +343,15 @@ def _q_to_d_q(
     constant = scale * (constant + tl.load(d_bias1 + i, exists, 0.0)) - along * mean1
     square = scale[:, None] * square * scale[None, :] + tl.where(i[:, None] == i[None, :], along[None, :], 0.0)
     square = tl.where((i == latent_dim)[:, None], constant[None, :], square)
-    at = (sample * width + i[:, None]) * width + i[None, :]
+    at = (image * width + i[:, None]) * width + i[None, :]
     tl.store(q_to_d_q + at, square * (-1 / values), (i < width)[:, None] & (i < width)[None, :])
 
 
-def fuse_backward(
-    kept: tuple[Tensor, ...], norms: Norms, d_fused: Tensor, positions: int
-) -> tuple[Tensor, Tensor, Norms]:
-    """As `sample_matrices.fuse_backward`."""
-    phi, moments, norm1, latent, crossed, norm2 = kept
+def fuse_backward(saved: SavedFuse, norms: Norms, d_fused: Tensor, positions: int) -> tuple[Tensor, Tensor, Norms]:
+    """As `image_matrices.fuse_backward`."""
+    phi, moments, norm1, latent, crossed, norm2 = saved
     (batch, latent_dim, _), width = phi.shape, moments.shape[1]
-    sizes, blocks = (batch, latent_dim, width), triton.cdiv(batch, SAMPLES)
+    sizes, blocks = (batch, latent_dim, width), triton.cdiv(batch, IMAGES)
     parts = latent_dim * blocks
     d_latent, d_phi = phi.new_empty(latent_dim, batch), torch.empty_like(phi)
     d_first, q_to_d_q = phi.new_empty(2, latent_dim, parts), torch.empty_like(moments)
@@ -284,7 +361,7 @@ def fuse_backward(
     _d_phi[latent_dim, blocks](
         phi, moments, *first, latent, crossed, norm2, norms.weight2, d_fused, d_latent,
         d_phi, d_first, d_norms.weight2, d_norms.bias2, *sizes,
-        BATCH=triton.next_power_of_2(batch), SAMPLES=SAMPLES, BLOCK=block_of(latent_dim), num_warps=WARPS,
+        BATCH=triton.next_power_of_2(batch), IMAGES=IMAGES, BLOCK=block_of(latent_dim), num_warps=WARPS,
     )  # fmt: skip
     _d_norm1[latent_dim,](
         d_first, d_norms.weight1, d_norms.bias1, latent_dim, parts, PARTS=triton.next_power_of_2(parts)

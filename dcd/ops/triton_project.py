@@ -1,13 +1,13 @@
-"""Layers with one kernel for each image on a GPU, by Triton: the kernels, the product with them, and their gradients.
+"""The form "kernels" on a GPU, by Triton: `form_kernels`, `form_kernels_backward` and `project` of `fused_kernels.py`.
 
-As PyTorch operations the kernels of the images, `Λ W₀ + read_outᵀ Q`, pass through memory five times in float32 until
-they are rounded, and seven times on the way back from their gradients. Here they are written once, and their gradients
-are read once. Of the product, `torch.baddbmm` would copy the bias to all of y first, and read it again from there.
+As PyTorch operations the kernels of equation 26 pass through memory five times in float32 until they are rounded, and
+seven times on the way back from their gradients. Here they are written once, and their gradients are read once. Of the
+product, `torch.baddbmm` would copy the bias to all of y first, and read it again from there.
 
-All tensors are contiguous, of the bias each row. x, the kernels, their gradients and y are of one dtype, float32,
-float16 or bfloat16, the other matrices of any of these; sums are in float32. Legend of the shape comments: B batch, N
-positions, C input and O output channels, L⁺ the width of q. The pointers of Triton's kernels have the shapes given at
-the functions that start them; what `_take_apart` writes has a dimension more: the programs that share a sum.
+x, the kernels, their gradients and y are of one dtype, float32, float16 or bfloat16, the other matrices of any of
+these; sums are in float32. Legend of the shape comments: B images, N positions, C input and O output channels, L⁺ the
+width of q; S_c, S_o and S_b programs that share the channels, output channels and images of a sum. All pointers are to
+contiguous tensors; a bias need only be so row by row.
 """
 
 from functools import partial
@@ -17,29 +17,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcd.ops.triton_combine import added, block_of, is_exact
+from dcd.ops.triton_combine import block_of, is_exact, sum_of
 
 BLOCK_N, BLOCK_O = 128, 128  # positions and output channels of the product that one program holds
 WARPS = 8
 BLOCK = 64  # channels and output channels of a kernel that one program holds
-MIN_PROGRAMS = 528  # to share the samples of a tile out among: four for each multiprocessor of an H100
+MIN_PROGRAMS = 528  # to share the images of a tile out among: four for each multiprocessor of an H100
 FORMING_WARPS = 8
 MAX_WIDTH = 64
 
 
 @triton.jit
 def _project(
-    x, kernels, bias, y, positions, eights, out_eights, bias_stride,
+    x,  # [B, N, C]
+    kernels,  # [B, O, C]
+    bias,  # [B, O], with rows bias_stride apart
+    y,  # [B, N, O], written
+    positions, channels_div_8, out_channels_div_8, bias_stride,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    channels, out_channels = eights * 8, out_eights * 8  # so that Triton knows that rows can be loaded in vectors
+    """Equation 27; a program for each block of output channels and of positions of an image."""
+    # A multiple of 8, so that Triton knows that rows can be loaded in vectors.
+    channels, out_channels = channels_div_8 * 8, out_channels_div_8 * 8
     # Programs of the same positions are neighbours, so that all but the first find them in the cache.
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sample = tl.program_id(2).to(tl.int64)
+    image = tl.program_id(2).to(tl.int64)
     n_exists, o_exists = n < positions, o < out_channels
-    x += sample * positions * channels
-    kernels += sample * out_channels * channels
+    x += image * positions * channels
+    kernels += image * out_channels * channels
     result = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
     for step in range(STEPS):
         c = step * STEP + tl.arange(0, STEP)
@@ -49,15 +55,20 @@ def _project(
         if WIDEN:
             x_tile, k_tile = x_tile.to(tl.float32), k_tile.to(tl.float32)
         result = tl.dot(x_tile, tl.trans(k_tile), result, input_precision="tf32")
-    result += tl.load(bias + sample * bias_stride + o, o_exists, 0.0).to(tl.float32)[None, :]
-    at = sample * positions * out_channels + n[:, None] * out_channels + o[None, :]
+    result += tl.load(bias + image * bias_stride + o, o_exists, 0.0).to(tl.float32)[None, :]
+    at = image * positions * out_channels + n[:, None] * out_channels + o[None, :]
     tl.store(y + at, result.to(y.dtype.element_ty), n_exists[:, None] & o_exists[None, :])
 
 
 @triton.jit
-def _tiles(static, padded, channels, out_channels, width, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """What a program works on: channels, output channels and columns of q; tiles of W₀ and Q, in float32; and which
-    elements of W₀'s, read_out's and Q's tile exist."""
+def _tiles(
+    static,  # [O, C]
+    padded,  # [L⁺, C]
+    channels, out_channels, width,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What a program works on: channels, output channels and columns of q; tiles of static and padded, in float32; and
+    which elements of the tiles of static, read_out and padded exist."""
     c, o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, BLOCK_K)
     exists = (o < out_channels)[:, None] & (c < channels)[None, :]
@@ -70,59 +81,72 @@ def _tiles(static, padded, channels, out_channels, width, BLOCK: tl.constexpr, B
 
 @triton.jit
 def _form(
-    scale, static, read_out, padded, kernels, batch, eights, out_eights, width,
-    SAMPLES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    scale,  # [B, O]
+    static,  # [O, C]
+    read_out,  # [B, L⁺, O]
+    padded,  # [L⁺, C]
+    kernels,  # [B, O, C], written
+    batch, channels_div_8, out_channels_div_8, width,
+    IMAGES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the kernels of some samples."""
-    channels, out_channels = eights * 8, out_eights * 8
+    """The kernels of equation 26; a program for a tile of those of some images."""
+    channels, out_channels = channels_div_8 * 8, out_channels_div_8 * 8
     c, o, k, static_tile, q_tile, exists, r_exists, _ = _tiles(
         static, padded, channels, out_channels, width, BLOCK, BLOCK_K
     )
-    for step in range(SAMPLES):
-        sample = (tl.program_id(2) * SAMPLES + step).to(tl.int64)
-        if sample < batch:
-            r_at = (sample * width + k[:, None]) * out_channels + o[None, :]
+    for step in range(IMAGES):
+        image = (tl.program_id(2) * IMAGES + step).to(tl.int64)
+        if image < batch:
+            r_at = (image * width + k[:, None]) * out_channels + o[None, :]
             r_tile = tl.load(read_out + r_at, r_exists, 0.0).to(tl.float32)  # [BLOCK_K, BLOCK]
-            scales = tl.load(scale + sample * out_channels + o, o < out_channels, 0.0).to(tl.float32)
+            scales = tl.load(scale + image * out_channels + o, o < out_channels, 0.0).to(tl.float32)
             tile = tl.dot(tl.trans(r_tile), q_tile, static_tile * scales[:, None], input_precision="tf32")
-            at = (sample * out_channels + o[:, None]) * channels + c[None, :]
+            at = (image * out_channels + o[:, None]) * channels + c[None, :]
             tl.store(kernels + at, tile.to(kernels.dtype.element_ty), exists)
 
 
 @triton.jit
 def _take_apart(
-    d_kernels, scale, static, read_out, padded, d_scale, d_static, d_read_out, d_padded,
-    batch, eights, out_eights, width,
-    SAMPLES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    d_kernels,  # [B, O, C]
+    scale,  # [B, O]
+    static,  # [O, C]
+    read_out,  # [B, L⁺, O]
+    padded,  # [L⁺, C]
+    d_scale,  # [B, S_c, O], written
+    d_static,  # [S_b, O, C], written
+    d_read_out,  # [B, S_c, L⁺, O], written
+    d_padded,  # [B, S_o, L⁺, C], written
+    batch, channels_div_8, out_channels_div_8, width,
+    IMAGES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of the kernels' gradients of some samples adds to each gradient."""
-    channels, out_channels = eights * 8, out_eights * 8
+    """Equation 30; a program for what a tile of the kernels' gradients of some images adds to each gradient."""
+    channels, out_channels = channels_div_8 * 8, out_channels_div_8 * 8
     c, o, k, static_tile, q_tile, exists, r_exists, q_exists = _tiles(
         static, padded, channels, out_channels, width, BLOCK, BLOCK_K
     )
     c_blocks, o_blocks = tl.num_programs(0), tl.num_programs(1)
     static_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for step in range(SAMPLES):
-        sample = (tl.program_id(2) * SAMPLES + step).to(tl.int64)
-        if sample < batch:
-            at = (sample * out_channels + o[:, None]) * channels + c[None, :]
+    for step in range(IMAGES):
+        image = (tl.program_id(2) * IMAGES + step).to(tl.int64)
+        if image < batch:
+            at = (image * out_channels + o[:, None]) * channels + c[None, :]
             tile = tl.load(d_kernels + at, exists, 0.0).to(tl.float32)
-            scales = tl.load(scale + sample * out_channels + o, o < out_channels, 0.0).to(tl.float32)
+            scales = tl.load(scale + image * out_channels + o, o < out_channels, 0.0).to(tl.float32)
             static_sum += tile * scales[:, None]
-            part = sample * c_blocks + tl.program_id(0)
+            part = image * c_blocks + tl.program_id(0)
             tl.store(d_scale + part * out_channels + o, tl.sum(tile * static_tile, 1), o < out_channels)
-            r_tile = tl.load(read_out + (sample * width + k[:, None]) * out_channels + o[None, :], r_exists, 0.0)
+            r_tile = tl.load(read_out + (image * width + k[:, None]) * out_channels + o[None, :], r_exists, 0.0)
             d_r_tile = tl.dot(q_tile, tl.trans(tile), input_precision="tf32")  # [BLOCK_K, BLOCK]
             tl.store(d_read_out + (part * width + k[:, None]) * out_channels + o[None, :], d_r_tile, r_exists)
             d_q_tile = tl.dot(r_tile.to(tl.float32), tile, input_precision="tf32")  # [BLOCK_K, BLOCK]
-            part = sample * o_blocks + tl.program_id(1)
+            part = image * o_blocks + tl.program_id(1)
             tl.store(d_padded + (part * width + k[:, None]) * channels + c[None, :], d_q_tile, q_exists)
     part = tl.program_id(2).to(tl.int64)
     tl.store(d_static + (part * out_channels + o[:, None]) * channels + c[None, :], static_sum, exists)
 
 
 def fits(x: Tensor, static: Tensor, width: int) -> bool:
-    """Whether the kernels here take a layer, with W₀ (O, C, 1, 1) and a q of this width.
+    """Whether the kernels here take a layer, with static (O, C, 1, 1) and a q of this width.
 
     Products exact to float32 are left to cuBLAS: matrix units do not make them.
     """
@@ -130,25 +154,15 @@ def fits(x: Tensor, static: Tensor, width: int) -> bool:
 
 
 def _shares(batch: int, channels: int, out_channels: int, width: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """The programs for channels, output channels and samples, and their constants."""
+    """The programs for channels, output channels and images, and their constants."""
     tiles = triton.cdiv(channels, BLOCK), triton.cdiv(out_channels, BLOCK)
-    samples = triton.cdiv(batch, max(1, MIN_PROGRAMS // (tiles[0] * tiles[1])))
-    constants = {"SAMPLES": samples, "BLOCK": BLOCK, "BLOCK_K": block_of(width)}
-    return (*tiles, triton.cdiv(batch, samples)), constants
+    images = triton.cdiv(batch, max(1, MIN_PROGRAMS // (tiles[0] * tiles[1])))
+    constants = {"IMAGES": images, "BLOCK": BLOCK, "BLOCK_K": block_of(width)}
+    return (*tiles, triton.cdiv(batch, images)), constants
 
 
 def form_kernels(channel_scale: Tensor, static: Tensor, read_out: Tensor, padded: Tensor, dtype: torch.dtype) -> Tensor:
-    """`channel_scale ⊙ static + read_outᵀ padded`, rounded to dtype.
-
-    Args:
-        channel_scale: (B, O).
-        static: (O, C).
-        read_out: (B, L⁺, O).
-        padded: Q (L⁺, C).
-
-    Returns:
-        (B, O, C).
-    """
+    """As `fused_kernels.form_kernels`."""
     (batch, width, out_channels), channels = read_out.shape, padded.shape[1]
     kernels = read_out.new_empty(batch, out_channels, channels, dtype=dtype)
     grid, constants = _shares(batch, channels, out_channels, width)
@@ -160,7 +174,7 @@ def form_kernels(channel_scale: Tensor, static: Tensor, read_out: Tensor, padded
 def form_kernels_backward(
     d_kernels: Tensor, channel_scale: Tensor, static: Tensor, read_out: Tensor, padded: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of channel_scale, static and read_out, and those of padded by sample (B, L⁺, C), in float32."""
+    """As `fused_kernels.form_kernels_backward`, but in float32."""
     (batch, width, out_channels), channels = read_out.shape, padded.shape[1]
     (c_blocks, o_blocks, shares), constants = _shares(batch, channels, out_channels, width)
     new_empty = partial(read_out.new_empty, dtype=torch.float32)
@@ -171,20 +185,11 @@ def form_kernels_backward(
         d_kernels, channel_scale, static, read_out, padded, d_scale, d_static, d_read_out, d_padded,
         batch, channels // 8, out_channels // 8, width, **constants, num_warps=FORMING_WARPS,
     )  # fmt: skip
-    return added(d_scale, 1), added(d_static, 0), added(d_read_out, 1), added(d_padded, 1)
+    return sum_of(d_scale, 1), sum_of(d_static, 0), sum_of(d_read_out, 1), sum_of(d_padded, 1)
 
 
 def project(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
-    """`x kernelsᵀ + bias`.
-
-    Args:
-        x: (B, N, C), C a multiple of 8.
-        kernels: (B, O, C), O too.
-        bias: (B, O), of any of the dtypes.
-
-    Returns:
-        (B, N, O).
-    """
+    """As `fused_kernels.project`; the bias may be of any of the dtypes."""
     (batch, positions, channels), out_channels = x.shape, kernels.shape[1]
     step = 128 // x.element_size()  # a line of the cache
     y = x.new_empty(batch, positions, out_channels)

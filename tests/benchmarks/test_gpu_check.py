@@ -203,12 +203,12 @@ def test_the_floor_of_a_layer():
     assert layers.floor_operations(conv, shape, 2) == 2 * 3 * 2 * (64 * 256 * 28**2)
 
 
-@pytest.mark.parametrize("text, usual", [("64x256k1s1@56", "fused, by kernels"), ("512x64k1s1@7", "fused, by maps")])
+@pytest.mark.parametrize("text, usual", [("64x256k1s1@56", "dcd fused kernels"), ("512x64k1s1@7", "dcd fused maps")])
 def test_a_layers_own_way_is_known(text, usual):
     shape, strided = parse_shape(text), parse_shape("64x64k3s2@56")
-    assert list(layers.ways_of(shape, CPU)) == ["static", "fused, by kernels", "fused, by maps"]
+    assert layers.ways_of(shape, CPU) == ["static", "dcd fused kernels", "dcd fused maps"]
     assert layers.usual_way(shape, CPU) == usual
-    assert list(layers.ways_of(strided, CPU)) == ["static", "fused"] and layers.usual_way(strided, CPU) == "fused"
+    assert layers.ways_of(strided, CPU) == ["static", layers.usual_way(strided, CPU)] == ["static", "dcd fused maps"]
 
 
 def test_layers_are_measured_in_both_ways(record, tmp_path):
@@ -216,7 +216,7 @@ def test_layers_are_measured_in_both_ways(record, tmp_path):
     found = saved(tmp_path)
     assert found.failed == found.skipped == []
     rows = [dict(zip(found.tables[0].columns, row, strict=True)) for row in found.tables[0].rows]
-    assert [row["way"] for row in rows] == 2 * ["static", "fused, by kernels", "fused, by maps"]
+    assert [row["way"] for row in rows] == 2 * ["static", "dcd fused kernels", "dcd fused maps"]
     for row in rows:
         assert row["to floor"] == pytest.approx(row["kernels ms"] / row["floor ms"]) and row["kernels ms"] > 0
     assert found.sentences[1].startswith("These layers, each as often as ResNet-50 has it: static ")

@@ -9,7 +9,7 @@ from torch import nn
 
 import dcd
 from dcd.layers import available_paths
-from tests.dcd.test_fused import SHAPES, error, layer, results
+from tests.dcd.helpers import SHAPES, create_layer, error, results
 from tests.dcd.test_golden import fill
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_float32")]
@@ -32,14 +32,14 @@ def nothing_compiled_before():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", ["kernels of the samples, 2x2 pool", "strided 1x1", "3x3"])
+@pytest.mark.parametrize("shape", ["kernels, 2x2 pool", "strided 1x1", "3x3"])
 @pytest.mark.parametrize("path", ["auto", *available_paths(GPU)])
 def test_outputs_gradients_and_statistics_are_those_of_the_reference(path, shape, training):
     *sizes, batch, height, width = SHAPES[shape]
-    made = layer(*sizes).to(GPU).train(training)
+    layer = create_layer(*sizes).to(GPU).train(training)
     x = torch.randn(4 * batch, sizes[0], height, width).to(GPU, memory_format=torch.channels_last)
-    wanted = results(nn.Sequential(made), "reference", x)
-    found = results(Compiled(made), path, x)
+    wanted = results(nn.Sequential(layer), "reference", x)
+    found = results(Compiled(layer), path, x)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert error(found[name], value) < 1e-4, name

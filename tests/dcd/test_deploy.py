@@ -9,16 +9,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import dcd
-from dcd.layers import DCDConv2d, DCDLinear
+from dcd.layers import FORMS, DCDConv2d, DCDLinear, set_form
 from dcd.layers.folded import FoldedDCDConv2d, FoldedDCDLinear
 from dcd.layers.rivals import CondConv2d, DYConv2d, ODConv2d
 from dcd.models.resnet import BasicBlock, ResNet
-from dcd.ops import folded
 from tests.dcd.test_models import SMALL, build, images
 
 DYNAMIC = ["resnet18_dcd", "resnet50_dcd", "mobilenetv2_dcd"]
 STATIC = ["resnet18", "mobilenetv2"]
-FORMS = ["features", "kernels"]
 
 
 @lru_cache
@@ -109,11 +107,6 @@ def layer_and_norm(in_channels: int, out_channels: int, **kwargs) -> nn.Sequenti
     return pair.eval()
 
 
-def take(monkeypatch, form: str) -> None:
-    """Let every 1×1 convolution have this form, whatever it costs."""
-    monkeypatch.setattr(folded, "cheapest_form", lambda *_, pointwise, **__: form if pointwise else "features")
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("in_channels", "out_channels", "sizes"),
@@ -127,9 +120,9 @@ def take(monkeypatch, form: str) -> None:
     ],
 )
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 7), (3, 5, 8), (2, 9, 1)])
-def test_one_layer(monkeypatch, form, in_channels, out_channels, sizes, shape):
-    take(monkeypatch, form)
+def test_one_layer(form, in_channels, out_channels, sizes, shape):
     pair = layer_and_norm(in_channels, out_channels, **sizes)
+    set_form(pair, form)
     batch, height, width = shape
     x = torch.randn(batch, in_channels, height, width, dtype=torch.float64)
     alone = copy.deepcopy(pair[0])
@@ -157,10 +150,10 @@ def test_the_dynamic_classifier():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_coefficients_beyond_half_precision(monkeypatch, form):
+def test_coefficients_beyond_half_precision(form):
     """Φ(x) q overflows fp16 before bn2 brings it back; folded, M must not be computed in fp16 either."""
-    take(monkeypatch, form)
     pair = layer_and_norm(16, 16)
+    set_form(pair, form)
     layer = pair[0]
     with torch.no_grad():
         layer.coefficients.to_phi.weight.mul_(1e6)
@@ -179,10 +172,10 @@ def test_coefficients_beyond_half_precision(monkeypatch, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_one_graph(monkeypatch, form, kernel_size):
-    take(monkeypatch, form)
+def test_one_graph(form, kernel_size):
     torch._dynamo.reset()
     layer = dcd.deploy.fold(layer_and_norm(6, 8, kernel_size=kernel_size))
+    set_form(layer, form)
     x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
     with torch.inference_mode():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -280,44 +273,20 @@ def test_dynamic_layers_become_folded_ones():
     assert DCDConv2d not in result and DCDLinear not in result
 
 
-def test_costs_of_a_layer():
-    """N = 10, C = 3, O = 5, L = 2, counted by hand."""
-    costs = folded.form_costs(10, 3, 5, 2, element_size=2)
-    # Q 2·3, M 2·2 and P 2·5 multiply-adds at a position; x 3, q and h twice 2, the output four times 5 numbers
-    assert costs["features"] == (10 * (6 + 4 + 10), 2 * 10 * (3 + 8 + 20))
-    # M Q is 2·2·3 and P M Q 5·2·3 multiply-adds; M Q 2·3 numbers twice, W 5·3 four times, the output 10·5 twice
-    assert costs["kernels"] == (12 + 30, 2 * (12 + 60 + 100))
-
-
-# positions, C, O, L: 1×1 convolutions of ResNet-50 and MobileNetV2 at 224 pixels, and what was the faster on a CPU
-@pytest.mark.parametrize(
-    ("sizes", "form"),
-    [
-        ((56 * 56, 64, 256, 8), "kernels"),
-        ((28 * 28, 512, 128, 24), "kernels"),
-        ((14 * 14, 96, 576, 24), "kernels"),
-        ((14 * 14, 256, 1024, 16), "features"),
-        ((7 * 7, 2048, 512, 48), "features"),
-        ((7 * 7, 960, 160, 40), "features"),
-        ((1, 64, 256, 8), "features"),
-    ],
-)
-def test_the_cheapest_form(sizes, form):
-    assert folded.cheapest_form(*sizes, pointwise=True) == form
-    assert folded.cheapest_form(*sizes, pointwise=False) == "features"
-
-
-def test_kernels_pay_from_some_size_on():
-    forms = [folded.cheapest_form(side**2, 256, 1024, 16, pointwise=True) for side in range(1, 129)]
-    first = forms.index("kernels")
-    assert first > 0 and set(forms[:first]) == {"features"} and set(forms[first:]) == {"kernels"}
-
-
-def test_the_input_size_decides_on_the_form(monkeypatch):
+def test_the_input_size_decides_on_the_form():
+    """As in the layer that was folded: "auto" is bit for bit the form that it chooses."""
     layer = dcd.deploy.fold(layer_and_norm(64, 64, latent_dim=8))
-    called = []
-    apply_kernels = folded.apply_kernels
-    monkeypatch.setattr(folded, "apply_kernels", lambda *args: called.append(True) or apply_kernels(*args))
-    for side, by_kernels in ((1, False), (56, True)):
-        layer(torch.randn(1, 64, side, side, dtype=torch.float64))
-        assert bool(called) == by_kernels
+    for side, form in ((1, "maps"), (8, "maps"), (9, "kernels"), (56, "kernels")):
+        x = torch.randn(2, 64, side, side, dtype=torch.float64)
+        found = {}
+        for choice in ("auto", *FORMS):
+            set_form(layer, choice)
+            found[choice] = layer(x)
+        assert torch.equal(found["auto"], found[form])
+        assert not torch.equal(found["maps"], found["kernels"])
+
+
+def test_folding_keeps_the_form():
+    pair = layer_and_norm(6, 8)
+    set_form(pair, "kernels")
+    assert dcd.deploy.fold(pair)[0].form == "kernels"

@@ -1,4 +1,7 @@
-"""Every path of the dynamic convolution against the reference: outputs, all gradients, and the batch norms' state."""
+"""The path "fused", in each form, against the reference: outputs, all gradients, and the batch norms' state.
+
+`test_triton.py` has the path "triton".
+"""
 
 import copy
 from collections import Counter
@@ -7,218 +10,193 @@ import pytest
 import torch
 from torch import nn
 
-from dcd.layers import DCDConv2d, set_path
-from dcd.layers.dcd_conv2d import has_light_kernels
-
-FASTER = ["fused"]  # and "triton" in test_triton.py
-# in, out, kernel, stride, latent_dim, pool_size, batch, height, width
-SHAPES = {
-    "kernels of the samples": (16, 24, 1, 1, 5, 1, 3, 7, 7),
-    "kernels of the samples, 2x2 pool": (16, 24, 1, 1, 8, 2, 2, 9, 6),
-    "many channels": (64, 12, 1, 1, 11, 1, 3, 3, 5),
-    "strided 1x1": (12, 20, 1, 2, 3, 2, 2, 8, 9),
-    "3x3": (8, 12, 3, 1, 5, 2, 2, 6, 7),
-    "strided 3x3, odd": (8, 12, 3, 2, 3, 1, 4, 7, 5),
-    "one position": (8, 12, 3, 1, 2, 1, 4, 1, 1),
-    "batch 1": (6, 10, 1, 1, 4, 2, 1, 5, 4),
-    "L above the channels": (4, 6, 1, 1, 9, 2, 3, 4, 4),
-}
+import dcd
+from dcd.layers import FORMS, set_form, set_path
+from dcd.ops.fused import choose_form
+from tests.dcd.helpers import SHAPES, create_layer, error, results
 
 
-def layer(channels, out_channels, kernel_size, stride, latent_dim, pool_size) -> DCDConv2d:
-    """A layer whose norms, statistics included, are not those of a fresh one."""
-    made = DCDConv2d(
-        channels,
-        out_channels,
-        kernel_size,
-        stride,
-        latent_dim=latent_dim,
-        squeeze_dim=4,
-        pool_size=pool_size,
-    )
-    for norm in (made.bn1, made.bn2):
-        for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            nn.init.uniform_(value, 0.5, 1.5)
-    nn.init.normal_(made.coefficients.to_channel_scale.weight, std=2.0)  # so that some scales are at their bounds
-    return made
+def form_of(layer: nn.Module, height: int, width: int) -> str:
+    """The form that a layer takes for maps of a size."""
+    x = torch.empty(1, layer.static_conv.in_channels, height, width, device="meta")
+    return choose_form(layer.form, x, layer.kernel_size, layer.stride)
 
 
-def results(made: DCDConv2d, path: str, x: torch.Tensor, amp: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Output, gradients and state after a forward and backward pass of a copy of the layer, in float64, and the output
-    where no gradients are wanted."""
-    made, other = copy.deepcopy(made), copy.deepcopy(made)
-    set_path(made, path)
-    set_path(other, path)
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    with torch.autocast(x.device.type, dtype=amp, enabled=amp is not None):
-        y = made(x)
-        with torch.no_grad():
-            without_gradients = other(x)
-    wanted = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    (y.double() * wanted.to(y.device)).sum().backward()
-    found = {"y": y.detach(), "y without gradients": without_gradients, "x": x.grad, **made.state_dict()}
-    found |= {f"gradient of {name}": value.grad for name, value in made.named_parameters()}
-    return {name: value.double() for name, value in found.items()}
+def test_kernels_are_chosen_while_they_are_smaller_than_the_maps():
+    layer = create_layer(64, 12, 1, 1, 11, 1)
+    assert form_of(layer, 8, 8) == "maps" and form_of(layer, 8, 9) == "kernels"
 
 
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
+@pytest.mark.parametrize("kernel_size, stride", [(3, 1), (3, 2), (1, 2)])
+def test_other_layers_than_1x1_of_stride_1_stay_with_maps(kernel_size, stride):
+    layer = create_layer(4, 6, kernel_size, stride, 3, 1)
+    for form in ("auto", *FORMS):
+        set_form(layer, form)
+        assert form_of(layer, 9, 9) == "maps"
+    assert layer(torch.randn(2, 4, 9, 9)).isfinite().all()
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+def test_set_form_reaches_every_dynamic_convolution_folded_ones_too():
+    model = dcd.create_model("resnet18_dcd")
+    for network in (model, dcd.deploy.fold(model)):
+        layers = [module for module in network.modules() if hasattr(module, "form")]
+        assert len(layers) == 16 and {layer.form for layer in layers} == {"auto"}
+        set_form(network, "maps")
+        assert {layer.form for layer in layers} == {"maps"}
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that is not written yet holds NaN."""
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, make=make, **kwargs: _poison(make(*args, **kwargs)))
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda self, *args, **kwargs: _poison(new_empty(self, *args, **kwargs))
-    )
-
-
-def _poison(memory: torch.Tensor) -> torch.Tensor:
-    return memory.fill_(torch.nan) if memory.is_floating_point() else memory
-
-
-def test_the_shapes_reach_both_forms():
-    light = [has_light_kernels(torch.empty(1, shape[0], *shape[-2:])) for shape in SHAPES.values() if shape[2] == 1]
-    assert any(light) and not all(light)
+def test_the_form_changes_neither_parameters_nor_the_reference():
+    layer = create_layer(16, 24, 1, 1, 5, 1)
+    state, x = copy.deepcopy(layer.state_dict()), torch.randn(3, 16, 7, 7)
+    wanted = results(layer, "reference", x)
+    set_form(layer, "kernels")
+    assert all(torch.equal(layer.state_dict()[name], value) for name, value in state.items())
+    found = results(layer, "reference", x)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("path", FASTER)
-def test_outputs_gradients_and_statistics_are_those_of_the_reference(path, shape, training, layout, poisoned):
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_gradients_and_statistics_are_those_of_the_reference(form, shape, training, layout, poisoned):
     *sizes, batch, height, width = shape
-    made = layer(*sizes).double().train(training)
+    layer = create_layer(*sizes).double().train(training)
+    set_form(layer, form)
     x = torch.randn(batch, sizes[0], height, width, dtype=torch.float64).contiguous(memory_format=layout)
-    wanted = results(made, "reference", x)
-    found = results(made, path, x)
+    wanted = results(layer, "reference", x)
+    found = results(layer, "fused", x)
     for name, value in wanted.items():
         assert error(found[name], value) < 1e-9, name
 
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("path", FASTER)
-def test_in_lower_precision_it_is_at_most_twice_as_far_off_as_the_reference(path, shape, amp):
+@pytest.mark.parametrize("form", FORMS)
+def test_in_lower_precision_it_is_at_most_twice_as_far_off_as_the_reference(form, shape, amp, poisoned):
     """On average over three inputs: of one alone, the largest error of a small tensor is left to chance."""
     *sizes, batch, height, width = shape
-    made = layer(*sizes)
-    by_reference, by_path = Counter(), Counter()
+    layer = create_layer(*sizes)
+    set_form(layer, form)
+    by_reference, by_form = Counter(), Counter()
     for _ in range(3):
         x = torch.randn(4 * batch, sizes[0], height, width).contiguous(memory_format=torch.channels_last)
-        exact = results(made.double(), "reference", x.double())
-        made = made.float()
-        plain, found = results(made, "reference", x, amp), results(made, path, x, amp)
+        exact = results(layer.double(), "reference", x.double())
+        layer = layer.float()
+        plain, found = results(layer, "reference", x, amp), results(layer, "fused", x, amp)
         for name, value in exact.items():
             by_reference[name] += error(plain[name], value) / 3
-            by_path[name] += error(found[name], value) / 3
-    for name, off in by_path.items():
+            by_form[name] += error(found[name], value) / 3
+    for name, off in by_form.items():
         assert off <= 2 * by_reference[name] + torch.finfo(amp).eps / 2, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_16_bits_are_trained_by_the_reference(dtype):
-    made = layer(*SHAPES["3x3"][:6]).to(dtype)
+    layer = create_layer(*SHAPES["3x3"][:6]).to(dtype)
     x = torch.randn(2, 8, 6, 7, dtype=dtype)
-    wanted, found = results(made, "reference", x), results(made, "fused", x)
+    wanted, found = results(layer, "reference", x), results(layer, "fused", x)
     assert all(torch.equal(found[name], value) for name, value in wanted.items() if name != "y without gradients")
 
 
-@pytest.mark.parametrize("path", FASTER)
-def test_half_precision_holds_large_maps_of_large_values(path):
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision_holds_large_maps_of_large_values(form):
     """Their sum would not: 4096 positions of 30 are above 65504."""
-    made = layer(8, 8, 1, 1, 4, 2)
+    layer = create_layer(8, 8, 1, 1, 4, 2)
+    set_form(layer, form)
     x = 30 + torch.randn(2, 8, 64, 64)
-    exact = results(made.double(), "reference", x.double())["y"]
-    found = results(made.float(), path, x, torch.float16)
+    exact = results(layer.double(), "reference", x.double())["y"]
+    found = results(layer.float(), "fused", x, torch.float16)
     assert error(found["y"], exact) < 0.02 and all(value.isfinite().all() for value in found.values())
 
 
-def test_a_layer_that_only_reads_gives_no_gradient_to_its_input():
-    made = layer(8, 12, 1, 1, 4, 1)
-    made(torch.randn(2, 8, 5, 5)).sum().backward()
-    assert all(value.grad is not None and value.grad.isfinite().all() for value in made.parameters())
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_that_only_reads_gives_no_gradient_to_its_input(form):
+    layer = create_layer(8, 12, 1, 1, 4, 1)
+    set_form(layer, form)
+    layer(torch.randn(2, 8, 5, 5)).sum().backward()
+    assert all(value.grad is not None and value.grad.isfinite().all() for value in layer.parameters())
 
 
-def test_an_input_that_others_read_gets_the_sum_of_their_gradients():
-    made = layer(6, 6, 1, 1, 4, 1).double()
+@pytest.mark.parametrize("form", FORMS)
+def test_an_input_that_others_read_gets_the_sum_of_their_gradients(form):
+    layer = create_layer(6, 6, 1, 1, 4, 1).double()
+    set_form(layer, form)
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
     gradients = []
-    for path in ("reference", *FASTER):
-        set_path(made, path)
-        made.load_state_dict(copy.deepcopy(made.state_dict()))
+    for path in ("reference", "fused"):
+        set_path(layer, path)
+        layer.load_state_dict(copy.deepcopy(layer.state_dict()))
         leaf = x.clone().requires_grad_()
         shared = leaf * 2
-        (made(shared) * made(shared) + shared.sin() + shared).sum().backward()
+        (layer(shared) * layer(shared) + shared.sin() + shared).sum().backward()
         gradients.append(leaf.grad)
-    for gradient in gradients[1:]:
-        assert error(gradient, gradients[0]) < 1e-9
+    wanted, found = gradients
+    assert error(found, wanted) < 1e-9
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("form, kernel_size", [("maps", 1), ("maps", 3), ("kernels", 1)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gradients_have_the_strides_of_their_parameters(layout, kernel_size):
+def test_gradients_have_the_strides_of_their_parameters(layout, form, kernel_size):
     """DDP keeps them in buckets that have, and warns of a copy otherwise."""
-    made = layer(6, 8, kernel_size, 1, 4, 1).to(memory_format=layout)
-    made(torch.randn(2, 6, 5, 5).to(memory_format=torch.channels_last)).sum().backward()
-    assert {name: value.grad.stride() for name, value in made.named_parameters()} == {
-        name: value.stride() for name, value in made.named_parameters()
+    layer = create_layer(6, 8, kernel_size, 1, 4, 1).to(memory_format=layout)
+    set_form(layer, form)
+    layer(torch.randn(2, 6, 5, 5).to(memory_format=torch.channels_last)).sum().backward()
+    assert {name: value.grad.stride() for name, value in layer.named_parameters()} == {
+        name: value.stride() for name, value in layer.named_parameters()
     }
 
 
-def test_gradients_can_be_asked_for_twice():
-    made = layer(6, 6, 3, 1, 4, 1)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_can_be_asked_for_twice(form):
+    layer = create_layer(6, 6, 1, 1, 4, 1)
+    set_form(layer, form)
     x = torch.randn(2, 6, 4, 4, requires_grad=True)
-    y = made(x).square().sum()
+    y = layer(x).square().sum()
     first = torch.autograd.grad(y, x, retain_graph=True)[0].clone()
     assert torch.equal(first, torch.autograd.grad(y, x)[0])
 
 
 @pytest.mark.parametrize("momentum", [None, 0.1])
 def test_norms_that_work_otherwise_are_left_to_the_reference(momentum):
-    made = layer(6, 6, 1, 1, 4, 1).double()
-    made.bn1.momentum = made.bn2.momentum = momentum
-    made.bn2.eval()
+    layer = create_layer(6, 6, 1, 1, 4, 1).double()
+    layer.bn1.momentum = layer.bn2.momentum = momentum
+    layer.bn2.eval()
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
-    wanted, found = results(made, "reference", x), results(made, FASTER[0], x)
+    wanted, found = results(layer, "reference", x), results(layer, "fused", x)
     assert all(error(found[name], value) < 1e-9 for name, value in wanted.items())
 
 
 def test_a_frozen_layer_is_fast_where_nothing_needs_gradients():
     """Bit for bit as without gradients, which the reference is not; it takes over where something needs them."""
-    made, x = layer(64, 12, 1, 1, 11, 1).eval().requires_grad_(False), torch.randn(3, 64, 3, 5)
+    layer, x = create_layer(64, 12, 1, 1, 11, 1).eval().requires_grad_(False), torch.randn(3, 64, 3, 5)
     with torch.no_grad():
-        wanted = made(x)
-    assert torch.equal(made(x), wanted)
-    with_gradients = made(x.requires_grad_())
+        wanted = layer(x)
+    assert torch.equal(layer(x), wanted)
+    with_gradients = layer(x.requires_grad_())
     assert with_gradients.requires_grad and not torch.equal(with_gradients, wanted)
     assert error(with_gradients.detach(), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("path", FASTER)
-@pytest.mark.parametrize("kernel_size", [1, 3])
-def test_no_break_in_the_graph(path, kernel_size):
+@pytest.mark.parametrize("form, kernel_size", [("maps", 1), ("maps", 3), ("kernels", 1)])
+def test_no_break_in_the_graph(form, kernel_size):
     torch._dynamo.reset()
-    made = layer(6, 6, kernel_size, 1, 4, 2)
-    set_path(made, path)
+    layer = create_layer(6, 6, kernel_size, 1, 4, 2)
+    set_path(layer, "fused")
+    set_form(layer, form)
     x = torch.randn(2, 6, 4, 4)
-    traced = torch.compile(copy.deepcopy(made), fullgraph=True, backend="eager")
-    torch.testing.assert_close(traced(x), made(x))
+    traced = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="eager")
+    torch.testing.assert_close(traced(x), layer(x))
 
 
 def test_one_value_has_no_statistics():
     with pytest.raises(ValueError, match="more than one value"):
-        layer(6, 6, 1, 1, 4, 1)(torch.randn(1, 6, 1, 1))
+        create_layer(6, 6, 1, 1, 4, 1)(torch.randn(1, 6, 1, 1))
+
+
+def test_unknown_form():
+    with pytest.raises(ValueError, match="unknown form 'map': use auto, maps, kernels"):
+        set_form(nn.Identity(), "map")
 
 
 def test_unknown_path():

@@ -1,15 +1,16 @@
-"""The Triton kernels against the reference: on a GPU where there is one, else by Triton's interpreter on the CPU.
+"""The Triton kernels of the form "maps" against the reference.
 
-On a GPU the other fast path, too, which `test_fused.py` compares on the CPU.
+They run on a GPU where there is one, else by Triton's interpreter on the CPU. On a GPU the path "fused" is compared,
+too, which `test_fused.py` does on the CPU. `test_triton_matrices.py` has the form "kernels".
 """
 
 import pytest
 import torch
 
 import dcd
-from dcd.layers import PATHS, available_paths, set_path
+from dcd.layers import PATHS, available_paths, set_form, set_path
 from dcd.ops import triton_combine
-from tests.dcd.test_fused import SHAPES, error, layer, poisoned, results, seeded  # noqa: F401 (two are fixtures)
+from tests.dcd.helpers import SHAPES, create_layer, error, results
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WITH_MAPS = {name: shape for name, shape in SHAPES.items() if shape[2] == 3 or shape[3] == 2 or name == "many channels"}
@@ -20,13 +21,13 @@ PRECISIONS = [None, torch.bfloat16]
 if DEVICE.type == "cuda":
     pytestmark = pytest.mark.gpu
     PRECISIONS.append(torch.float16)  # by the interpreter, which is slow, the other 16 bits do
-    COMPARED += [("fused", name) for name in SHAPES | WITH_MAPS]
+    COMPARED += [("fused", name) for name in WITH_MAPS]
 
 
 def launches(monkeypatch) -> list[str]:
     """The kernels' functions that are called from now on."""
     called = []
-    for name in ("forward", "backward"):
+    for name in ("combine", "combine_backward"):
         original = getattr(triton_combine, name)
         monkeypatch.setattr(
             triton_combine, name, lambda *args, original=original, name=name: called.append(name) or original(*args)
@@ -38,15 +39,18 @@ def launches(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("amp", PRECISIONS)
 @pytest.mark.parametrize("path, shape", COMPARED, ids=lambda value: value)
 def test_it_is_at_most_twice_as_far_off_as_the_reference(path, shape, amp, monkeypatch):
-    *sizes, batch, height, width = (SHAPES | WITH_MAPS)[shape]
-    made = layer(*sizes).to(DEVICE)
+    *sizes, batch, height, width = WITH_MAPS[shape]
+    layer = create_layer(*sizes).to(DEVICE)
+    set_form(layer, "maps")
     x = torch.randn(4 * batch, sizes[0], height, width).to(DEVICE, memory_format=torch.channels_last)
-    exact = results(made.double(), "reference", x.double())
-    made = made.float()
-    plain = results(made, "reference", x, amp)
+    exact = results(layer.double(), "reference", x.double())
+    layer = layer.float()
+    plain = results(layer, "reference", x, amp)
     called = launches(monkeypatch)
-    found = results(made, path, x, amp)
-    assert called == (["forward", "forward", "backward"] if path == "triton" else [])  # with and without gradients
+    found = results(layer, path, x, amp)
+    assert called == (
+        ["combine", "combine", "combine_backward"] if path == "triton" else []
+    )  # with and without gradients
     slack = torch.finfo(amp).eps / 2 if amp else 1e-6
     for name, value in exact.items():
         assert error(found[name], value) <= 2 * error(plain[name], value) + slack, name
@@ -57,17 +61,17 @@ def test_positions_are_shared_out_to_any_number_of_programs(shares, exact_float3
     monkeypatch.setattr(triton_combine, "MIN_PROGRAMS", shares)
     static, d_y = torch.randn(2, 2, 300, 20, device=DEVICE)
     scale, q = torch.rand(2, 20, device=DEVICE), torch.randn(2, 300, 16, device=DEVICE)
-    d_static, d_scale, d_read_out = triton_combine.backward(d_y, static, scale, q)
+    d_static, d_scale, d_read_out = triton_combine.combine_backward(d_y, static, scale, q)
     torch.testing.assert_close(d_static, d_y * scale.unsqueeze(1))
     torch.testing.assert_close(d_scale, (d_y * static).sum(1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(d_read_out, q.transpose(1, 2) @ d_y, rtol=1e-4, atol=1e-4)
 
 
 def test_float64_has_no_kernels(monkeypatch):
-    made = layer(*SHAPES["3x3"][:6]).double()
+    layer = create_layer(*SHAPES["3x3"][:6]).double()
     called = launches(monkeypatch)
     x = torch.randn(2, 8, 6, 7, dtype=torch.float64)
-    wanted, found = results(made, "reference", x), results(made, "triton", x)
+    wanted, found = results(layer, "reference", x), results(layer, "triton", x)
     assert not called and all(error(found[name], value) < 1e-9 for name, value in wanted.items())
 
 
@@ -80,12 +84,12 @@ def test_a_sum_of_many_positions_is_as_exact_as_in_float32():
     """Halves lose what is added to a large sum; the kernels add in float32."""
     rows = torch.ones(1, 64 * 64, 8, device=DEVICE, dtype=torch.float16)
     scale = torch.ones(1, 8, device=DEVICE, dtype=torch.float16)
-    _, d_scale, d_read_out = triton_combine.backward(rows * 0.5, rows, scale, rows)
+    _, d_scale, d_read_out = triton_combine.combine_backward(rows * 0.5, rows, scale, rows)
     assert (d_scale == 2048).all() and (d_read_out == 2048).all()
 
 
 FAST = ["fused", "triton"]
-EACH_FORM = {"maps": (8, 12, 3, 1, 5, 2, 3, 7, 7), "kernels of the samples": (16, 24, 1, 1, 5, 1, 3, 7, 7)}
+EACH_FORM = {"maps": (8, 12, 3, 1, 5, 2, 3, 7, 7), "kernels": (16, 24, 1, 1, 5, 1, 3, 7, 7)}
 
 
 @pytest.mark.usefixtures("exact_float32")
@@ -117,18 +121,18 @@ def relative_errors_of_variances(found: dict, exact: dict) -> float:
 def test_variances_where_means_are_far_above_the_deviations(path, shape, ratio, most, where):
     """E[q²] − mean² would be off by 1e-4 at a ratio of 10, by a percent at 100 and by all of it at 1000."""
     *sizes, batch, height, width = shape
-    made = layer(*sizes).to(DEVICE)
-    for norm in (made.bn1, made.bn2):
+    layer = create_layer(*sizes).to(DEVICE)
+    for norm in (layer.bn1, layer.bn2):
         norm.running_var.zero_()
     x = torch.randn(batch, sizes[0], height, width)
     if where == "x":
         x += ratio
-    else:  # and with one Φ for all samples, whose outputs then have a mean as far above their deviations
+    else:  # and with one Φ for all images, whose outputs then have a mean as far above their deviations
         x = x[:1].repeat(batch, 1, 1, 1)
         with torch.no_grad():
-            made.bn1.bias.mul_(ratio)
+            layer.bn1.bias.mul_(ratio)
     x = x.to(DEVICE, memory_format=torch.channels_last)
-    exact, found = results(made.double(), "reference", x.double()), results(made.float(), path, x)
+    exact, found = results(layer.double(), "reference", x.double()), results(layer.float(), path, x)
     assert relative_errors_of_variances(found, exact) < most
     assert error(found["y"], exact["y"]) < most and error(found["x"], exact["x"]) < most
 
@@ -139,12 +143,12 @@ def test_variances_where_means_are_far_above_the_deviations(path, shape, ratio, 
 @pytest.mark.parametrize("path", FAST)
 def test_almost_constant_maps_are_at_most_twice_as_far_off_as_by_the_reference(path, deviation, amp):
     *sizes, batch, height, width = EACH_FORM["maps"]
-    made = layer(*sizes).to(DEVICE)
+    layer = create_layer(*sizes).to(DEVICE)
     x = 1 + deviation * torch.randn(batch, sizes[0], height, width)
     x = x.to(DEVICE, memory_format=torch.channels_last)
-    exact = results(made.double(), "reference", x.double())
-    made = made.float()
-    plain, found = results(made, "reference", x, amp), results(made, path, x, amp)
+    exact = results(layer.double(), "reference", x.double())
+    layer = layer.float()
+    plain, found = results(layer, "reference", x, amp), results(layer, path, x, amp)
     assert all(value.isfinite().all() for value in found.values())
     if amp and not deviation:
         return  # the matrices, by bn1 and bn2 multiplied 100,000 times, are rounded to 16 bits: no more is promised

@@ -32,18 +32,18 @@ def combine(dtype: torch.dtype, batch: int, positions: int, channels: int, width
 
     rows, q = torch.empty(batch, positions, channels, dtype=dtype), torch.empty(batch, positions, width, dtype=dtype)
     scale, read_out = torch.empty(batch, channels), torch.empty(batch, width, channels)
-    triton_combine.forward(rows, scale, q, read_out)
-    triton_combine.backward(rows, rows, scale, q)
+    triton_combine.combine(rows, scale, q, read_out)
+    triton_combine.combine_backward(rows, rows, scale, q)
 
 
 def matrices(batch: int, latent_dim: int, width: int) -> None:
     from dcd.ops import triton_matrices
-    from dcd.ops.sample_matrices import Norms
+    from dcd.ops.image_matrices import Norms
 
     norms = Norms(*torch.empty(4, latent_dim).unbind())
     moments, phi = torch.empty(batch, width, width), torch.empty(batch, latent_dim, latent_dim)
-    fused, _, kept = triton_matrices.fuse(phi, moments, norms, (1e-5, 1e-5))
-    triton_matrices.fuse_backward(kept, norms, fused, 49)
+    fused, _, saved = triton_matrices.fuse(phi, moments, norms, (1e-5, 1e-5))
+    triton_matrices.fuse_backward(saved, norms, fused, 49)
 
 
 def project(dtype: torch.dtype, batch: int, positions: int, channels: int, out_channels: int, width: int) -> None:

@@ -7,25 +7,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcd.layers import set_path
-from dcd.layers.dcd_conv2d import has_light_kernels
-from dcd.ops import sample_matrices, triton_matrices, triton_project
-from dcd.ops.fused import round_up
-from dcd.ops.sample_matrices import Norms
-from tests.dcd.test_fused import SHAPES, error, layer, poisoned, results, seeded  # noqa: F401 (two are fixtures)
+from dcd.layers import set_form, set_path
+from dcd.ops import image_matrices, triton_matrices, triton_project
+from dcd.ops.fused_core import round_up
+from dcd.ops.image_matrices import Norms
+from tests.dcd.helpers import SHAPES, create_layer, error, results
 from tests.dcd.test_triton import PRECISIONS
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # latent dimension, batch, cells of the pool
 SIZES = [(8, 1, 0), (3, 34, 4), (18, 3, 4), (33, 3, 1), (60, 1, 1)]
-BY_SAMPLE = {
-    name: shape
-    for name, shape in SHAPES.items()
-    if shape[2] == shape[3] == 1 and has_light_kernels(torch.empty(1, shape[0], *shape[-2:]))
-}
+WITH_KERNELS = {name: shape for name, shape in SHAPES.items() if shape[2] == shape[3] == 1}
 # more positions and channels than one program holds; in, out, kernel, stride, latent_dim, pool, batch, height, width
-BY_SAMPLE["several programs"] = (72, 136, 1, 1, 18, 1, 1, 13, 11)
+WITH_KERNELS["several programs"] = (72, 136, 1, 1, 18, 1, 1, 13, 11)
 
 
 def problem(latent_dim: int, batch: int, cells: int) -> tuple[torch.Tensor, torch.Tensor, Norms, torch.Tensor]:
@@ -47,8 +42,8 @@ def worked_out(module, phi, q, norms, d_fused, dtype=torch.float32, garbage=Fals
     behind = phi.shape[1] + 1
     if garbage:
         moments[:, behind:] = moments[:, :, behind:] = d_fused[:, behind:] = torch.nan
-    matrices, statistics, kept = module.fuse(phi, moments, norms, (1e-5, 1e-3))
-    d_phi, q_to_d_q, d_norms = module.fuse_backward(kept, norms, d_fused, q.shape[1])
+    matrices, statistics, saved = module.fuse(phi, moments, norms, (1e-5, 1e-3))
+    d_phi, q_to_d_q, d_norms = module.fuse_backward(saved, norms, d_fused, q.shape[1])
     found = {"fused": matrices, "d_phi": d_phi, "q_to_d_q": q_to_d_q[:, :, : phi.shape[1]], **statistics._asdict()}
     found |= {f"d_{name}": value for name, value in d_norms._asdict().items()}
     return {name: value.double() for name, value in found.items()}
@@ -61,8 +56,8 @@ def assert_at_most_twice_as_far_off(found, plain, exact, slack):
 
 def compare(problem, slack: float = 1e-6) -> None:
     """The kernels with PyTorch's operations, both in float32."""
-    exact = worked_out(sample_matrices, *problem, torch.float64)
-    plain, found = worked_out(sample_matrices, *problem), worked_out(triton_matrices, *problem)
+    exact = worked_out(image_matrices, *problem, torch.float64)
+    plain, found = worked_out(image_matrices, *problem), worked_out(triton_matrices, *problem)
     assert_at_most_twice_as_far_off(found, plain, exact, slack)
 
 
@@ -98,26 +93,26 @@ def test_nothing_but_the_first_columns_and_the_constant_is_read():
 
 @pytest.mark.usefixtures("exact_float32")
 def test_what_one_program_cannot_hold_is_left_to_pytorch():
-    assert triton_matrices.fits(torch.empty(4096, 64, 1, device="meta"))
-    assert not triton_matrices.fits(torch.empty(4097, 64, 1, device="meta"))
-    assert not triton_matrices.fits(torch.empty(1, 72, 1, device="meta"))
-    assert not triton_matrices.fits(torch.empty(1, 8, 1, device="meta", dtype=torch.float64))
-    made = layer(*SHAPES["3x3"][:4], 60, 2).to(DEVICE)
+    assert triton_matrices.fits(4096, 64)
+    assert not triton_matrices.fits(4097, 64)
+    assert not triton_matrices.fits(1, 72)
+    layer = create_layer(*SHAPES["3x3"][:4], 60, 2).to(DEVICE)
     x = torch.randn(2, 8, 6, 7, device=DEVICE)
-    wanted, found = results(made.double(), "reference", x.double()), results(made.float(), "triton", x)
+    wanted, found = results(layer.double(), "reference", x.double()), results(layer.float(), "triton", x)
     assert all(error(found[name], value) < 1e-3 for name, value in wanted.items())
 
 
 @pytest.mark.usefixtures("poisoned", "exact_float32")
 @pytest.mark.parametrize("amp", PRECISIONS)
-@pytest.mark.parametrize("shape", BY_SAMPLE.values(), ids=BY_SAMPLE)
-def test_layers_with_kernels_for_each_sample_are_at_most_twice_as_far_off_as_the_reference(shape, amp):
+@pytest.mark.parametrize("shape", WITH_KERNELS.values(), ids=WITH_KERNELS)
+def test_layers_with_a_kernel_for_each_image_are_at_most_twice_as_far_off_as_the_reference(shape, amp):
     *sizes, batch, height, width = shape
-    made = layer(*sizes).to(DEVICE)
+    layer = create_layer(*sizes).to(DEVICE)
+    set_form(layer, "kernels")
     x = torch.randn(4 * batch, sizes[0], height, width).to(DEVICE, memory_format=torch.channels_last)
-    exact = results(made.double(), "reference", x.double())
-    made = made.float()
-    plain, found = results(made, "reference", x, amp), results(made, "triton", x, amp)
+    exact = results(layer.double(), "reference", x.double())
+    layer = layer.float()
+    plain, found = results(layer, "reference", x, amp), results(layer, "triton", x, amp)
     assert_at_most_twice_as_far_off(found, plain, exact, slack=torch.finfo(amp).eps / 2 if amp else 1e-6)
 
 
@@ -136,7 +131,7 @@ def test_the_product_with_a_bias(sizes, dtype):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("programs", [1, 3, 1024])  # all samples in one, some, each in its own
+@pytest.mark.parametrize("programs", [1, 3, 1024])  # all images in one, some, each in its own
 @pytest.mark.parametrize("sizes", [(5, 40, 24, 8), (3, 136, 8, 40), (1, 72, 136, 64)], ids=str)
 def test_the_kernels_of_the_images_and_their_gradients(sizes, programs, monkeypatch):
     """Against autograd in float64; float32 is multiplied as TF32."""
@@ -196,15 +191,15 @@ class Started(TorchDispatchMode):
 @pytest.mark.parametrize("kernel_size, most", [(1, 65), (3, 68)])
 def test_a_training_step_starts_few_kernels(kernel_size, most, monkeypatch):
     """In a network of 50 layers, whose kernels take 2 µs at least, 10 more of them are a millisecond."""
-    made = layer(16, 24, kernel_size, 1, 8, 1).to(DEVICE)
-    set_path(made, "triton")
+    layer = create_layer(16, 24, kernel_size, 1, 8, 1).to(DEVICE)
+    set_path(layer, "triton")
     x = torch.randn(2, 16, 7, 7).to(DEVICE, memory_format=torch.channels_last).requires_grad_()
     d_y = torch.ones(2, 24, 7, 7, device=DEVICE, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
 
     def step():
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-            y = made(x)
-        torch.autograd.grad(y, [x, *made.parameters()], d_y)
+            y = layer(x)
+        torch.autograd.grad(y, [x, *layer.parameters()], d_y)
 
     step()  # keeps the cells of the pool
     with Started(monkeypatch) as started:

@@ -23,7 +23,15 @@ from tools.profiling.parts import REST, parts_of, time_by_part
 from tools.profiling.report import show
 from tools.profiling.runner import Runner, Setting, multiply_adds, saved_bytes, storage_bytes
 from tools.profiling.shapes import ShapeError, parse_shape, shapes_of
-from tools.profiling.variants import NETWORKS, STATIC, all_variants, create_layer, create_model, has_model
+from tools.profiling.variants import (
+    NETWORKS,
+    STATIC,
+    all_variants,
+    create_layer,
+    create_model,
+    has_model,
+    other_variants,
+)
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -85,7 +93,10 @@ def test_variants():
     assert variants[5:] == tuple(f"dcd {path}" for path in available_paths(CPU)) and "dcd reference" in variants
     assert all(has_model("resnet18", variant) and has_model("resnet50", variant) for variant in variants)
     layer = create_layer(parse_shape("16x32k3s2@9"), "dcd reference")
-    assert isinstance(layer, DCDConv2d) and layer.path == "reference"
+    assert isinstance(layer, DCDConv2d) and (layer.path, layer.form) == ("reference", "auto")
+    assert other_variants(CPU) == ("dcd auto", "dcd fused maps", "dcd fused kernels")
+    layer = create_layer(parse_shape("16x32k1s1@9"), "dcd fused kernels")
+    assert (layer.path, layer.form) == ("fused", "kernels")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,293 @@
+"""What the two forms of a dynamic layer share: its parameters, the narrow map q, and the small matrices of each image.
+
+What a dynamic layer costs beyond its static convolution is mostly memory traffic. But with given batch statistics,
+everything between proj_in and the output is linear at each position, so all of it can be multiplied together as small
+matrices, before any map is computed. At a position of an image's output, where a 1×1 convolution reads x, the equation
+of `reference.py` is
+
+    y = channel_scale ⊙ (static ∗ x) + proj_out (bn2(phi u) + u),    u = bn1(proj_in x)
+
+The second term is linear in a vector q that also holds constants:
+
+    (1)  q = (proj_in x - centre, 1, cells, 0)    L columns, 1 column, D columns, and zeros up to L⁺ columns
+    (2)  y = channel_scale ⊙ (static ∗ x) + read_outᵀ q
+    (3)  read_out = fused proj_outᵀ               fused is defined by fusedᵀ q = bn2(phi u) + u
+
+`fused` needs the statistics of both batch norms. They follow from one more small matrix of each image, as equations 8
+to 13 in `image_matrices.py` show:
+
+    (4)  moments = 1/N Σ q qᵀ                     Σ is over the N positions of the image
+
+So q, which is narrow, is the only additional map. The two forms compute equation 2 in different ways: `fused_maps.py`
+as it stands (equations 22 to 25), `fused_kernels.py` by a kernel for each image (equations 26 to 31).
+
+Backward (d_y is the gradient of y), each form finds d_read_out = Σ q d_yᵀ, and d_scale, the gradient of
+channel_scale. From there
+
+    (5)  d_fused = d_read_out proj_out,    d_proj_out = Σ d_read_outᵀ fused, summed over the images
+    (6)  d_q = read_out d_y + q_to_d_qᵀ q         by the output, and by the statistics (equations 14 to 21)
+    (7)  d_x = [by static] + proj_inᵀ d_q + d_descriptorᵀ cells / (H·W)
+
+The centre makes the variances exact; the result does not depend on it. A variance is the mean of the squares less the
+square of the mean, and where the mean is 300 standard deviations, float32 has nothing left of it. The centre is near
+the mean of proj_in x.
+
+The cells are a row of the pool's matrix (`pool_cells`), such that the mean of cells xᵀ over the positions is the pooled
+input, the descriptor. The form "kernels" pools by them; in "maps" their columns are zeros until the backward pass.
+
+A feature map (B, C, H, W) in channels_last is seen as rows (B, H·W, C), which copies nothing. Legend of the shape
+comments: B images, C input and O output channels, L latent dimension, L⁺ the width of q, N positions of the output, D
+cells of the pool.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcd.ops.image_matrices import (
+    Branch,
+    Norms,
+    SavedCoefficients,
+    Statistics,
+    coefficients,
+    coefficients_backward,
+    fuse_by,
+)
+
+
+class Convolutions(NamedTuple):
+    """The weights of the three convolutions."""
+
+    static: Tensor  # W₀ (O, C, k, k)
+    proj_in: Tensor  # Q (L, C, 1, 1)
+    proj_out: Tensor  # P (O, L, 1, 1)
+
+
+class Parameters(NamedTuple):
+    """What a layer learns; all of one dtype."""
+
+    convolutions: Convolutions
+    branch: Branch
+    norms: Norms
+
+
+class Implementation(NamedTuple):
+    """The functions that do most of the work, each by PyTorch's operations or by Triton's kernels."""
+
+    fuse: Callable  # equations 9 to 13
+    fuse_backward: Callable  # equations 15 to 21
+    combine: Callable  # equation 22
+    combine_backward: Callable  # equation 23
+    form_kernels: Callable  # equation 26
+    form_kernels_backward: Callable  # equation 30
+    project: Callable  # equation 27
+
+
+class Settings(NamedTuple):
+    """The sizes and constants of a layer that its parameters do not tell, and the functions that compute it."""
+
+    stride: int  # of static and proj_in
+    pool_size: int  # the pool has pool_size × pool_size cells
+    eps: tuple[float, float]  # of bn1 and bn2
+    implementation: Implementation
+
+
+class Matrices(NamedTuple):
+    """The matrices of each image."""
+
+    channel_scale: Tensor  # Λ (B, O)
+    fused: Tensor  # (B, L⁺, L)
+    read_out: Tensor  # (B, L⁺, O)
+
+
+class SavedCore(NamedTuple):
+    """What forward saves of the small matrices. Each part is a NamedTuple of tensors."""
+
+    convolutions: Convolutions
+    branch: Branch
+    norms: Norms
+    matrices: Matrices
+    coefficients: SavedCoefficients
+    fuse: NamedTuple  # SavedFuse, of image_matrices or triton_matrices
+
+
+def as_rows(features: Tensor) -> Tensor:
+    """(B, C, H, W) as (B, H·W, C); a view where the strides are those of channels_last."""
+    return features.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def as_features(rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, H·W, C) as (B, C, H, W) with channels_last strides: a view."""
+    return rows.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def as_gradient(matrix: Tensor, weight: Tensor) -> Tensor:
+    """A matrix (O, C) as the gradient of a weight (O, C, 1, 1), with its strides: DDP warns where they differ."""
+    if weight.stride()[:2] != matrix.stride():
+        return matrix.view(weight.shape)
+    return matrix.as_strided(weight.shape, weight.stride())
+
+
+def round_up(count: int) -> int:
+    """The next multiple of 8: vector units and tensor cores take so many at a time, 18 columns cost more than 24."""
+    return -(-count // 8) * 8
+
+
+def latent_width(latent_dim: int, pool_size: int) -> int:
+    """L⁺."""
+    return round_up(latent_dim + 1 + pool_size**2)
+
+
+def cell_columns(latent_dim: int, pool_size: int) -> slice:
+    """The columns of q for the cells of the pool."""
+    return slice(latent_dim + 1, latent_dim + 1 + pool_size**2)
+
+
+@lru_cache(maxsize=64)
+def _pool_cells(height: int, width: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    rows = F.adaptive_avg_pool1d(torch.eye(height, dtype=torch.float64), size)  # [H, size]
+    columns = F.adaptive_avg_pool1d(torch.eye(width, dtype=torch.float64), size)  # [W, size]
+    return torch.kron(rows * height, columns * width).to(device, dtype)
+
+
+def pool_cells(x: Tensor, size: int) -> Tensor:
+    """Adaptive average pooling of x to size × size as a matrix (H·W, size²): the share of each position in each cell,
+    times H·W, by which most of the shares are exact in half precision."""
+    return _pool_cells(*x.shape[2:], size, x.dtype, x.device)
+
+
+def pad_proj_in(proj_in: Tensor, pool_size: int) -> Tensor:
+    """proj_in as a matrix (L⁺, C), with rows of zeros for the constants in q."""
+    latent_dim = len(proj_in)
+    return F.pad(proj_in.flatten(1), (0, 0, 0, latent_width(latent_dim, pool_size) - latent_dim))
+
+
+@lru_cache(maxsize=64)
+def constant_one(latent_dim: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The offset (L⁺,) of a q without a centre: 1 in column L."""
+    return torch.eye(width, dtype=dtype, device=device)[latent_dim]
+
+
+def latent_rows(x: Tensor, padded: Tensor, offset: Tensor, stride: int) -> Tensor:
+    """q (B, N, L⁺) of equation 1 with zeros for the cells, from padded (L⁺, C) and offset (L⁺,) in the dtype of x."""
+    return as_rows(F.conv2d(x, padded[:, :, None, None], offset, stride)).contiguous()
+
+
+def centred_latent_rows(x: Tensor, padded: Tensor, latent_dim: int, stride: int) -> tuple[Tensor, Tensor]:
+    """q, and the offset (L⁺,) = (-centre, 1, 0) that is added to padded x, in the dtype of x.
+
+    The centre is the mean over the images at the middle position. This is at most √N standard deviations from the mean
+    over all positions, and so the variance is off by about N roundings at most, however far the mean is from 0.
+    """
+    padded = padded.to(x.dtype)
+    row, column = (size // stride // 2 * stride for size in x.shape[2:])
+    one = constant_one(latent_dim, len(padded), x.dtype, x.device)
+    offset = torch.addmv(one, padded, x[:, :, row, column].mean(0), alpha=-1)
+    return latent_rows(x, padded, offset, stride), offset
+
+
+def pooled(x: Tensor, pool_size: int, dtype: torch.dtype) -> Tensor:
+    """The pooled input (B, C·D), channel-major."""
+    return F.adaptive_avg_pool2d(x, pool_size).flatten(1).to(dtype)
+
+
+def mean_product(left: Tensor, right: Tensor) -> Tensor:
+    """`leftᵀ right` by the number of rows, inside the product, for in float16 it could overflow before."""
+    ignored = left.new_empty(1, 1, 1)
+    return torch.baddbmm(ignored, left.transpose(1, 2), right, beta=0, alpha=1 / left.shape[1])
+
+
+def _moments(q: Tensor) -> Tensor:
+    """Equation 4 (B, L⁺, L⁺), in float32 or better."""
+    exact = q if q.dtype == torch.float64 else q.float()  # products of bf16 would lose the variance
+    return mean_product(exact, exact)
+
+
+def small_matrices(
+    q: Tensor, offset: Tensor, descriptor: Tensor, parameters: Parameters, settings: Settings
+) -> tuple[SavedCore, Statistics]:
+    """Equations 3 and 4, with the statistics of this batch.
+
+    Args:
+        q: (B, N, L⁺).
+        offset: (L⁺,).
+        descriptor: (B, C·D).
+        parameters: of the dtype of offset and descriptor.
+        settings: the rest.
+
+    Returns:
+        the matrices with what `small_matrices_backward` needs, and the statistics of the norms' inputs.
+    """
+    (_, _, proj_out), branch, norms = parameters
+    phi, channel_scale, saved_coefficients = coefficients(descriptor, branch)
+    fused, statistics, saved_fuse = settings.implementation.fuse(phi, _moments(q), norms, settings.eps)
+    statistics = statistics._replace(mean1=statistics.mean1 - offset[: phi.shape[1]])  # that of proj_in x
+    matrices = Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())
+    return SavedCore(*parameters, matrices, saved_coefficients, saved_fuse), statistics
+
+
+def small_matrices_backward(
+    saved: SavedCore, d_scale: Tensor, d_read_out: Tensor, positions: int, settings: Settings
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Equation 5, and on through `image_matrices.py`.
+
+    Args:
+        saved: by `small_matrices`.
+        d_scale, d_read_out: the gradients of channel_scale and read_out.
+        positions: N.
+        settings: the same.
+
+    Returns:
+        d_descriptor (B, C·D); q_to_d_q (B, L⁺, L⁺), equation 21; the gradients of proj_out, the branch and the norms.
+    """
+    proj_out, fused = saved.convolutions.proj_out, saved.matrices.fused
+    d_fused = d_read_out @ proj_out.flatten(1)
+    d_proj_out = as_gradient(d_read_out.flatten(0, 1).t() @ fused.flatten(0, 1), proj_out)
+    d_phi, q_to_d_q, d_norms = settings.implementation.fuse_backward(saved.fuse, saved.norms, d_fused, positions)
+    d_descriptor, d_branch = coefficients_backward(saved.coefficients, saved.branch, d_phi, d_scale)
+    return d_descriptor, q_to_d_q, (d_proj_out, *d_branch, *d_norms)
+
+
+def matrices_by(x: Tensor, parameters: Parameters, statistics: Statistics, settings: Settings) -> Matrices:
+    """Equation 3 with given statistics, for a q without a centre."""
+    (static, proj_in, proj_out), branch, norms = parameters
+    phi, channel_scale, _ = coefficients(pooled(x, settings.pool_size, static.dtype), branch)
+    fused = fuse_by(phi, statistics, norms, settings.eps, latent_width(len(proj_in), settings.pool_size))
+    return Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())
+
+
+def add_pool_gradient_(matrix: Tensor, d_descriptor: Tensor, cells: slice, positions: int) -> None:
+    """The last term of equation 7, of x with so many positions: added to the rows of the cells of a matrix (B, L⁺, C)
+    that is then multiplied by the cells in q."""
+    d_pooled = d_descriptor.unflatten(1, (matrix.shape[2], -1)).transpose(1, 2)  # [B, D, C]
+    matrix[:, cells].add_(d_pooled, alpha=1 / positions)
+
+
+def parameters_of(weights: tuple[Tensor, ...]) -> Parameters:
+    """The parameters, from the flat sequence that an autograd function gets."""
+    return Parameters(*cut(weights, Convolutions, Branch, Norms))
+
+
+def cut(tensors: tuple[Tensor, ...], *kinds: type[NamedTuple]) -> list[NamedTuple]:
+    """A flat sequence of tensors, cut into NamedTuples of these types."""
+    parts, start = [], 0
+    for kind in kinds:
+        parts.append(kind(*tensors[start : start + len(kind._fields)]))
+        start += len(kind._fields)
+    return parts
+
+
+def save(ctx, form: NamedTuple, core: SavedCore) -> None:
+    """Keep for backward what a form saves, a NamedTuple of tensors, and what the core does."""
+    ctx.kinds = [type(part) for part in (form, *core)]
+    ctx.save_for_backward(*(tensor for part in (form, *core) for tensor in part))
+
+
+def load(ctx) -> tuple[NamedTuple, SavedCore]:
+    """What `save` has kept."""
+    form, *core = cut(ctx.saved_tensors, *ctx.kinds)
+    return form, SavedCore(*core)

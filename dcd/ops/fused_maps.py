@@ -1,0 +1,176 @@
+"""A dynamic layer by maps: scale the output of the static convolution, and add what q gives. For every kind of layer.
+
+`fused_core.py` has q and the small matrices of each image. Equation 2, with the static output as a map:
+
+    (22)  y = channel_scale ⊙ static_out + read_outᵀ q,    static_out = static ∗ x
+
+Backward, at each position; Σ is over the N positions of an image:
+
+    (23)  d_static_out = channel_scale ⊙ d_y,    d_scale = Σ d_y ⊙ static_out,    d_read_out = Σ q d_yᵀ
+    (24)  d_q = read_out d_y + q_to_d_qᵀ q,    d_padded = Σ d_q xᵀ,    d_proj_in = d_padded[:L], summed over the images
+    (25)  d_x = [that of the convolution, from d_static_out] + rightᵀ left,    left = (d_q, with cells in its columns),
+          right = padded + [0; d_descriptor / (H·W) in the rows of the cells; 0]
+
+The product adds what comes through proj_in and through the pool, in place: x's gradient is written once. Where proj_in
+has a stride, d_q is 0 at the positions of x that it does not see.
+
+Legend of the shape comments: B images, C input and O output channels, H, W of x and H', W' of the output, L latent
+dimension, L⁺ the width of q, N = H'·W' positions of the output.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from dcd.ops import fused_core as core
+from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings, as_features, as_gradient, as_rows
+from dcd.ops.image_matrices import Statistics
+
+
+class SavedMaps(NamedTuple):
+    """What forward saves besides the core."""
+
+    x: Tensor  # (B, C, H, W)
+    padded: Tensor  # (L⁺, C)
+    q: Tensor  # (B, N, L⁺)
+    static_out: Tensor  # (B, O, H', W')
+
+
+class _DynamicMaps(Function):
+    @staticmethod
+    def forward(ctx, settings: Settings, x: Tensor, *weights: Tensor):
+        parameters = core.parameters_of(weights)
+        static, proj_in, _ = parameters.convolutions
+        padded = core.pad_proj_in(proj_in, settings.pool_size)
+        q, offset = core.centred_latent_rows(x, padded, len(proj_in), settings.stride)
+        descriptor = core.pooled(x, settings.pool_size, static.dtype)
+        saved, statistics = core.small_matrices(q, offset.to(static.dtype), descriptor, parameters, settings)
+        y, static_out = _apply(x, static, q, saved.matrices, settings)
+        core.save(ctx, SavedMaps(x, padded, q, static_out), saved)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        return y, *statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y: Tensor, *_):
+        maps, saved = core.load(ctx)
+        (x, padded, q, _), proj_in, settings = maps, saved.convolutions.proj_in, ctx.settings
+        d_rows = as_rows(d_y)  # [B, N, O]
+        d_x, d_static, d_scale, d_read_out = _apply_backward(d_rows, maps, saved, settings, ctx.needs_input_grad[1])
+        d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(
+            saved, d_scale, d_read_out, q.shape[1], settings
+        )
+        d_q = torch.bmm(d_rows, saved.matrices.read_out.to(x.dtype).transpose(1, 2))  # [B, N, L⁺]
+        d_q.baddbmm_(q, q_to_d_q.to(q.dtype))
+        d_padded = torch.bmm(d_q.transpose(1, 2), as_rows(_strided(x, settings.stride)))  # [B, L⁺, C]
+        d_proj_in = as_gradient(d_padded.sum(0)[: len(proj_in)], proj_in)
+        if d_x is not None:
+            cells = core.cell_columns(len(proj_in), settings.pool_size)
+            left = scatter_strided(d_q, x, settings.stride)  # [B, H*W, L⁺]
+            left[:, :, cells] = core.pool_cells(x, settings.pool_size)
+            right = padded.repeat(len(x), 1, 1)  # [B, L⁺, C]
+            core.add_pool_gradient_(right, d_descriptor, cells, left.shape[1])
+            as_rows(d_x).baddbmm_(left, right.to(x.dtype))
+        return None, d_x, d_static, d_proj_in, *d_others
+
+
+def train(x: Tensor, parameters: Parameters, settings: Settings) -> tuple[Tensor, Statistics]:
+    """The layer with the statistics of this batch, differentiable.
+
+    Args:
+        x: (B, C, H, W), channels_last, of any dtype: that of the maps.
+        parameters: of one dtype.
+        settings: the rest.
+
+    Returns:
+        (B, O, H', W'), channels_last, in the dtype of x; and the statistics.
+    """
+    convolutions, branch, norms = parameters
+    y, *statistics = _DynamicMaps.apply(settings, x, *convolutions, *branch, *norms)
+    return y, Statistics(*statistics)
+
+
+def infer(x: Tensor, parameters: Parameters, statistics: Statistics, settings: Settings) -> Tensor:
+    """The layer with given statistics, without gradients; arguments and result are as for `train`."""
+    static, proj_in, _ = parameters.convolutions
+    padded = core.pad_proj_in(proj_in, settings.pool_size).to(x.dtype)
+    one = core.constant_one(len(proj_in), len(padded), x.dtype, x.device)
+    q = core.latent_rows(x, padded, one, settings.stride)
+    return _apply(x, static, q, core.matrices_by(x, parameters, statistics, settings), settings)[0]
+
+
+def _apply(x: Tensor, static: Tensor, q: Tensor, matrices: Matrices, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Equation 22: y and static_out (B, O, H', W')."""
+    static_out = F.conv2d(x, static.to(x.dtype), stride=settings.stride, padding=static.shape[2] // 2)
+    rows = settings.implementation.combine(as_rows(static_out), matrices.channel_scale, q, matrices.read_out)
+    return as_features(rows, static_out.shape[2:]), static_out
+
+
+def _apply_backward(
+    d_rows: Tensor, maps: SavedMaps, saved: SavedCore, settings: Settings, d_x_is_wanted: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Equation 23 from d_y as rows (B, N, O), and back through the convolution.
+
+    Returns:
+        d_x by static alone, channels_last, or None; and in the dtype of static d_static, d_scale and d_read_out.
+    """
+    (x, _, q, static_out), static = maps, saved.convolutions.static
+    d_static_out, d_scale, d_read_out = settings.implementation.combine_backward(
+        d_rows, as_rows(static_out), saved.matrices.channel_scale, q
+    )
+    stride, padding = [settings.stride] * 2, [static.shape[2] // 2] * 2
+    d_x, d_static, _ = torch.ops.aten.convolution_backward(
+        as_features(d_static_out, static_out.shape[2:]), x, static.to(x.dtype), None, stride, padding, [1, 1], False,
+        [0, 0], 1, [d_x_is_wanted, True, False],
+    )  # fmt: skip
+    if d_x is not None:
+        d_x = d_x.contiguous(memory_format=torch.channels_last)
+    return d_x, d_static.to(static.dtype), d_scale.to(static.dtype), d_read_out.to(static.dtype)
+
+
+def combine(static_out: Tensor, channel_scale: Tensor, q: Tensor, read_out: Tensor) -> Tensor:
+    """Equation 22 on rows, by PyTorch's operations.
+
+    Args:
+        static_out: (B, N, O).
+        channel_scale: (B, O).
+        q: (B, N, L⁺), of the dtype of static_out.
+        read_out: (B, L⁺, O), of the dtype of channel_scale.
+
+    Returns:
+        (B, N, O), in the dtype of static_out.
+    """
+    dtype = static_out.dtype
+    return (static_out * channel_scale.to(dtype).unsqueeze(1)).baddbmm_(q, read_out.to(dtype))
+
+
+def combine_backward(
+    d_y: Tensor, static_out: Tensor, channel_scale: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equation 23, from d_y (B, N, O): the gradients of static_out, channel_scale and read_out."""
+    d_static_out = d_y * channel_scale.to(d_y.dtype).unsqueeze(1)
+    d_scale = (d_y * static_out).sum(1, dtype=channel_scale.dtype)
+    return d_static_out, d_scale, torch.bmm(q.transpose(1, 2), d_y)
+
+
+def _strided(x: Tensor, stride: int) -> Tensor:
+    """The positions of x (B, C, H, W) that a 1×1 convolution sees."""
+    return x if stride == 1 else x[:, :, ::stride, ::stride]
+
+
+def scatter_strided(rows: Tensor, x: Tensor, stride: int) -> Tensor:
+    """Rows (B, N, columns) of the positions that a 1×1 convolution sees, as rows (B, H·W, columns) of all positions of
+    x, with zeros at the others."""
+    if stride == 1:
+        return rows
+    batch, _, height, width = x.shape
+    scattered = rows.new_zeros(batch, height, width, rows.shape[2])
+    seen = scattered[:, ::stride, ::stride]
+    seen.copy_(rows.view(seen.shape))
+    return scattered.flatten(1, 2)

@@ -1,0 +1,62 @@
+"""Dynamic convolutions of many shapes, and how results of one are compared: outputs, gradients, statistics."""
+
+import copy
+
+import torch
+from torch import nn
+
+from dcd.layers import DCDConv2d, set_path
+
+# in, out, kernel, stride, latent_dim, pool_size, batch, height, width
+SHAPES = {
+    "kernels": (16, 24, 1, 1, 5, 1, 3, 7, 7),
+    "kernels, 2x2 pool": (16, 24, 1, 1, 8, 2, 2, 9, 6),
+    "many channels": (64, 12, 1, 1, 11, 1, 3, 3, 5),
+    "strided 1x1": (12, 20, 1, 2, 3, 2, 2, 8, 9),
+    "3x3": (8, 12, 3, 1, 5, 2, 2, 6, 7),
+    "strided 3x3, odd": (8, 12, 3, 2, 3, 1, 4, 7, 5),
+    "one position": (8, 12, 3, 1, 2, 1, 4, 1, 1),
+    "batch 1": (6, 10, 1, 1, 4, 2, 1, 5, 4),
+    "L above the channels": (4, 6, 1, 1, 9, 2, 3, 4, 4),
+}
+
+
+def create_layer(channels, out_channels, kernel_size, stride, latent_dim, pool_size) -> DCDConv2d:
+    """A layer whose norms, statistics included, are not those of a fresh one."""
+    layer = DCDConv2d(
+        channels,
+        out_channels,
+        kernel_size,
+        stride,
+        latent_dim=latent_dim,
+        squeeze_dim=4,
+        pool_size=pool_size,
+    )
+    for norm in (layer.bn1, layer.bn2):
+        for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(value, 0.5, 1.5)
+    nn.init.normal_(layer.coefficients.to_channel_scale.weight, std=2.0)  # so that some scales are at their bounds
+    return layer
+
+
+def results(layer: DCDConv2d, path: str, x: torch.Tensor, amp: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Output, gradients and state after a forward and backward pass of a copy of the layer, in float64, and the output
+    where no gradients are wanted."""
+    layer, other = copy.deepcopy(layer), copy.deepcopy(layer)
+    set_path(layer, path)
+    set_path(other, path)
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    with torch.autocast(x.device.type, dtype=amp, enabled=amp is not None):
+        y = layer(x)
+        with torch.no_grad():
+            without_gradients = other(x)
+    wanted = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (y.double() * wanted.to(y.device)).sum().backward()
+    found = {"y": y.detach(), "y without gradients": without_gradients, "x": x.grad, **layer.state_dict()}
+    found |= {f"gradient of {name}": value.grad for name, value in layer.named_parameters()}
+    return {name: value.double() for name, value in found.items()}
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
