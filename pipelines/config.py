@@ -34,7 +34,7 @@ class DataConfig:
     size_ramp: tuple[int, int] = (0, 0)
     """... between these two epochs, in steps of 32 pixels."""
     strict: bool = False
-    """Files among the images that are none by their names are an error; else one line counts and names them."""
+    """Files among the images whose names are not an image's are an error; else one line counts and names them."""
     exact_decode: bool = False
     """Decode training images pixel by pixel even where FFCV's backend could decode them at half their size."""
     dali_full_decode: float | None = None

@@ -198,7 +198,7 @@ for _name, (_block, _depths, _sizes) in _VARIANTS.items():
 # Which convolutions each layer replaces follows from the published numbers of parameters (table 1 of ODConv's paper):
 # DY-Conv all but the first, CondConv those of the last three blocks and the classifier, ODConv those of the blocks but
 # not of their shortcuts. tests/dcd/test_rivals.py compares the numbers.
-_RIVALS = {
+RIVALS = {
     "se": {"conv": static_conv, "classifier": nn.Linear, "recalibrate": SqueezeExcitation},
     "condconv": {"conv": CondConv2d, "classifier": CondConvLinear, "conv_blocks": 3},
     "dyconv": {"conv": DYConv2d, "classifier": nn.Linear, "shortcut_conv": DYConv2d},
@@ -207,5 +207,5 @@ _RIVALS = {
 
 for _name in ("resnet18", "resnet50"):
     _block, _depths, _ = _VARIANTS[_name]
-    for _rival, _layers in _RIVALS.items():
+    for _rival, _layers in RIVALS.items():
         register_model(f"{_name}_{_rival}", partial(ResNet, _block, _depths, **_layers))
