@@ -6,6 +6,9 @@ SECONDS ?= 60
 LAYERS_ARGS ?=
 # Minutes on a CPU. On GPUs give it the run that is meant, as in THROUGHPUT_ARGS="--recipe resnet50_dcd -j 48"
 THROUGHPUT_ARGS ?= -a resnet18_dcd -b 16 --windows 3 --window-steps 5
+# Whole networks by the path that training takes, in the precision that it takes, and folded for inference
+BENCH_MODEL = --models resnet18 resnet34 resnet50 resnet101 resnet152 mobilenetv2 --layers --variants "dcd auto" \
+	--amp auto --fold --out runs/models
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,7 +53,7 @@ fuzz: setup  ## Fuzz what reads JPEGs and .beton files, by clang's libFuzzer (SE
 	$(BIN)/python -m tests.fuzz.run --seconds $(SECONDS) $(ARGS)
 
 soak: setup  ## Train for half an hour by each backend: does anything grow? (ARGS="--minutes 5")
-	$(BIN)/python -m tools.soak $(ARGS)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 lint: setup  ## Check style and format
 	$(BIN)/ruff check .
@@ -85,14 +88,14 @@ demo: setup  ## Convert the sample, train on it, stop, go on, evaluate: minutes 
 	@echo "runs/demo/tensorboard     the same as curves: $(BIN)/tensorboard --logdir runs/demo/tensorboard"
 	@echo "runs/demo/checkpoints     last.pth, best.pth"
 
-bench-model: setup  ## Measure the models (ARGS="..." passes options on)
-	$(BIN)/python -m tools.bench_model $(ARGS)
+bench-model: setup  ## Measure each DCD network beside its static twin (ARGS="..." passes options on)
+	$(BIN)/python -m tools.profile_layers $(BENCH_MODEL) $(ARGS)
 
 bench-loader: setup $(DATA)  ## Measure the loaders (DATA=/path/to/imagenet, else on a fake one)
-	$(BIN)/python -m tools.bench_loader $(DATA) $(ARGS)
+	$(BIN)/python -m benchmarks.bench_loader $(DATA) $(ARGS)
 
 bench-conversion: setup $(DATA)  ## Measure the conversion beside FFCV's own (DATA=... as above)
-	$(BIN)/python -m tools.bench_conversion $(DATA) $(ARGS)
+	$(BIN)/python -m benchmarks.bench_conversion $(DATA) $(ARGS)
 
 profile: profile-layers profile-throughput  ## Measure the layers, then the throughput, as the two targets below
 
@@ -105,10 +108,10 @@ profile-throughput: setup $(DATA)  ## Find what bounds a training run (DATA=...,
 # Without `setup`: a machine that is rented for an hour has PyTorch, and perhaps no network.
 gpu-check:  ## Test and measure everything on a GPU in under 9 minutes: make gpu-check OUT=/path/to/results
 	$(if $(OUT),,$(error name a folder: make gpu-check OUT=/path/to/results))
-	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m tools.gpu_check "$(OUT)" $(ARGS)
+	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check "$(OUT)" $(ARGS)
 
 data/fake_imagenet: | $(STAMP)
-	$(BIN)/python -m tools.make_fake_imagenet $@
+	$(BIN)/python -m benchmarks.make_fake_imagenet $@
 
 clean:  ## Remove caches, the sample and runs/demo; .venv, other data and other runs stay
 	rm -rf .pytest_cache .hypothesis .ruff_cache build *.egg-info data/digits data/digits_beton runs/demo

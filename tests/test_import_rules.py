@@ -154,6 +154,24 @@ def test_no_room_imports_one_that_stands_on_it(room, allowed):
     assert broken(room, lambda name: name.split(".")[0] not in OURS - allowed) == []
 
 
+def test_no_program_is_imported_by_another():
+    """What two programs of tools or benchmarks share is a library: tools.profiling, tools.conversion."""
+    files = {module_name(path): path for path in FILES}
+    programs = {name for name, path in files.items() if 'if __name__ == "__main__"' in path.read_text()}
+    programs = {name for name in programs if below(name, "tools", "benchmarks", "train_dist")}
+    assert {"tools.profile_layers", "tools.make_dataset", "benchmarks.soak", "train_dist"} <= programs
+    assert broken("tools", lambda name: name not in programs) == []
+    assert broken("benchmarks", lambda name: name not in programs) == []
+    libraries = ("tools.profiling", "tools.conversion")
+    assert broken("benchmarks", lambda name: below(name, *libraries) or not below(name, "tools")) == []
+
+
+@pytest.mark.parametrize("room", ["dcd", "pipelines", "training"])
+def test_the_tests_of_a_room_import_no_program_that_measures(room):
+    measuring = ("benchmarks", "tools.profiling", "tools.profile_layers", "tools.profile_throughput")
+    assert broken(f"tests.{room}", lambda name: not below(name, *measuring)) == []
+
+
 def test_in_training_only_build_and_config_join_models_and_data():
     for path, found in FILES.items():
         module = module_name(path)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ import tyro
 
 from pipelines.cache import _usable, cache_folder
 from tests.helpers import SMALL, command, error_lines
-from tools.profile_throughput import ThroughputConfig
 from training.command_line import parse
 from training.config import Config, parse_config
 from training.options import ConfigError
@@ -125,10 +125,17 @@ def test_a_home_that_is_the_root_or_cannot_be_written_to_is_none(monkeypatch, tm
     assert cache_folder() == tmp_path / "home" / ".cache" / "dcd"
 
 
+@dataclass(frozen=True)
+class WithFile(Config):
+    """The options of a program that has one of its own."""
+
+    json: Path | None = None
+
+
 def test_every_path_that_is_given_may_begin_with_the_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     options = ["--checkpoint=~/run", "-d", "~/data", "--weight", "~/w.pth", "--resume=~/r.pth", "--json=~/out.json"]
-    config = parse_config(options, RECIPES, ThroughputConfig())
+    config = parse_config(options, RECIPES, WithFile())
     given = (config.run.checkpoint, config.data.root, config.model.weight, config.run.resume, config.json)
     assert given == tuple(tmp_path / name for name in ("run", "data", "w.pth", "r.pth", "out.json"))
     with pytest.raises(ConfigError, match="~nobodyatall/run: no home folder is known for it"):

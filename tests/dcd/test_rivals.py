@@ -12,7 +12,6 @@ import dcd
 from dcd.layers.rivals import RIVALS, CondConv2d, CondConvLinear, DYConv2d, ODConv2d, SqueezeExcitation
 from dcd.models.resnet import BasicBlock, Bottleneck, ResNet
 from dcd.ops.per_sample import convolve_per_sample, mix_kernels
-from tools.bench_model import STATIC
 
 IN, OUT = 8, 12
 # at temperature 1, where the attentions differ from sample to sample
@@ -422,7 +421,3 @@ def test_other_models_have_no_rival_in_them():
             model = dcd.create_model(name)
         assert not any(isinstance(module, RIVALS) for module in model.modules())
         assert not any("recalibrate" in key for key in model.state_dict())
-
-
-def test_the_benchmark_of_models_pairs_what_has_a_twin():
-    assert STATIC == ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenetv2"]

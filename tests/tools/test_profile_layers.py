@@ -17,16 +17,26 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from dcd.layers import DCDConv2d, available_paths
 from tools.profile_layers import main
-from tools.profiling.measure import Runner, Setting, Subject, measure, multiply_adds, saved_bytes, storage_bytes
+from tools.profiling.layer_report import layer_sums, tables
+from tools.profiling.measure import Extent, Subject, measure
 from tools.profiling.parts import REST, parts_of, time_by_part
-from tools.profiling.report import layer_sums, markdown_table, report
+from tools.profiling.report import show
+from tools.profiling.runner import Runner, Setting, multiply_adds, saved_bytes, storage_bytes
 from tools.profiling.shapes import ShapeError, parse_shape, shapes_of
-from tools.profiling.variants import STATIC, all_variants, create_layer, create_model, has_model
+from tools.profiling.variants import (
+    NETWORKS,
+    STATIC,
+    all_variants,
+    create_layer,
+    create_model,
+    has_model,
+    other_variants,
+)
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 IMAGE = (1, 3, 224, 224)
-EAGER = Setting("channels_last", "fp32", "eager")
+EAGER = Setting()
 
 
 def test_a_shape_is_read_and_written_back():
@@ -77,12 +87,16 @@ def test_the_layers_of_other_networks_have_the_sizes_of_their_modules(network, c
 
 
 def test_variants():
+    assert NETWORKS == ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenetv2"]
     variants = all_variants(CPU)
     assert variants[:5] == (STATIC, "se", "condconv", "dyconv", "odconv")
     assert variants[5:] == tuple(f"dcd {path}" for path in available_paths(CPU)) and "dcd reference" in variants
     assert all(has_model("resnet18", variant) and has_model("resnet50", variant) for variant in variants)
     layer = create_layer(parse_shape("16x32k3s2@9"), "dcd reference")
-    assert isinstance(layer, DCDConv2d) and layer.path == "reference"
+    assert isinstance(layer, DCDConv2d) and (layer.path, layer.form) == ("reference", "auto")
+    assert other_variants(CPU) == ("dcd auto", "dcd fused maps", "dcd fused kernels")
+    layer = create_layer(parse_shape("16x32k1s1@9"), "dcd fused kernels")
+    assert (layer.path, layer.form) == ("fused", "kernels")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +143,7 @@ def test_saved_for_backward_counts_each_piece_of_memory_once_and_no_parameter():
 def test_peak_memory_is_that_of_one_variant(monkeypatch):
     """The GPU's counters are played: others hold 1000 bytes, and at the peak 5000 are allocated."""
     runner = Runner(nn.Conv2d(2, 3, 1), torch.zeros(2, 2, 4, 4), EAGER)
-    assert runner.peak_mib is None  # on a CPU
+    assert runner.peak_mib() is None  # on a CPU
     own = 4 * (2 * (2 * 3 + 3) + 2 * 2 * 4 * 4 + 2 * 3 * 4 * 4)  # weight and bias with their momenta, x, y's gradient
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000 + own)
@@ -143,7 +157,7 @@ def test_peak_memory_on_a_gpu_does_not_depend_on_what_others_hold():
     x = torch.randn(8, 64, 56, 56, device=device)
 
     def peak():
-        return Runner(nn.Conv2d(64, 64, 3, padding=1).to(device), x, EAGER).peak_mib
+        return Runner(nn.Conv2d(64, 64, 3, padding=1), x, EAGER).peak_mib()
 
     alone = peak()
     others = torch.empty(64 * 2**20, device=device)
@@ -166,7 +180,7 @@ def test_the_parts_of_a_layer_are_the_layer():
     assert sorted(trained) == sorted(map(id, layer.parameters()))  # each parameter belongs to one part
 
 
-def test_every_variant_is_compiled_and_the_memory_it_saves_is_seen(monkeypatch):
+def test_every_variant_is_compiled_and_the_memory_it_saves_is_seen():
     """Without machine code, which would take minutes; with more compilations of one function than the usual limit."""
     compiled = []
 
@@ -177,12 +191,12 @@ def test_every_variant_is_compiled_and_the_memory_it_saves_is_seen(monkeypatch):
     def build(variant):
         return nn.Sequential(create_layer(parse_shape("16x16k3s1@6"), variant))
 
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=aot_autograd(fw_compiler=count)))
+    setting = Setting(mode="compiled", compiler=aot_autograd(fw_compiler=count))
     subject, variants = Subject("", "layer", 1, (16, 6, 6), build), (*all_variants(CPU)[:4], "dcd reference")
-    rows, failures = measure(subject, variants, Setting("channels_last", "fp32", "compiled"), 2, 1, CPU)
+    rows, failures = measure(subject, variants, setting, Extent(CPU, 2, 1))
     assert [row.variant for row in rows] == list(variants) and not failures
     assert len(compiled) >= 2 * len(variants) > 8  # for training and for inference
-    eager, _ = measure(subject, variants, EAGER, 2, 1, CPU)
+    eager, _ = measure(subject, variants, EAGER, Extent(CPU, 2, 1))
     assert [row.saved_mib for row in rows] == pytest.approx([row.saved_mib for row in eager], rel=0.01)
 
 
@@ -193,11 +207,11 @@ def test_a_variant_that_fails_is_reported_and_the_others_go_on():
         return create_layer(parse_shape("16x16k1s1@4"), variant)
 
     subject = Subject("resnet18", "layer", 1, (16, 4, 4), build)
-    rows, failures = measure(subject, (STATIC, "odconv", "se"), EAGER, 2, 1, CPU)
+    rows, failures = measure(subject, (STATIC, "odconv", "se"), EAGER, Extent(CPU, 2, 1))
     assert [row.variant for row in rows] == [STATIC, "se"]
     assert failures == ["resnet18 layer odconv, fp32, channels_last, eager: RuntimeError: first line"]
-    assert failures[0] in report(rows, [], failures)
-    rows, failures = measure(subject, ("odconv", "se"), EAGER, 2, 1, CPU)
+    assert failures[0] in tables(rows, [], failures)[-1]
+    rows, failures = measure(subject, ("odconv", "se"), EAGER, Extent(CPU, 2, 1))
     assert rows == [] and len(failures) == 1  # nothing to compare with
 
 
@@ -205,10 +219,10 @@ def test_a_network_s_sums_count_each_layer_as_often_as_it_occurs():
     rows = []
     for text, count in (("16x16k1s1@4", 3), ("16x32k1s1@4", 2)):
         subject = Subject("network", text, count, (16, 4, 4), partial(create_layer, parse_shape(text)))
-        rows += measure(subject, (STATIC, "se"), EAGER, 2, 2, CPU)[0]
+        rows += measure(subject, (STATIC, "se"), EAGER, Extent(CPU, 2, 2))[0]
     static, se = layer_sums(rows).splitlines()[2:]
     expected = 3 * rows[0].forward_ms + 2 * rows[2].forward_ms
-    assert static.split(" | ")[2] == markdown_table(["x"], [[expected]]).splitlines()[2].strip("| ")
+    assert static.split(" | ")[2] == show(expected)
     millions = (3 * 16 * 16 * 16 + 2 * 16 * 16 * 32) / 1e6
     assert float(static.split(" | ")[1]) == pytest.approx(millions, rel=0.01)
     assert se.startswith("| se | ")
@@ -232,7 +246,7 @@ FLAGS = {
 def out(tmp_path_factory) -> Path:
     """What one run writes, of a name with a dot."""
     out = tmp_path_factory.mktemp("profile") / "runs" / "layers.v1"
-    command = [sys.executable, "-m", "tools.profile_layers", *chain(*FLAGS.items()), "--out", out]
+    command = [sys.executable, "-m", "tools.profile_layers", *chain(*FLAGS.items()), "--fold", "--out", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == out.with_name("layers.v1.md").read_text()
@@ -265,11 +279,11 @@ def test_the_figures_of_a_run_agree_with_its_rounds(record):
         static = row if row["variant"] == STATIC else static
         rounds = row["rounds_ms"]
         assert all(len(times) == 2 and min(times) > 0 for times in rounds.values())
-        for name in ("forward", "backward", "update", "inference"):
+        for name in ("forward", "backward", "update", "training", "inference", "folded"):
             assert row[f"{name}_ms"] == statistics.median(rounds[name])
         parts = zip(rounds["forward"], rounds["backward"], rounds["update"], strict=True)
         assert rounds["training"] == pytest.approx([sum(part) for part in parts])
-        for mode in ("training", "inference"):
+        for mode in ("training", "inference", "folded"):
             assert row[f"{mode}_images_per_sec"] == pytest.approx(2000 / statistics.median(rounds[mode]))
             quotients = [a / b for a, b in zip(static["rounds_ms"][mode], rounds[mode], strict=True)]
             assert row[f"{mode}_to_static"] == pytest.approx(statistics.median(quotients))
@@ -299,7 +313,7 @@ def test_the_tables_show_the_record(out, record):
         assert text.count(f"\n{head}\n") == 1
     for head in ("All dynamic convolutions", "Layers", "Parts of the DCD layers"):
         assert text.count(f"\n### {head} of mobilenetv2") == 1
-    assert "saved for backward MiB" in text
+    assert "saved for backward MiB" in text and "folded to static" in text
     row = record["rows"][1]
     cells = f"| mobilenetv2 | {row['variant']} | {row['parameters'] / 1e6:.3g} | {row['multiply_adds'] / 1e6:.3g} |"
     (line,) = [line for line in text.splitlines() if line.startswith(cells)]
@@ -324,17 +338,17 @@ def test_flags_widen_a_run(tmp_path, capsys):
         models=(),
         layers=(),
         shapes=("16x16k1s1@5",),
-        variants=("se", "dcd reference"),
+        variants=("se", "dcd reference", "dcd auto"),
         batch_size=2,
         rounds=1,
         device="cpu",
         memory_formats=("nchw", "channels_last"),
-        amp=True,
+        amp=("off", "bf16"),
         out=tmp_path / "wide",
     )
     rows = json.loads((tmp_path / "wide.json").read_text())["rows"]
     settings = [(form, precision) for form in ("nchw", "channels_last") for precision in ("fp32", "bf16")]
-    names = (STATIC, "se", "dcd reference")  # static is always measured
+    names = (STATIC, "se", "dcd reference", "dcd auto")  # static is always measured
     found = [(row["memory_format"], row["precision"], row["variant"]) for row in rows]
     assert found == [(*setting, name) for setting in settings for name in names]
     saved = {row["precision"]: row["saved_mib"] for row in rows if row["variant"] == "dcd reference"}
@@ -346,7 +360,7 @@ def test_flags_widen_a_run(tmp_path, capsys):
 
 def test_the_parts_of_a_layer_in_mixed_precision():
     setting = Setting("channels_last", "bf16", "eager")
-    times = time_by_part("resnet50", parse_shape("16x16k1s1@5"), 2, setting, 2, 1, CPU)
+    times = time_by_part("resnet50", parse_shape("16x16k1s1@5"), 2, setting, Extent(CPU, 2, 1))
     assert len(times) == 6 and {(time.count, time.precision) for time in times} == {(2, "bf16")}
 
 

@@ -15,7 +15,8 @@ from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from pipelines.sources.errors import DataError
 from tests.pipelines.helpers import converted, indices_of
-from tools.profile_throughput import Feed, Window, main
+from tools.profile_throughput import main
+from tools.profiling.feed import Feed, Window
 from training.options import ConfigError
 from training.profile.step_timer import PHASES
 

@@ -1,1 +1,1 @@
-"""The parts of tools.profile_layers: the shapes of layers, the variants of a layer, what is measured, the report."""
+"""The one harness for measuring: times by turns, memory, the machine, tables; and the layers measured with it."""

@@ -1,49 +1,16 @@
 """Time, memory and multiply-adds of the variants of one layer or one network, which take turns."""
 
-import copy
 import gc
 import statistics
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from dcd.layers import set_path
-from tools.profiling.steps import inference_step, seconds_in_turns
-from training.optim import build_optimizer
-from training.options import OptimConfig
-
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How variants are run. precision bf16 is mixed precision: autocast, with float32 weights; fp32 is as in training,
-    where a GPU may multiply in TF32.
-    """
-
-    memory_format: str  # "channels_last" or "nchw"
-    precision: str  # "fp32" or "bf16"
-    mode: str  # "eager" or "compiled"
-
-    def __str__(self) -> str:
-        return f"{self.precision}, {self.memory_format}, {self.mode}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
-
-    @property
-    def torch_memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.memory_format == "channels_last" else torch.contiguous_format
-
-    def autocast(self, device: torch.device) -> AbstractContextManager:
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+from tools.profiling.runner import DTYPES, PARTS, Runner, Setting, multiply_adds
+from tools.profiling.timing import WARM_UP, in_turns, median_ratio, step_seconds, window_seconds
 
 
 @dataclass(frozen=True)
@@ -61,13 +28,27 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How much is measured: `rounds` turns of each variant, on batches of one size. A turn is one step, or a window of
+    about window_s seconds of whole steps, which hides what it costs to start them. fold: inference folded as well.
+    """
+
+    device: torch.device
+    batch_size: int
+    rounds: int
+    window_s: float = 0.0
+    fold: bool = False
+
+
+@dataclass(frozen=True)
 class Row:
     """What was measured of a variant.
 
     Times are medians over the rounds, in ms for a batch, rates in images/s; the rounds' own times are in rounds_ms. A
-    step of training is forward, backward and update. "to_static" is the rate relative to the static variant's: the
-    median over the rounds of the quotients. multiply_adds are those of an image. saved_mib is what forward keeps for
-    backward, peak_mib the highest allocation on a GPU in a step of training.
+    step of training is forward, backward and update, which windows do not tell apart. "to_static" is the rate relative
+    to the static variant's: the median over the rounds of the quotients. multiply_adds are those of an image. saved_mib
+    is what forward keeps for backward, peak_mib the highest allocation on a GPU in a step of training. Folded is
+    inference by `dcd.deploy.fold`, beside the static variant folded.
     """
 
     network: str
@@ -77,196 +58,97 @@ class Row:
     memory_format: str
     precision: str
     mode: str
+    batch_size: int
     parameters: int
     multiply_adds: int
     saved_mib: float
     peak_mib: float | None
-    forward_ms: float
-    backward_ms: float
-    update_ms: float
-    inference_ms: float
-    training_images_per_sec: float
-    inference_images_per_sec: float
-    training_to_static: float
-    inference_to_static: float
     rounds_ms: dict[str, list[float]]
-
-
-class Runner:
-    """A module that is ready to be timed: it has run once, and its memory and multiply-adds are known.
-
-    A step of training has three parts: forward, backward from a random gradient, update by SGD.
-
-    Args:
-        module: a layer or network.
-        x: (B, C, H, W); its gradient is computed where it requires one.
-        setting: how the module is run; memory format and dtype of module and x are the caller's work.
-    """
-
-    def __init__(self, module: nn.Module, x: Tensor, setting: Setting):
-        self.x, self.autocast = x, partial(setting.autocast, x.device)
-        self.parameters = sum(p.numel() for p in module.parameters())
-        self.multiply_adds = multiply_adds(module, x[:1].detach().float())
-        self.module = torch.compile(module, dynamic=False) if setting.mode == "compiled" else module
-        self.optimizer = build_optimizer(module, OptimConfig(lr=0.0))  # all of its work, but the weights stay
-        forward, backward, update = self.training_parts()
-        forward()
-        self.gradient = torch.randn_like(self.output)
-        backward()
-        update()
-        self.saved_mib = self._saved_bytes() / MIB
-        self.peak_mib = self._peak_bytes() / MIB if x.device.type == "cuda" else None
-        self.inference()()
-
-    def training_parts(self) -> tuple[Callable[[], None], ...]:
-        """Forward, backward and update, to be called in this order, in training mode."""
-        self.module.train()
-        return self._forward, self._backward, self._update
-
-    def inference(self) -> Callable[[], None]:
-        """A forward pass in eval mode."""
-        return inference_step(self.module, self.x, self.autocast)
-
-    def _forward(self) -> None:
-        with self.autocast():
-            self.output = self.module(self.x)
-
-    def _backward(self) -> None:
-        self.output.backward(self.gradient)
-        del self.output
-
-    def _update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.x.grad = None
-
-    def _saved_bytes(self) -> int:
-        saved = saved_bytes(self._forward, [*self.module.parameters(), *self.module.buffers()])
-        self._backward()
-        self._update()
-        return saved
-
-    def _peak_bytes(self) -> int:
-        """The highest allocation on the GPU in a step of training, without what others hold there.
-
-        The libraries' workspaces are not counted: the first step has allocated them.
-        """
-        momenta = [state["momentum_buffer"] for state in self.optimizer.state.values()]
-        own = [*self.module.parameters(), *self.module.buffers(), *momenta, self.x, self.gradient]
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        for part in self.training_parts():
-            part()
-        return torch.cuda.max_memory_allocated() - before + storage_bytes(own)
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind the tensors, each piece counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def saved_bytes(forward: Callable[[], object], excluded: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind all tensors that autograd saves in a call of `forward`, each piece counted once.
-
-    Memory that belongs to `excluded` does not count. What a function keeps without `save_for_backward` is not seen.
-    """
-    own = {tensor.untyped_storage().data_ptr() for tensor in excluded}
-    saved: list[Tensor] = []  # kept alive, so that no address is given out twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            saved.append(tensor.detach())
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return storage_bytes(saved)
-
-
-def multiply_adds(module: nn.Module, x: Tensor) -> int:
-    """Multiply-adds of the convolutions and matrix products in inference on x (1, C, H, W), in float32.
-
-    Those of a DCD layer are the equation's, whichever path computes it: no counter sees into a kernel.
-    """
-    module = copy.deepcopy(module).eval()
-    set_path(module, "reference")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(x)
-    return counter.get_total_flops() // 2
+    training_ms: float
+    training_images_per_sec: float
+    training_to_static: float
+    inference_ms: float
+    inference_images_per_sec: float
+    inference_to_static: float
+    folded_ms: float | None = None
+    folded_images_per_sec: float | None = None
+    folded_to_static: float | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    update_ms: float | None = None
 
 
 def measure(
-    subject: Subject,
-    variants: tuple[str, ...],
-    setting: Setting,
-    batch_size: int,
-    rounds: int,
-    device: torch.device,
+    subject: Subject, variants: tuple[str, ...], setting: Setting, extent: Extent
 ) -> tuple[list[Row], list[str]]:
-    """Measure the variants of one layer or network on one batch; the first variant is static.
+    """Measure the variants of one layer or network; the first variant is static.
 
     Returns:
         a row for each variant, and a line for each that failed (a compiler may, or the memory does not suffice), which
         has no row. Where the static one fails, there is nothing to compare with, and no row.
     """
-    if setting.mode == "compiled":  # forget what an earlier call has compiled, and its modules, which are in cycles
+    if "compiled" in setting.mode:  # forget what an earlier call has compiled, and its modules, which are in cycles
         torch._dynamo.reset()
         gc.collect()
     torch.manual_seed(0)
-    memory_format = setting.torch_memory_format
-    x = torch.randn(batch_size, *subject.input_shape).to(device, memory_format=memory_format)
+    x = torch.randn(extent.batch_size, *subject.input_shape)
+    x = x.to(extent.device, memory_format=setting.torch_memory_format)
     if subject.layer:  # inside a network its input has autocast's dtype and needs a gradient
-        x = x.to(setting.dtype).requires_grad_()
+        x = x.to(DTYPES[setting.precision]).requires_grad_()
 
     # The variants share code, which is compiled for each: past its usual limit the compiler would fall back to eager.
     limits = {"recompile_limit": 64 * len(variants), "fail_on_recompile_limit_hit": True}
     runners: dict[str, Runner] = {}
+    memory: dict[str, dict[str, float | None]] = {}
     failures = []
     with torch._dynamo.config.patch(limits):
         for variant in variants:
             try:
-                module = subject.build(variant).to(device, memory_format=memory_format)
-                runners[variant] = Runner(module, x, setting)
+                runner = Runner(subject.build(variant), x, setting)
+                runner.train()
+                memory[variant] = {
+                    "parameters": sum(p.numel() for p in runner.module.parameters()),
+                    "multiply_adds": multiply_adds(runner.module, x[:1].detach().float()),
+                    "saved_mib": runner.saved_mib(),
+                    "peak_mib": runner.peak_mib(),
+                }
+                runner.step("inference")()
+                runners[variant] = runner
             except Exception as error:  # reported: the other variants go on
                 what = " ".join(part for part in (subject.network, subject.layer, variant) if part)
                 failures.append(f"{what}, {setting}: {type(error).__name__}: {error}".splitlines()[0])
         if variants[0] not in runners:
             return [], failures
-        parts = [part for runner in runners.values() for part in runner.training_parts()]
-        training = seconds_in_turns(parts, rounds, device)
-        inference = seconds_in_turns([runner.inference() for runner in runners.values()], rounds, device)
+        times = time_in_turns(runners, extent)
 
-    rows: list[Row] = []
-    for i, (variant, runner) in enumerate(runners.items()):
-        names = ("forward", "backward", "update", "inference")
-        seconds = (*training[3 * i : 3 * i + 3], inference[i])
-        times = {name: [1000 * s for s in found] for name, found in zip(names, seconds, strict=True)}
-        times["training"] = [sum(parts) for parts in zip(*(times[name] for name in names[:3]), strict=True)]
-        static = rows[0].rounds_ms if rows else times
-        medians = {name: statistics.median(found) for name, found in times.items()}
-        rows.append(
-            Row(
-                subject.network,
-                subject.layer,
-                subject.count,
-                variant,
-                setting.memory_format,
-                setting.precision,
-                setting.mode,
-                runner.parameters,
-                runner.multiply_adds,
-                runner.saved_mib,
-                runner.peak_mib,
-                **{f"{name}_ms": medians[name] for name in names},
-                training_images_per_sec=1000 * batch_size / medians["training"],
-                inference_images_per_sec=1000 * batch_size / medians["inference"],
-                training_to_static=_median_quotient(static["training"], times["training"]),
-                inference_to_static=_median_quotient(static["inference"], times["inference"]),
-                rounds_ms=times,
-            )
-        )
+    rows = []
+    for variant, rounds_ms in times.items():
+        figures: dict[str, float] = {}
+        for name, found in rounds_ms.items():
+            figures[f"{name}_ms"] = statistics.median(found)
+            if name not in PARTS:
+                figures[f"{name}_images_per_sec"] = 1000 * extent.batch_size / statistics.median(found)
+                figures[f"{name}_to_static"] = median_ratio(times[variants[0]][name], found)
+        what = (subject.network, subject.layer, subject.count, variant)
+        how = (setting.memory_format, setting.precision, setting.mode, extent.batch_size)
+        rows.append(Row(*what, *how, **memory[variant], rounds_ms=rounds_ms, **figures))
     return rows, failures
 
 
-def _median_quotient(dividends: list[float], divisors: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(dividends, divisors, strict=True))
+def time_in_turns(runners: dict[str, Runner], extent: Extent) -> dict[str, dict[str, list[float]]]:
+    """{variant: {"training", "inference", "folded" or one of PARTS: ms in each round}}"""
+    found: dict[str, dict[str, list[float]]] = {variant: {} for variant in runners}
+    by_steps = not extent.window_s
+    take = step_seconds if by_steps else partial(window_seconds, seconds=extent.window_s)
+    for mode in ("training", "inference", "folded")[: 2 + extent.fold]:
+        steps = {
+            (variant, name): partial(take, step, extent.device)
+            for variant, runner in runners.items()
+            for name, step in runner.steps(mode, in_parts=by_steps).items()
+        }
+        for (variant, name), seconds in in_turns(steps, extent.rounds, WARM_UP if by_steps else 0).items():
+            found[variant][name] = [1000 * each for each in seconds]
+    if by_steps:
+        for each in found.values():
+            each["training"] = [sum(parts) for parts in zip(*(each[part] for part in PARTS), strict=True)]
+    return found

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from dcd.layers import DCDConv2d
 from dcd.ops import reference
-from tools.profiling.measure import Setting
+from tools.profiling.measure import Extent
+from tools.profiling.runner import DTYPES, Setting
 from tools.profiling.shapes import Shape
-from tools.profiling.steps import seconds_in_turns
+from tools.profiling.timing import WARM_UP, in_turns, step_seconds
 from tools.profiling.variants import create_layer
 
-REST = "rest"
+WHOLE, REST = "whole", "rest"
 
 
 @dataclass(frozen=True)
@@ -96,23 +98,21 @@ def parts_of(layer: DCDConv2d, x: Tensor, autocast: Callable[[], AbstractContext
     }
 
 
-def time_by_part(
-    network: str, shape: Shape, count: int, setting: Setting, batch_size: int, rounds: int, device: torch.device
-) -> list[PartTime]:
+def time_by_part(network: str, shape: Shape, count: int, setting: Setting, extent: Extent) -> list[PartTime]:
     """Time each part of a DCD layer of that shape, and the rest, in training."""
     torch.manual_seed(0)
-    layer = create_layer(shape, "dcd reference").to(device, memory_format=setting.torch_memory_format).train()
-    x = torch.randn(batch_size, shape.in_channels, shape.size, shape.size)
-    x = x.to(device, setting.dtype, memory_format=setting.torch_memory_format)
-    parts = parts_of(layer, x, lambda: setting.autocast(device))
-    whole = Part(layer, [x], layer.parameters(), lambda: setting.autocast(device))
-
-    steps = [step for part in (whole, *parts.values()) for step in (part.forward, part.backward)]
-    milliseconds = [1000 * statistics.median(found) for found in seconds_in_turns(steps, rounds, device)]
-    forward, backward = milliseconds[::2], milliseconds[1::2]  # the whole, then each part
-    times = dict(zip(parts, zip(forward[1:], backward[1:], strict=True), strict=True))
-    times[REST] = (forward[0] - sum(forward[1:]), backward[0] - sum(backward[1:]))
-    return [
-        PartTime(network, str(shape), count, setting.memory_format, setting.precision, part, *found)
-        for part, found in times.items()
-    ]
+    device, memory_format = extent.device, setting.torch_memory_format
+    layer = create_layer(shape, "dcd reference").to(device, memory_format=memory_format).train()
+    x = torch.randn(extent.batch_size, shape.in_channels, shape.size, shape.size)
+    x = x.to(device, DTYPES[setting.precision], memory_format=memory_format)
+    autocast = partial(setting.autocast, device)
+    parts = {WHOLE: Part(layer, [x], layer.parameters(), autocast), **parts_of(layer, x, autocast)}
+    steps = {(name, step): getattr(part, step) for name, part in parts.items() for step in ("forward", "backward")}
+    timed = {name: partial(step_seconds, step, device) for name, step in steps.items()}
+    found = in_turns(timed, extent.rounds, WARM_UP)
+    ms = {name: 1000 * statistics.median(seconds) for name, seconds in found.items()}
+    times = {name: (ms[name, "forward"], ms[name, "backward"]) for name in parts}
+    forward, backward = times.pop(WHOLE)
+    times[REST] = (forward - sum(f for f, _ in times.values()), backward - sum(b for _, b in times.values()))
+    where = (network, str(shape), count, setting.memory_format, setting.precision)
+    return [PartTime(*where, part, *both) for part, both in times.items()]

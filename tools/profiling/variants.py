@@ -1,4 +1,4 @@
-"""What is measured beside each other: a convolution, or a network, in its static form and in each dynamic one."""
+"""The registry of what is measured beside each other: a convolution, or a network, static and in each dynamic form."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,15 @@ import torch
 from torch import nn
 
 import dcd
-from dcd.layers import DCDConv2d, available_paths, set_path
+from dcd.layers import FORMS, DCDConv2d, available_paths, set_form, set_path
 from dcd.layers.rivals import CondConv2d, DYConv2d, ODConv2d, SqueezeExcitation
 from dcd.models.resnet import static_conv
 from tools.profiling.shapes import Shape, create_network
 
 STATIC = "static"
+AUTO = "dcd auto"  # by the path that a layer takes by itself
+# The networks that have a DCD form, by the names of their static twins; small ones first
+NETWORKS = [name.removesuffix("_dcd") for name in sorted(dcd.list_models(), key=len) if name.endswith("_dcd")]
 
 
 def squeeze_excitation_conv(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Module:
@@ -35,20 +38,18 @@ def all_variants(device: torch.device) -> tuple[str, ...]:
     return (*LAYERS, *(f"dcd {path}" for path in available_paths(device)))
 
 
+def other_variants(device: torch.device) -> tuple[str, ...]:
+    """More names that run there: DCD by the path that it takes by itself, and by each path in each form."""
+    return (AUTO, *(f"dcd {path} {form}" for path in available_paths(device)[1:] for form in FORMS))
+
+
 def create_layer(shape: Shape, variant: str) -> nn.Module:
     """A layer of that shape; in training mode."""
     if variant in LAYERS:
         return LAYERS[variant](shape.in_channels, shape.out_channels, shape.kernel_size, shape.stride)
-    layer = DCDConv2d(
-        shape.in_channels,
-        shape.out_channels,
-        shape.kernel_size,
-        shape.stride,
-        latent_dim=shape.latent_dim,
-        squeeze_dim=shape.squeeze_dim,
-        pool_size=shape.pool_size,
-    )
-    set_path(layer, variant.removeprefix("dcd "))
+    sizes = {"latent_dim": shape.latent_dim, "squeeze_dim": shape.squeeze_dim, "pool_size": shape.pool_size}
+    layer = DCDConv2d(shape.in_channels, shape.out_channels, shape.kernel_size, shape.stride, **sizes)
+    _choose(layer, variant)
     return layer
 
 
@@ -65,5 +66,12 @@ def create_model(network: str, variant: str) -> nn.Module:
     """A network in that form, for 1000 classes; in training mode."""
     model = create_network(model_name(network, variant))
     if variant not in LAYERS:
-        set_path(model, variant.removeprefix("dcd "))
+        _choose(model, variant)
     return model
+
+
+def _choose(module: nn.Module, variant: str) -> None:
+    """Have dynamic convolutions computed by the path and in the form of `variant`: "dcd PATH" or "dcd PATH FORM"."""
+    _, path, *form = variant.split()
+    set_path(module, path)
+    set_form(module, *form or ["auto"])

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tools import soak
-from tools.soak import Run, Sample, judge, watch
+from benchmarks import soak
+from benchmarks.soak import Run, Sample, judge, watch
 
 # Stands in for a training: takes 20 MiB, a thread and two open files every 50 ms, or once.
 TRAINING = """

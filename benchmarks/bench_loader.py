@@ -1,29 +1,28 @@
 """Measure every loader beside the libraries' own, on the same images and cores, in one run.
 
-    python -m tools.bench_loader DATA --out OUT      a table; OUT.md, OUT.json and OUT.png
+    python -m benchmarks.bench_loader DATA --out OUT      a table; OUT.md, OUT.json and OUT.png
 
 Each row runs in a process of its own, which stays: the rows take turns, an epoch each, so that a machine whose speed
 changes changes it for all of them. An epoch gives the rate and the share of the cores that were busy, from its fifth
 batch on; the first epoch of each row is not counted, and gives the time to the first batch and the highest memory.
 """
 
-import contextlib
-import json
+import math
 import multiprocessing
-import platform
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from importlib.metadata import version
-from multiprocessing.connection import Connection
+from concurrent import futures
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
-from threading import Event, Thread, local
-from typing import Any
+from threading import local
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -33,16 +32,18 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from benchmarks.programs import run_program
 from pipelines import native
 from pipelines.batch import MEAN, STD, Place
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
-from tools.conversion.images import Options
-from tools.make_dataset import make_dataset
+from tools.profiling.machine import describe_machine
+from tools.profiling.processes import sum_over_processes
+from tools.profiling.report import show, table_of, write_report
+from tools.profiling.timing import in_turns, wait
 from training.command_line import parse
-from training.run_log import device_name
 
 RAW_SIDE = 256  # longest side in pixels of the images that are stored as pixels
 
@@ -65,28 +66,37 @@ class Setting:
     device: str
 
 
+# Called once for each epoch, it yields the number of images of each batch.
+Epochs = Callable[[], Iterator[int]]
+
+
+class Epoch(NamedTuple):
+    """images_per_sec and busy cores, from the fifth batch on; seconds from the start to the first batch."""
+
+    images_per_sec: float
+    cores: float
+    first_batch_s: float
+
+
 @dataclass
 class Row:
-    """What was measured. Rates in images/s, one an epoch; cpu in percent of `workers` cores; memory of all of its
-    processes, shared pages divided between them, in GiB; first_batch_s from the start of the loader, imports included.
+    """What was measured of a loader. Rates in images/s, one an epoch; cpu in percent of `workers` cores; memory of all
+    of its processes, shared pages divided between them, in GiB; first_batch_s from the start of the loader, imports
+    included.
     """
 
     name: str
     kind: str  # "ours", "stock" or "limit"
-    note: str = ""
-    first_batch_s: float = float("nan")
-    peak_memory_gib: float = float("nan")
+    note: str
+    first_batch_s: float | None = None
+    peak_memory_gib: float | None = None
     rates: list[float] = field(default_factory=list)
     cpu_percents: list[float] = field(default_factory=list)
     error: str = ""
 
     @property
     def rate(self) -> float:
-        return statistics.median(self.rates) if self.rates else float("nan")
-
-
-# An epoch by a row: called once for each, it yields the number of images of each batch.
-Epochs = Callable[[], Iterator[int]]
+        return statistics.median(self.rates) if self.rates else math.nan
 
 
 def ours(setting: Setting, backend: str, form: str = "beton", size: int | None = None, exact: bool = False) -> Epochs:
@@ -204,153 +214,123 @@ def full_decode(setting: Setting, by_libjpeg_alone: bool) -> Epochs:
     return lambda: iter(pool.map(decode, parts))
 
 
-def rows(setting: Setting) -> dict[str, tuple[Row, Callable[[Setting], Epochs]]]:
-    """Every row by its name."""
+def loaders(setting: Setting) -> dict[str, tuple[str, str, Callable[[Setting], Epochs]]]:
+    """{name: (kind, note, what opens it)}"""
     half, raw = setting.size // 2, f".beton of pixels, longest side {RAW_SIDE}"
-    table = [
-        (Row("FFCV executor", "ours", ".beton"), partial(ours, backend="ffcv")),
-        (Row("DALI executor", "ours", ".beton"), partial(ours, backend="dali")),
-        (Row("DALI executor, folder", "ours"), partial(ours, backend="dali", form="folder")),
-        (Row("torchvision executor", "ours", ".beton"), partial(ours, backend="torchvision")),
-        (Row("torchvision executor, folder", "ours"), partial(ours, backend="torchvision", form="folder")),
-        (Row("FFCV Loader, uint8", "stock", "not normalised"), partial(stock_ffcv, normalised=False)),
-        (Row("FFCV Loader", "stock"), partial(stock_ffcv, normalised=True)),
-        (Row("DALI image_random_crop", "stock"), stock_dali),
-        (Row("torchvision DataLoader", "stock", "Pillow"), stock_torchvision),
-        (Row("full decode", "limit", "libjpeg-turbo, no resize"), partial(full_decode, by_libjpeg_alone=True)),
-        (Row("full decode, our codes", "ours", "no resize"), partial(full_decode, by_libjpeg_alone=False)),
-        (
-            Row(f"FFCV executor, {half} pixels", "ours", "decoded at half size where that is enough"),
-            partial(ours, backend="ffcv", size=half),
-        ),
-        (
-            Row(f"FFCV executor, {half} pixels, exact", "ours", "--exact-decode"),
-            partial(ours, backend="ffcv", size=half, exact=True),
-        ),
-        (Row("FFCV executor, raw", "ours", raw), partial(ours, backend="ffcv", form="raw")),
-        (Row("FFCV Loader, raw", "stock", raw), partial(stock_ffcv, normalised=True, form="raw")),
-        (Row("synthetic", "ours", "reads nothing"), partial(ours, backend="synthetic")),
-    ]
-    return {row.name: (row, build) for row, build in table}
+    at_half = partial(ours, backend="ffcv", size=half)
+    return {
+        "FFCV executor": ("ours", ".beton", partial(ours, backend="ffcv")),
+        "DALI executor": ("ours", ".beton", partial(ours, backend="dali")),
+        "DALI executor, folder": ("ours", "", partial(ours, backend="dali", form="folder")),
+        "torchvision executor": ("ours", ".beton", partial(ours, backend="torchvision")),
+        "torchvision executor, folder": ("ours", "", partial(ours, backend="torchvision", form="folder")),
+        "FFCV Loader, uint8": ("stock", "not normalised", partial(stock_ffcv, normalised=False)),
+        "FFCV Loader": ("stock", "", partial(stock_ffcv, normalised=True)),
+        "DALI image_random_crop": ("stock", "", stock_dali),
+        "torchvision DataLoader": ("stock", "Pillow", stock_torchvision),
+        "full decode": ("limit", "libjpeg-turbo, no resize", partial(full_decode, by_libjpeg_alone=True)),
+        "full decode, our codes": ("ours", "no resize", partial(full_decode, by_libjpeg_alone=False)),
+        f"FFCV executor, {half} pixels": ("ours", "decoded at half size where that is enough", at_half),
+        f"FFCV executor, {half} pixels, exact": ("ours", "--exact-decode", partial(at_half, exact=True)),
+        "FFCV executor, raw": ("ours", raw, partial(ours, backend="ffcv", form="raw")),
+        "FFCV Loader, raw": ("stock", raw, partial(stock_ffcv, normalised=True, form="raw")),
+        "synthetic": ("ours", "reads nothing", partial(ours, backend="synthetic")),
+    }
 
 
-def serve(pipe: Connection, name: str, setting: Setting) -> None:
-    """In a row's process: an epoch for each request; answers (images/s, CPU seconds, seconds to the first batch)."""
-    start = time.perf_counter()
+@cache
+def opened(name: str, setting: Setting) -> Epochs:
+    """The loader of that name, opened once in the process of its row."""
     multiprocessing.set_start_method("fork", force=True)  # as in a program that a user starts
     torch.set_num_threads(setting.workers)
-    try:
-        epoch = rows(setting)[name][1](setting)
-        while pipe.recv() is not None:
-            used, began, count, first = 0.0, 0.0, 0, None
-            for step, images in enumerate(epoch()):
-                first = first or time.perf_counter()
-                if step >= UNCOUNTED:
-                    count += images
-                elif step == UNCOUNTED - 1:
-                    used, began = _cpu_seconds(), time.perf_counter()
-            if setting.device == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
-            pipe.send((count / seconds, (_cpu_seconds() - used) / seconds, first - start))
-    except EOFError:
-        return
-    except Exception as error:  # reported as the row's result: the other rows go on
-        with contextlib.suppress(OSError):
-            pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
+    return loaders(setting)[name][2](setting)
 
 
-def _cpu_seconds() -> float:
+def one_epoch(name: str, setting: Setting) -> Epoch:
+    """In the process of a row."""
+    start = time.perf_counter()
+    used, began, count, first = 0.0, start, 0, start
+    for step, images in enumerate(opened(name, setting)()):
+        if step == 0:
+            first = time.perf_counter()
+        if step >= UNCOUNTED:
+            count += images
+        elif step == UNCOUNTED - 1:
+            used, began = cpu_seconds(), time.perf_counter()
+    wait(torch.device(setting.device))
+    seconds = time.perf_counter() - began
+    return Epoch(count / seconds, (cpu_seconds() - used) / seconds, first - start)
+
+
+def cpu_seconds() -> float:
     """User and system time of this process and its living children."""
-    process, total = psutil.Process(), 0.0
-    for each in [process, *process.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            times = each.cpu_times()
-            total += times.user + times.system
-    return total
-
-
-def _watch_memory(pid: int, stop: Event, row: Row) -> None:
-    """Keeps the highest memory of a process and its children in `row`."""
-    highest = 0
-    while not stop.wait(0.2):
-        total = 0
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            for each in [process, *process.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    total += each.memory_full_info().pss
-        highest = max(highest, total)
-    row.peak_memory_gib = highest / 2**30
+    return sum_over_processes(psutil.Process(), lambda process: sum(process.cpu_times()[:2]))
 
 
 def measure(setting: Setting, names: Iterable[str], epochs: int) -> list[Row]:
     """Every named row: one epoch to warm up, then `epochs` epochs, the rows in turn."""
-    context = multiprocessing.get_context("spawn")
-    found, pipes = [], {}
-    for name in names:
-        row = rows(setting)[name][0]
-        found.append(row)
-        pipes[name], theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, name, setting))
-        process.start()
-        theirs.close()
-        stop = Event()
-        watch = Thread(target=_watch_memory, args=(process.pid, stop, row))
-        watch.start()
-        _request(pipes[name], row)
-        stop.set()
-        watch.join()
-        row.rates.clear(), row.cpu_percents.clear()
-    for _ in range(epochs):
-        for row in found:
-            if not row.error:
-                _request(pipes[row.name], row, setting.workers)
-    for pipe in pipes.values():
-        with contextlib.suppress(OSError):
-            pipe.send(None)
-    for process in multiprocessing.active_children():
-        process.join()
-    return found
+    with ExitStack() as stack:
+        rows: dict[str, Row] = {}
+        pools: dict[str, ProcessPoolExecutor] = {}
+        for name in names:
+            rows[name] = Row(name, *loaders(setting)[name][:2])
+            pools[name] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            stack.enter_context(pools[name])
+            stack.callback(pools[name].submit, opened.cache_clear)  # ends the loader's own processes
+            warm_up(pools[name], rows[name], setting)
+        turns = {name: partial(count_epoch, pools[name], row, setting) for name, row in rows.items()}
+        in_turns(turns, epochs)
+    return list(rows.values())
 
 
-def _request(pipe: Connection, row: Row, workers: int = 1) -> None:
+def warm_up(pool: ProcessPoolExecutor, row: Row, setting: Setting) -> None:
+    """The first epoch, whose rate is not counted."""
+    process = psutil.Process(pool.submit(os.getpid).result())
+    epoch, highest = pool.submit(one_epoch, row.name, setting), 0.0
+    while not epoch.done():
+        futures.wait([epoch], timeout=0.2)
+        highest = max(highest, sum_over_processes(process, lambda each: each.memory_full_info().pss))
+    row.peak_memory_gib = highest / 2**30
+    with errors_in(row):
+        row.first_batch_s = epoch.result().first_batch_s
+
+
+def count_epoch(pool: ProcessPoolExecutor, row: Row, setting: Setting) -> None:
+    """One more epoch, unless something has failed."""
+    if not row.error:
+        with errors_in(row):
+            found = pool.submit(one_epoch, row.name, setting).result()
+            row.rates.append(found.images_per_sec)
+            row.cpu_percents.append(100 * found.cores / setting.workers)
+            print(f"{row.name}: {found.images_per_sec:,.0f} images/s", file=sys.stderr)
+
+
+@contextmanager
+def errors_in(row: Row) -> Iterator[None]:
+    """An error is what a row has found: the other rows go on."""
     try:
-        pipe.send("epoch")
-        answer = pipe.recv()
-    except (EOFError, OSError):
-        answer = "its process ended"
-    if isinstance(answer, str):
-        row.error = answer
-        print(f"{row.name}: {answer}", file=sys.stderr)
-        return
-    rate, cores, first = answer
-    row.rates.append(rate)
-    row.cpu_percents.append(100 * cores / workers)
-    if row.first_batch_s != row.first_batch_s:  # the first epoch's
-        row.first_batch_s = first
-    print(f"{row.name}: {rate:,.0f} images/s", file=sys.stderr)
+        yield
+    except Exception as error:
+        row.error = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"{row.name}: {row.error}", file=sys.stderr)
 
 
 def table(found: list[Row]) -> str:
     """The rows in Markdown; the last column is relative to the full decode."""
-    limit = next((row.rate for row in found if row.kind == "limit"), float("nan"))
-    lines = [
-        "| loader | | images/s | of the epochs | first batch s | CPU % | peak memory GiB | to full decode |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in found:
-        if row.error:
-            lines.append(f"| {row.name} | {row.kind} | {row.error} | | | | | |")
-            continue
-        name = f"{row.name} ({row.note})" if row.note else row.name
-        each = ", ".join(f"{rate:,.0f}" for rate in row.rates)
-        cpu = statistics.median(row.cpu_percents)
-        lines.append(
-            f"| {name} | {row.kind} | {row.rate:,.0f} | {each} | {row.first_batch_s:.1f} | {cpu:.0f} | "
-            f"{row.peak_memory_gib:.2f} | {row.rate / limit:.2f} |"
-        )
-    return "\n".join(lines)
+    limit = next((row.rate for row in found if row.kind == "limit"), math.nan)
+    return table_of(
+        found,
+        {
+            "loader": lambda row: f"{row.name} ({row.note})" if row.note else row.name,
+            "": lambda row: row.kind,
+            "images/s": lambda row: row.error or row.rate,
+            "of the epochs": lambda row: ", ".join(map(show, row.rates)),
+            "first batch s": lambda row: row.first_batch_s,
+            "CPU %": lambda row: statistics.median(row.cpu_percents or [math.nan]),
+            "peak memory GiB": lambda row: row.peak_memory_gib,
+            "to full decode": lambda row: row.rate / limit,
+        },
+    )
 
 
 def ratios(found: list[Row]) -> list[str]:
@@ -365,11 +345,8 @@ def ratios(found: list[Row]) -> list[str]:
         ("torchvision executor", "torchvision DataLoader"),
         ("torchvision executor, folder", "torchvision DataLoader"),
     )
-    return [
-        f"{one} is {rates[one] / rates[other]:.2f} times {other}"
-        for one, other in pairs
-        if one in rates and other in rates
-    ]
+    measured = [(one, other) for one, other in pairs if one in rates and other in rates]
+    return [f"{one} is {rates[one] / rates[other]:.2f} times {other}" for one, other in measured]
 
 
 def plot(found: list[Row], path: Path, title: str) -> None:
@@ -402,7 +379,7 @@ def main(
     """Measure every loader on DATA/train.
 
     Args:
-        data: a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG, such as tools.make_fake_imagenet writes.
+        data: a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG, such as benchmarks.make_fake_imagenet writes.
         beton: a folder with the same, converted; by default it is converted into a temporary folder.
         out: where OUT.md, OUT.json and OUT.png are written.
         only: names of rows; by default all.
@@ -412,37 +389,29 @@ def main(
         workers: threads or processes of each loader; by default one for each core.
         device: where the batches end, cpu or cuda.
     """
-    workers = workers or len(psutil.Process().cpu_affinity())
+    workers = workers or len(os.sched_getaffinity(0))
     try:
         with tempfile.TemporaryDirectory(dir=data.parent) as temporary:
             raw = Path(temporary, "raw")
             setting = Setting(data, beton or Path(temporary, "beton"), raw, batch_size, size, workers, device)
-            names = only or tuple(rows(setting))
-            unknown = [name for name in names if name not in rows(setting)]
+            names = only or tuple(loaders(setting))
+            unknown = [name for name in names if name not in loaders(setting)]
             if unknown:
-                raise DataError(f"no row {unknown[0]!r}: the rows are {', '.join(rows(setting))}")
+                raise DataError(f"no row {unknown[0]!r}: the rows are {', '.join(loaders(setting))}")
             if beton is None:
-                make_dataset(data, setting.beton, Options("verbatim"), "error", workers)
+                run_program("tools.make_dataset", data, setting.beton, "--workers", workers)
             if any(name.endswith(", raw") for name in names):
-                make_dataset(data, raw, Options("reencode", RAW_SIDE, jpeg_fraction=0), "error", workers)
+                pixels = ("--mode", "reencode", "--max-size", RAW_SIDE, "--jpeg-fraction", 0)
+                run_program("tools.make_dataset", data, raw, *pixels, "--workers", workers)
             images = len(BetonSource(setting.beton / "train.beton"))
             found = measure(setting, names, epochs)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
-    packages = ("torch", "torchvision", "ffcv", "nvidia-dali-cuda130", "numpy")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    capability = torch.backends.cpu.get_cpu_capability()
-    where = (
-        f"{device_name(torch.device(device))} (processor: {capability}), Python {platform.python_version()}, {versions}"
-    )
     what = f"{images:,} images, batches of {batch_size} at {size}×{size} pixels, {workers} workers, on {device}"
-    text = "\n\n".join([f"{where}.", f"{what}; median of {epochs} epochs.", table(found), "\n".join(ratios(found))])
-    print(text)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text(f"{text}\n")
-    record = {"machine": where, "setting": what, "rows": [asdict(row) for row in found]}
-    out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    plot(found, out.with_suffix(".png"), what)
+    settings = describe_machine(torch.device(device))
+    sections = [f"{what}; median of {epochs} epochs.", table(found), "\n".join(ratios(found))]
+    write_report(out, settings, sections, setting=what, rows=found)
+    plot(found, out.with_name(f"{out.name}.png"), what)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a section of `tools.gpu_check` finds. It is written after every line, so a section that is cut off keeps it."""
+"""What a section of `benchmarks.gpu_check` finds, written after every line: a section that is cut off keeps it."""
 
 import json
 import sys
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from tools.profiling.report import show
 
 
 @dataclass
@@ -26,8 +28,10 @@ class Target:
     at_most: bool = False
 
     @property
-    def is_reached(self) -> bool:
-        return self.found <= self.wanted if self.at_most else self.found >= self.wanted
+    def verdict(self) -> str:
+        if self.found is None:
+            return "not measured"
+        return "reached" if (self.found <= self.wanted if self.at_most else self.found >= self.wanted) else "missed"
 
 
 @dataclass
@@ -116,12 +120,3 @@ class Record:
         temporary.replace(self._path)
         if progress:
             print(f"{self.findings.seconds:6.1f} s  {progress}", file=sys.stderr, flush=True)
-
-
-def show(cell: object) -> str:
-    """A cell of a table as text: numbers with four digits or all before the point, nothing for None."""
-    if cell is None:
-        return ""
-    if isinstance(cell, float):
-        return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
-    return str(cell)

@@ -1,13 +1,12 @@
 """Write JPEGs like ImageNet's, to measure loaders where there is no ImageNet.
 
-    python -m tools.make_fake_imagenet OUT --train-images 4096    ->  OUT/train/CLASS/*.JPEG, OUT/val/CLASS/*.JPEG
+    python -m benchmarks.make_fake_imagenet OUT --train-images 4096    ->  OUT/train/CLASS/*.JPEG, OUT/val/CLASS/*.JPEG
 
 Sizes around 500×375 with a long tail on both sides, a third of them upright, about 110 KB each, and real texture: crops
 of scikit-learn's two sample photographs, enlarged or reduced, with a camera's noise. The contents mean nothing.
 """
 
-from __future__ import annotations
-
+import argparse
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +17,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
+
+from training.command_line import path
 
 CLASSES = 10
 NOISE = 6.5  # standard deviation of the luminance noise, in [0, 255]: with it the files weigh what ImageNet's do
@@ -54,14 +55,21 @@ def write_image(out: Path, split: str, number: int) -> None:
     random_image(photographs(), draw).save(folder / f"{split}_{number:08d}.JPEG", quality=QUALITY)
 
 
-def main(out: tyro.conf.Positional[Path], train_images: int = 4096, val_images: int = 1024) -> None:
-    """Write fake ImageNet below OUT, which must not hold anything yet."""
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.make_fake_imagenet", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("out", type=path, help="folder, which must not hold anything yet")
+    parser.add_argument("--train-images", type=int, default=4096)
+    parser.add_argument("--val-images", type=int, default=1024)
+    options = parser.parse_args()
+    out, counts = options.out, {"train": options.train_images, "val": options.val_images}
     try:
         if out.exists() and any(out.iterdir()):
             raise FileExistsError(f"{out} is not empty: name another folder or empty it")
         temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")  # renamed at the end: half of it is nothing
         with ProcessPoolExecutor() as pool:
-            for split, count in (("train", train_images), ("val", val_images)):
+            for split, count in counts.items():
                 for number in range(CLASSES):
                     (temporary / split / f"n{number:08d}").mkdir(parents=True)
                 work = pool.map(partial(write_image, temporary, split), range(count), chunksize=32)
@@ -74,8 +82,4 @@ def main(out: tyro.conf.Positional[Path], train_images: int = 4096, val_images: 
 
 
 if __name__ == "__main__":
-    import tyro  # which the annotations name
-
-    from training.command_line import parse
-
-    parse(main)
+    main()

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tools.gpu.record import Record
-from tools.profile_throughput import Window, train
-from tools.profiling.steps import wait
+from benchmarks.gpu.record import Record
+from tools.profiling.feed import Window, endless_run, train
+from tools.profiling.timing import wait
 from training.build import open_trainer
-from training.config import Config
 
 STEPS = 20
 WARM_UP = 5
@@ -67,49 +66,34 @@ def device_events(trace: dict, categories: tuple[str, ...]) -> list[tuple[str, f
 def summarise(record: Record, events: list[tuple[str, float, float]], steps: int) -> None:
     """The time by kind, the kernels that take most, and the gaps."""
     first, last = min(start for _, start, _ in events), max(end for _, _, end in events)
-    busy = busy_us((start, end) for _, start, end in events)
-    gaps = 1 - busy / (last - first)
+    gaps = 100 * (1 - busy_us((start, end) for _, start, end in events) / (last - first))
     by_kind, calls, by_name = Counter(), Counter(), Counter()
     for name, start, end in events:
-        kind = kind_of(name)
-        by_kind[kind] += end - start
+        by_kind[kind_of(name)] += end - start
+        calls[kind_of(name)] += 1
         by_name[name] += end - start
-        calls[kind] += 1
     total = by_kind.total()
+    short = sum(end - start < 3 for _, start, end in events)
     record.say(
-        f"{steps} steps of {(last - first) / 1000 / steps:.1f} ms: the GPU works for {100 * (1 - gaps):.1f} % of them, "
-        f"on {len(events) / steps:,.0f} kernels a step, and waits for {100 * gaps:.1f} %. "
+        f"{steps} steps of {(last - first) / 1000 / steps:.1f} ms: the GPU works for {100 - gaps:.1f} % of them, "
+        f"on {len(events) / steps:,.0f} kernels a step, and waits for {gaps:.1f} %. "
         + ", ".join(f"{kind} {100 * us / total:.0f} %" for kind, us in by_kind.most_common())
-        + "."
+        + f". {short / steps:,.0f} of the kernels take less than 3 µs."
     )
     table = record.table("Kernels of a step by kind", "kind", "ms", "% of the time", "calls", "µs each")
     for kind, us in by_kind.most_common():
-        each = calls[kind] / steps
-        record.add(table, kind, us / 1000 / steps, 100 * us / total, each, us / calls[kind])
+        record.add(table, kind, us / 1000 / steps, 100 * us / total, calls[kind] / steps, us / calls[kind])
     table = record.table("Kernels that take most", "kernel", "ms a step")
     for name, us in by_name.most_common(15):
         record.add(table, name[:100].replace("|", "/"), us / 1000 / steps)
-    short = sum(end - start < 3 for _, start, end in events)
-    record.say(f"{short / steps:,.0f} of the kernels take less than 3 µs.")
-    record.target("gaps on the GPU's time line, % at most", 3.0, 100 * gaps, at_most=True)
+    record.target("gaps on the GPU's time line, % at most", 3.0, gaps, at_most=True)
 
 
 def run(record: Record, device: torch.device, rehearsal: bool) -> None:
     """Train on synthetic images by the trainer's own loop, and trace the device alone, which slows nothing down."""
-    config = Config().with_options(
-        arch="resnet18_dcd" if rehearsal else "resnet50_dcd",
-        num_classes=1000,
-        backend="synthetic",
-        synthetic_images=1000 * 256,
-        batch_size=2 if rehearsal else 256,
-        input_size=32 if rehearsal else 224,
-        label_smoothing=0.1,
-        mixup=0.2,
-        lr=0.0,
-        device=device.type,
-        print_freq=10**9,
-        checkpoint_minutes=1e9,
-    )
+    data = {"backend": "synthetic", "synthetic_images": 1000 * 256, "num_classes": 1000}
+    sizes = {"arch": "resnet18_dcd", "batch_size": 2, "input_size": 32} if rehearsal else {"arch": "resnet50_dcd"}
+    config = endless_run(device, **data, **sizes, label_smoothing=0.1, mixup=0.2)
     steps = 1 if rehearsal else STEPS
     on_gpu = device.type == "cuda"
     with open_trainer(config, write_log=False) as trainer:
@@ -119,9 +103,9 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
             train(trainer, Window(feed, steps))
             wait(device)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "trace.json")
-            profiler.export_chrome_trace(str(path))
-            trace = json.loads(path.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text())
     categories = ("kernel", "gpu_memcpy", "gpu_memset") if on_gpu else ("cpu_op",)
     summarise(record, device_events(trace, categories), steps)

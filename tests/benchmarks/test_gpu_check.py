@@ -1,15 +1,18 @@
 """`make gpu-check` on a machine without a GPU: what it reports, and that its sections run (tiny, on the CPU)."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from tools import gpu_check
-from tools.gpu import layers, networks, right, timeline
-from tools.gpu.record import Findings, Record, Table, Target, show
+from benchmarks import gpu_check
+from benchmarks.gpu import correctness, layers, networks, timeline
+from benchmarks.gpu.record import Findings, Record, Table, Target
+from tools.profiling.measure import Extent, Row, Subject
+from tools.profiling.runner import Setting
 from tools.profiling.shapes import parse_shape
 
 CPU = torch.device("cpu")
@@ -51,10 +54,6 @@ def test_what_there_is_no_time_for_is_named(tmp_path):
     assert saved(tmp_path).skipped == ["that: out of time"]
 
 
-def test_numbers_are_readable():
-    assert [show(cell) for cell in (2512.4, 0.91234, 3, None, "text")] == ["2,512", "0.9123", "3", "", "text"]
-
-
 def test_the_report_says_what_was_reached_missed_and_not_measured():
     section = Findings(
         "Models",
@@ -68,12 +67,12 @@ def test_the_report_says_what_was_reached_missed_and_not_measured():
         skipped=["DALI: not installed"],
         failed=["compiled: too large"],
     )
-    text = gpu_check.report({"gpu": "one", "ffcv": ""}, [section], 100, rehearsal=False)
+    text = gpu_check.report({"gpu": "one"}, [section], 100, rehearsal=False)
     for line in (
         "| rate | 2,500 | 2,512 | reached |",
         "| ratio | 0.9 | 0.85 | missed |",
         "| gaps | 3 | 2 | reached |",
-        "| other | 1 |  | not measured |",
+        "| other | 1 | – | not measured |",
         "| ours | 2,512 |",
         "- skipped: DALI: not installed",
         "- compiled: too large",
@@ -90,7 +89,7 @@ def test_the_sections_fit_into_nine_minutes():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
-    command = [sys.executable, "-m", "tools.gpu_check", tmp_path / "out"]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and not (tmp_path / "out").exists()
     assert done.stderr.splitlines() == [
@@ -98,8 +97,41 @@ def test_without_a_gpu_it_says_so(tmp_path):
     ]
 
 
+# Every Python that is started reads it, and finds no other packages than on a machine with PyTorch and pytest alone.
+BARE_MACHINE = """
+import sys
+absent = {"tyro", "tqdm", "ffcv", "nvidia.dali", "sklearn", "psutil", "matplotlib", "tensorboard", "hypothesis"}
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *where):
+        return None if name in absent else self.finder.find_spec(name, *where)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+
+
+@pytest.fixture
+def bare_machine(tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BARE_MACHINE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+
+
+def test_it_needs_pytorch_torchvision_and_pytest_alone(bare_machine, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_check", tmp_path / "out", "--rehearse", "--only"]
+    command += ["correctness", "layers", "timeline"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    content = json.loads((tmp_path / "out/gpu_check.json").read_text())
+    correctness_, layers_, timeline_ = content["sections"]
+    assert correctness_["sentences"] and layers_["tables"][0]["rows"]
+    assert timeline_["skipped"] == ["timeline: tqdm is not installed here"]
+
+
 def test_a_section_that_takes_too_long_is_cut_off_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "SECTIONS", ({"networks": 0.5}, {"right": 100}))
+    monkeypatch.setattr(gpu_check, "SECTIONS", ({"networks": 0.5}, {"correctness": 100}))
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path / "out"), "--rehearse"])
     with pytest.raises(SystemExit, match="error: something failed"):
         gpu_check.main()
@@ -107,12 +139,11 @@ def test_a_section_that_takes_too_long_is_cut_off_and_the_next_one_runs(tmp_path
     cut, after = content["sections"]
     assert cut["failed"] == ["networks: cut off at its time limit"]
     assert after["failed"] == []
-    (row,) = after["tables"][0]["rows"]
-    assert row[0] == "tests/dcd/test_triton.py" and row[1] > 0 and row[2:] == [0, 0]
+    assert re.search(r"^Tests marked gpu: [1-9]\d* passed", after["sentences"][0])
     assert (tmp_path / "out/gpu_check.md").read_text() == capsys.readouterr().out
 
 
-def test_pytests_report_is_read(record, tmp_path):
+def test_pytests_summary_is_read(record, tmp_path):
     test = tmp_path / "test_three.py"
     test.write_text(
         "import pytest\n"
@@ -120,19 +151,20 @@ def test_pytests_report_is_read(record, tmp_path):
         "def test_bad(): assert 1 == 2, 'no'\n"
         "def test_none(): pytest.skip('needs a moon')\n"
     )
-    report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", test]
+    (tmp_path / "test_four.py").write_text("import no_such_package\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *correctness.SUMMARY, tmp_path]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    right.read_report(record, report, done.stdout)
+    correctness.read_summary(record, done.stdout)
     found = saved(tmp_path)
-    assert found.tables[0].rows == [["test_three.py", 1, 1, 1]]
-    assert found.skipped == ["1 tests: test_three.py: needs a moon"]
-    assert found.failed == ["test_three.py::test_bad: AssertionError: no"]
+    assert found.sentences[0].startswith("Tests marked gpu: 1 failed, 1 passed, 1 skipped, 1 error in ")
+    assert found.skipped == ["tests: [1] test_three.py:4: needs a moon"]
+    assert found.failed[0] == "test_three.py::test_bad: AssertionError: no"
+    assert found.failed[1].startswith("test_four.py") and len(found.failed) == 2
 
 
-def test_no_report_is_a_failure(record, tmp_path):
-    right.read_report(record, tmp_path / "none.xml", "ERROR: file not found\n")
-    assert saved(tmp_path).failed == ["tests marked gpu: no report: ERROR: file not found"]
+def test_that_no_test_passed_is_a_failure(record, tmp_path):
+    correctness.read_summary(record, "ERROR: file not found\n")
+    assert saved(tmp_path).failed == ["tests marked gpu: none passed: ERROR: file not found"]
 
 
 def test_the_union_of_intervals():
@@ -158,7 +190,7 @@ def test_gaps_and_kinds_of_a_time_line(record, tmp_path):
     kinds = {row[0]: row[3] for row in found.tables[0].rows}
     assert kinds == {"element by element": 1, "convolutions": 1, "batch norm": 1, "copies": 1}
     assert found.targets == [Target(found.targets[0].what, 3.0, pytest.approx(10), at_most=True)]
-    assert found.sentences[1] == "1 of the kernels take less than 3 µs."
+    assert found.sentences[0].endswith(" 1 of the kernels take less than 3 µs.")
     assert timeline.kind_of("_combine_forward") == "our kernels"
     assert timeline.kind_of("triton_poi_fused_add_1") == "compiled"
 
@@ -171,15 +203,12 @@ def test_the_floor_of_a_layer():
     assert layers.floor_operations(conv, shape, 2) == 2 * 3 * 2 * (64 * 256 * 28**2)
 
 
-@pytest.mark.parametrize("text, usual", [("64x256k1s1@56", "fused, by kernels"), ("512x64k1s1@7", "fused, by maps")])
+@pytest.mark.parametrize("text, usual", [("64x256k1s1@56", "dcd fused kernels"), ("512x64k1s1@7", "dcd fused maps")])
 def test_a_layers_own_way_is_known(text, usual):
-    shape = parse_shape(text)
-    assert list(layers.Ways(shape, CPU)) == ["static", "fused, by kernels", "fused, by maps"]
-    assert layers.Ways(shape, CPU).usual(shape) == usual
-    strided = parse_shape("64x64k3s2@56")
-    assert (
-        list(layers.Ways(strided, CPU)) == ["static", "fused"] and layers.Ways(strided, CPU).usual(strided) == "fused"
-    )
+    shape, strided = parse_shape(text), parse_shape("64x64k3s2@56")
+    assert layers.ways_of(shape, CPU) == ["static", "dcd fused kernels", "dcd fused maps"]
+    assert layers.usual_way(shape, CPU) == usual
+    assert layers.ways_of(strided, CPU) == ["static", layers.usual_way(strided, CPU)] == ["static", "dcd fused maps"]
 
 
 def test_layers_are_measured_in_both_ways(record, tmp_path):
@@ -187,7 +216,7 @@ def test_layers_are_measured_in_both_ways(record, tmp_path):
     found = saved(tmp_path)
     assert found.failed == found.skipped == []
     rows = [dict(zip(found.tables[0].columns, row, strict=True)) for row in found.tables[0].rows]
-    assert [row["way"] for row in rows] == 2 * ["static", "fused, by kernels", "fused, by maps"]
+    assert [row["way"] for row in rows] == 2 * ["static", "dcd fused kernels", "dcd fused maps"]
     for row in rows:
         assert row["to floor"] == pytest.approx(row["kernels ms"] / row["floor ms"]) and row["kernels ms"] > 0
     assert found.sentences[1].startswith("These layers, each as often as ResNet-50 has it: static ")
@@ -198,44 +227,59 @@ def test_networks_are_measured_beside_the_static_one(record, tmp_path):
     networks.run(record, CPU, rehearsal=True)
     found = saved(tmp_path)
     assert found.failed == found.skipped == []
-    training, inference, folded, other = found.tables
-    forms = ["resnet18 static", "resnet18 official", "resnet18 ours", "resnet18 static compiled"]
-    assert [row[0] for row in training.rows] == [row[0] for row in inference.rows] == forms
-    assert [row[0] for row in folded.rows] == ["resnet18 static", "resnet18 ours"]
-    for row in training.rows:
-        cells = dict(zip(training.columns, row, strict=True))
-        assert cells["ms a step"] == pytest.approx(1000 * cells["batch"] / cells["images/s"])
-        assert cells["to static"] == pytest.approx(cells["images/s"] / cells["static images/s"])
+    (table,) = found.tables
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [(row["variant"], row["way"]) for row in rows] == [
+        ("static", "eager"),
+        ("dcd auto", "eager"),
+        ("static", "DataParallel"),
+        ("dcd reference", "DataParallel"),
+        ("static", "compiled"),
+    ]
+    for row in rows:
+        assert row["network"] == "resnet18" and row["inference images/s"] > 0
+        assert row["ms a step"] == pytest.approx(1000 * row["batch"] / row["training images/s"])
+        assert (row["folded images/s"] is not None) == (row["way"] == "eager")
+    for static, dynamic in (rows[:2], rows[2:4]):  # of one round
+        assert dynamic["to static"] == pytest.approx(dynamic["training images/s"] / static["training images/s"])
+        assert static["to static"] == 1
     assert {target.found for target in found.targets} == {None}, "no figure is of this network"
-    assert other.rows
+
+
+def row(name: str, variant: str, mode: str, rate: float, to_static: float) -> tuple[tuple[str, str, str], Row]:
+    rates = (1000 / rate, rate, to_static)
+    what = (name, "", 1, variant, "channels_last", "bf16", mode, 256)
+    return (name, variant, mode), Row(*what, 1, 1, 1.0, None, {}, *rates, *rates)
 
 
 def test_figures_are_compared_with_their_own_kind(record, tmp_path):
-    rates = {
-        "resnet50 ours": (2400, 0.85),
-        "resnet50 ours, CUDA graph": (2600, 0.93),
-        "resnet50 official": (800, 0.3),
-        "resnet50 compiled": (2700, 0.95),
-        "resnet50 static compiled": (3000, 1.05),
-        "mobilenetv2 ours": (4000, 0.71),
-    }
-    found = {("training", label): networks.Found(*figures) for label, figures in rates.items()}
+    found = dict(
+        [
+            row("resnet50", "dcd auto", "eager", 2400, 0.85),
+            row("resnet50", "dcd auto", "CUDA graph", 2600, 0.93),
+            row("resnet50", "dcd reference", "DataParallel", 800, 0.3),
+            row("resnet50", "dcd auto", "compiled", 2700, 0.9),
+            row("resnet50", "static", "compiled", 3000, 1.0),
+            row("mobilenetv2", "dcd auto", "eager", 4000, 0.71),
+        ]
+    )
     networks.report_targets(record, found)
     assert [target.found for target in saved(tmp_path).targets] == [0.85, 0.9, 3.0, 2700, 0.71]
 
 
-def test_a_network_that_does_not_fit_gets_half_the_batch(record, monkeypatch):
-    sizes = []
+def test_a_network_that_does_not_fit_gets_half_the_batch(record):
+    class Large(torch.nn.Module):
+        def forward(self, x):
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("too large")
+            return x.flatten(1) @ self.weight
 
-    def rows(self, form, runner, beside, others):
-        sizes.append(runner.batch_size)
-        if runner.batch_size > 2:
-            raise torch.OutOfMemoryError("too large")
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(12, 2))
 
-    monkeypatch.setattr(networks.Bench, "_rows", rows)
-    scale = networks.Scale("resnet18", 8, 32, 0.01, 1, (), "aot_eager")
-    bench = networks.Bench(record, CPU, scale)
-    static = networks.forms("resnet18")[0]
-    bench.measure(static, networks.Runner(static, CPU, scale, 2))
-    assert sizes == [8, 4, 2]
+    subject = Subject("large", "", 1, (3, 2, 2), lambda variant: Large())
+    group = networks.Group("large", Setting(), ("static",))
+    rows = networks.measure_what_fits(record, subject, group, Extent(CPU, 8, 1, 0.001))
+    assert [found.batch_size for found in rows] == [2] and record.findings.failed == []
     assert len(record.findings.sentences) == 2

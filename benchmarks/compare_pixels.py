@@ -1,6 +1,6 @@
 """How far each executor's pixels are from a float reference, as Markdown tables: by executor, by sampling of chroma.
 
-    python -m tools.compare_pixels DATA --images 1024
+    python -m benchmarks.compare_pixels DATA --images 1024
 
 The reference: the whole image by Pillow (libjpeg-turbo, accurate transform), the plan's box resized by PyTorch in
 float32, antialiased bilinear. Errors are |pixel - reference| over all pixels, in steps of 1/255. The second table is of
@@ -22,6 +22,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.programs import run_program
 from pipelines import native
 from pipelines.batch import MEAN, STD
 from pipelines.build import build_loader
@@ -29,8 +30,7 @@ from pipelines.config import DataConfig
 from pipelines.plan import EpochPlan, RandomCrop
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
-from tools.conversion.images import Options
-from tools.make_dataset import make_dataset
+from tools.profiling.report import markdown_table
 from training.command_line import parse
 
 ROWS = (
@@ -39,8 +39,6 @@ ROWS = (
     ("DALI", "dali", True),
     ("torchvision", "torchvision", True),
 )
-
-
 SAMPLINGS = ("4:4:4", "4:2:0", "4:2:2", "4:4:0", "4:1:1")
 SCALES = (2, 4, 8)
 
@@ -58,7 +56,7 @@ def reference(path: Path | IO[bytes], box: tuple[int, int, int, int], flip: bool
 def references(folder: Path, config: DataConfig, steps: int) -> Iterator[Tensor]:
     """The references of the first `steps` training batches, (N, 3, S, S)."""
     source = FolderSource(folder / "train")
-    plan = EpochPlan(config.seed, 0, source.sizes, config.batch_size, RandomCrop(), shuffle=True, drop_last=True)
+    plan = EpochPlan(0, 0, source.sizes, config.batch_size, RandomCrop(), shuffle=True, drop_last=True)
     for step in map(plan.step, range(steps)):
         images = zip(step.indices, step.boxes.tolist(), step.flips, strict=True)
         yield torch.stack([reference(source.path(i), box, flip, config.input_size) for i, box, flip in images])
@@ -99,12 +97,14 @@ def compare_samplings(folder: Path, images: int) -> None:
     photos = [source.decode(i).permute(1, 2, 0).numpy() for i in range(min(images, len(source)))]
     colours = [random_colours(seed) for seed in range(len(photos))]
     heads = [f"1/{scale} {figure}" for scale in SCALES for figure in ("mean", "99.9th percentile")]
-    print(f"\n| images | sampling | {' | '.join(heads)} |\n|---|---|{'---|' * len(heads)}")
+    rows = []
     for name, all_pixels in (("DATA/train", photos), ("random colours", colours)):
         for sampling in SAMPLINGS:
             found = [np.concatenate([scaled_errors(pixels, sampling, s) for pixels in all_pixels]) for s in SCALES]
-            cells = [f"{each.mean():.2f} | {np.percentile(each, 99.9):.1f}" for each in found]
-            print(f"| {name} | {sampling} | {' | '.join(cells)} |")
+            rows.append(
+                (name, sampling, *(cell for each in found for cell in (each.mean(), np.percentile(each, 99.9))))
+            )
+    print(markdown_table(("images", "sampling", *heads), rows))
 
 
 def main(data: tyro.conf.Positional[Path], images: int = 1024, sizes: tuple[int, ...] = (224, 160, 112)) -> None:
@@ -115,17 +115,16 @@ def main(data: tyro.conf.Positional[Path], images: int = 1024, sizes: tuple[int,
         images: how many are compared; by the sampling a quarter of them.
         sizes: sides of the resized images in pixels.
     """
-    batch_size = min(64, images)
+    batch_size, rows = min(64, images), []
     try:
         with tempfile.TemporaryDirectory(dir=data.parent) as beton:
-            make_dataset(data, Path(beton), Options("verbatim"), "error", 2)
-            print("| executor | pixels | mean | 99.9th percentile | highest |\n|---|---|---|---|---|")
+            run_program("tools.make_dataset", data, beton, "--workers", 2)
             for name, backend, exact in ROWS:
                 for size in sizes:
                     config = DataConfig(Path(beton), backend, batch_size, 2, input_size=size, exact_decode=exact)
                     found = errors(data, config, images // batch_size)
-                    high = np.percentile(found, 99.9)
-                    print(f"| {name} | {size} | {found.mean():.3f} | {high:.2f} | {found.max():.1f} |")
+                    rows.append((name, size, found.mean(), np.percentile(found, 99.9), found.max()))
+        print(markdown_table(("executor", "pixels", "mean", "99.9th percentile", "highest"), rows), end="\n\n")
         compare_samplings(data / "train", images // 4)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,6 +1,6 @@
 """Train for half an hour on each backend, and judge whether memory, threads, open files and processes stay as they are.
 
-    python -m tools.soak                      or: make soak ARGS="--minutes 10 --backends ffcv"
+    python -m benchmarks.soak                      or: make soak ARGS="--minutes 10 --backends ffcv"
 
 Each backend is a run of train_dist.py of its own, all at the same time: a small network on a few scanned digits, so
 that epochs, evaluations and checkpoints follow each other in seconds. Every few seconds all processes of a run are
@@ -13,10 +13,8 @@ grown where both exceed what `BOUNDS` allows: noise moves either, a single alloc
 leak moves both. The exit code is 1 where anything has grown, or a run has ended by itself.
 """
 
-import contextlib
 import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -24,19 +22,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
-import tyro
 
-from tools.conversion.images import Options
-from tools.make_dataset import make_dataset
-from tools.make_sample import make_sample
-from training.run_log import device_name
+from benchmarks.programs import run_program
+from tools.profiling.machine import describe_machine
+from tools.profiling.processes import sum_over_processes
+from tools.profiling.report import table_of, write_report
+from training.command_line import parse
 
 ROOT = Path(__file__).parents[1]
 # A learning rate that stays where it is for as long as the run may take, and too low to diverge
@@ -54,7 +51,7 @@ PER_CLASS = {"train": 16, "val": 8}  # images of each of the ten classes
 # Growth per hour that is still called flat. A day's training may grow by what a single epoch's batches take; a count
 # that rises by one between the two medians of 30 minutes is above its bound.
 BOUNDS = {"memory_mib": 32.0, "threads": 4.0, "open_files": 4.0, "processes": 4.0}
-UNITS = {"memory_mib": "MiB", "threads": "threads", "open_files": "open files", "processes": "processes"}
+UNITS = {"memory_mib": "MiB of memory", "threads": "threads", "open_files": "open files", "processes": "processes"}
 WARM_UP = 1 / 5
 STOP_S = 60  # a run that is asked to stop has ended by then
 
@@ -109,14 +106,14 @@ class Run:
         if self.process.poll() is not None:
             self.error = f"ended by itself with exit code {self.process.returncode}: {self._last_words()}"
             return
-        memory, threads, files, processes = 0, 0, 0, 0
-        for each in [self.process, *self.process.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since it was listed
-                memory += memory_kib(each.pid)
-                threads += each.num_threads()
-                files += each.num_fds()
-                processes += 1
-        self.samples.append(Sample(time.monotonic() - self._start, memory / 2**10, threads, files, processes))
+        figures = {
+            "memory_mib": lambda each: memory_kib(each.pid) / 2**10,
+            "threads": psutil.Process.num_threads,
+            "open_files": psutil.Process.num_fds,
+            "processes": lambda _: 1,
+        }
+        sums = {name: sum_over_processes(self.process, figure) for name, figure in figures.items()}
+        self.samples.append(Sample(time.monotonic() - self._start, **sums))
 
     def stop(self) -> None:
         """Ask for the end, and take it by force where it does not come."""
@@ -135,16 +132,12 @@ class Run:
             self.error = self.error or f"left process {child.pid} behind"
             child.kill()
 
-    def trends(self) -> list[Trend]:
-        """Every quantity's; empty where there were too few samples."""
-        return judge(self.samples)
-
     @property
     def verdict(self) -> str:
         """flat, or what is wrong, in one line."""
         if self.error:
             return self.error
-        trends = self.trends()
+        trends = judge(self.samples)
         if not trends:
             return f"{len(self.samples)} samples are too few to judge"
         grown = [f"{UNITS[trend.quantity]} {trend.slope:+,.1f} per hour" for trend in trends if trend.grew]
@@ -193,14 +186,14 @@ def judge(samples: Sequence[Sample]) -> list[Trend]:
 
 def prepare(folder: Path) -> None:
     """A few of the digits below `folder`, in class folders (folder/) and as .beton files (beton/)."""
-    make_sample(folder / "digits")
+    run_program("tools.make_sample", folder / "digits")
     for split, count in PER_CLASS.items():
         for of_class in (folder / "digits" / split).iterdir():
             copy = folder / "folder" / split / of_class.name
             copy.mkdir(parents=True)
             for image in sorted(of_class.iterdir())[:count]:
                 shutil.copy(image, copy)
-    make_dataset(folder / "folder", folder / "beton", Options(), "error", workers=1)
+    run_program("tools.make_dataset", folder / "folder", folder / "beton", "--workers", 1)
 
 
 def command(backend: str, folder: Path, ranks: int) -> list[str]:
@@ -227,39 +220,31 @@ def watch(runs: Sequence[Run], seconds: float, interval: float) -> None:
 
 def table(runs: Sequence[Run]) -> str:
     """One row a run, in Markdown."""
-    columns = ("backend", "steps", "evaluations", "samples", "memory, MiB", "per hour", "threads", "open files")
-    lines = [f"| {' | '.join(columns)} | processes | result |", "|---" * (len(columns) + 2) + "|"]
-    for run in runs:
-        steps, evaluations = run.figures()
-        trends = {trend.quantity: trend for trend in run.trends()}
-        memory = trends.get("memory_mib")
-        cells = [f"{memory.middle:,.1f} → {memory.last:,.1f}", f"{memory.slope:+,.1f}"] if memory else ["", ""]
-        for quantity in ("threads", "open_files", "processes"):
-            trend = trends.get(quantity)
-            cells.append(f"{trend.middle:g} → {trend.last:g}" if trend else "")
-        first = [run.name, f"{steps:,}", f"{evaluations:,}", str(len(run.samples))]
-        lines.append(f"| {' | '.join([*first, *cells, run.verdict])} |")
-    return "\n".join(lines)
+
+    def moved(quantity: str) -> Callable[[Run], str]:
+        def cell(run: Run) -> str:
+            trends = [trend for trend in judge(run.samples) if trend.quantity == quantity]
+            return "".join(f"{trend.middle:,.4g} → {trend.last:,.4g} ({trend.slope:+,.1f})" for trend in trends)
+
+        return cell
+
+    columns = {"backend": lambda run: run.name, "steps": lambda run: run.figures()[0]}
+    columns |= {"evaluations": lambda run: run.figures()[1], "samples": lambda run: len(run.samples)}
+    columns |= {UNITS[quantity]: moved(quantity) for quantity in BOUNDS} | {"result": lambda run: run.verdict}
+    return table_of(runs, columns)
 
 
-def report(runs: Sequence[Run], minutes: float, ranks: int) -> str:
-    """Machine, command, table and how to read it, in Markdown."""
-    packages = ("torch", "torchvision", "ffcv", "nvidia-dali-cuda130", "numpy")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+def sections(runs: Sequence[Run], minutes: float, ranks: int) -> list[str]:
+    """What was run, the table, and how to read it."""
     allowed = ", ".join(f"{bound:g} {UNITS[quantity]}" for quantity, bound in BOUNDS.items())
-    arguments = " ".join(sys.argv[1:])
-    return "\n\n".join(
-        [
-            f"{device_name(torch.device('cpu'))}, Python {platform.python_version()}, {versions}; "
-            f"{time.strftime('%Y-%m-%d')}: `{f'python -m tools.soak {arguments}'.strip()}`.",
-            f"{minutes:g} minutes, {len(runs)} run(s) at the same time, {ranks} rank(s) each, "
-            f"`{TRAINING}`, {10 * PER_CLASS['train']} images to train and {10 * PER_CLASS['val']} to "
-            "evaluate, a checkpoint after every epoch.",
-            table(runs),
-            "`a → b`: medians of the middle and of the last third of the time after the warm-up (a fifth); per hour: "
-            f"the slope by least squares. Flat: not both grow by more than {allowed} per hour.",
-        ]
-    )
+    images = {split: 10 * count for split, count in PER_CLASS.items()}
+    return [
+        f"{minutes:g} minutes, {len(runs)} run(s) at the same time, {ranks} rank(s) each, `{TRAINING}`, "
+        f"{images['train']} images to train and {images['val']} to evaluate, a checkpoint after every epoch.",
+        table(runs),
+        "`a → b (c)`: medians of the middle and of the last third of the time after the warm-up (a fifth); the slope "
+        f"by least squares, per hour. Flat: not both grow by more than {allowed} per hour.",
+    ]
 
 
 def main(
@@ -268,8 +253,7 @@ def main(
     ranks: int = 1,
     interval: float = 5.0,
     folder: Path | None = None,
-    markdown: Path | None = None,
-    json: Path | None = None,
+    out: Path | None = None,
 ) -> None:
     """Watch a training by each backend, print a table, and end with exit code 1 where anything grew.
 
@@ -279,8 +263,7 @@ def main(
         ranks: processes of each training.
         interval: seconds between two samples.
         folder: where a temporary folder is made for data and output.
-        markdown: write what is printed to this file, too.
-        json: write all samples to this file.
+        out: write what is printed to OUT.md, and all samples to OUT.json.
     """
     unknown = [name for name in backends if name not in BACKENDS]
     if unknown:
@@ -290,28 +273,14 @@ def main(
         prepare(where)
         runs = [Run(name, command(name, where, ranks), where / name) for name in backends]
         watch(runs, 60 * minutes, interval)
-        text = report(runs, minutes, ranks)
-    print(text)
-    if markdown is not None:
-        markdown.write_text(f"# Soak: nothing grows\n\n{text}\n")
-    if json is not None:
-        _write(json, runs)
+        found = {
+            run.name: {"verdict": run.verdict, "trends": judge(run.samples), "samples": run.samples} for run in runs
+        }
+        write_report(out, describe_machine(torch.device("cpu")), sections(runs, minutes, ranks), runs=found)
     bad = [run for run in runs if run.verdict != "flat"]
     if bad:
         sys.exit("\n".join(f"error: {run.name}: {run.verdict}" for run in bad))
 
 
-def _write(path: Path, runs: Sequence[Run]) -> None:
-    record = {
-        run.name: {
-            "verdict": run.verdict,
-            "trends": [asdict(trend) for trend in run.trends()],
-            "samples": [asdict(sample) for sample in run.samples],
-        }
-        for run in runs
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    parse(main)

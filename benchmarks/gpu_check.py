@@ -1,7 +1,7 @@
 """Everything that can only be known on a GPU, in under nine minutes, unattended: tests, then measurements.
 
-    make gpu-check OUT=folder                       or: python -m tools.gpu_check folder
-    python -m tools.gpu_check folder --rehearse     tiny, on a CPU: whether it works; its figures mean nothing
+    make gpu-check OUT=folder                       or: python -m benchmarks.gpu_check folder
+    python -m benchmarks.gpu_check folder --rehearse     tiny, on a CPU: whether it works; its figures mean nothing
 
 It needs PyTorch with CUDA, torchvision, Triton and pytest, and no installation of this project; what else is missing
 skips its rows, and says so. OUT then holds gpu_check.md, to be read, and gpu_check.json, the same with all digits; both
@@ -13,10 +13,8 @@ The exit code is 1 where a test or a measurement failed; a figure that was misse
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -28,51 +26,29 @@ from pathlib import Path
 
 import torch
 
-from tools.gpu.record import Findings, show
+from benchmarks.gpu.record import Findings
+from tools.profiling.machine import describe_machine
+from tools.profiling.report import markdown_table
 from training.command_line import path
 
 ROOT = Path(__file__).parents[1]
+TITLES = {
+    "correctness": "Correctness",
+    "compiling": "Compilation",
+    "networks": "Models",
+    "layers": "Roofline of the layers",
+    "loaders": "Loaders",
+    "timeline": "Where the time goes",
+}
 # Seconds at most; the sections of one line run side by side, and only those take no times.
 SECTIONS = (
-    {"right": 130, "compiling": 130},
+    {"correctness": 130, "compiling": 130},
     {"networks": 240},
     {"layers": 45},
     {"loaders": 80},
     {"timeline": 30},
 )
 LIMIT_S = 530  # for all of them
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "nvidia-dali-cuda130", "ffcv", "tyro")
-
-
-def describe() -> dict[str, str]:
-    """What the figures must be read with."""
-    machine = {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join([f"python -m tools.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
-        "python": platform.python_version(),
-        "cuda": str(torch.version.cuda),
-        "cores": str(len(os.sched_getaffinity(0))),
-    }
-    if torch.cuda.is_available():
-        query = "name,driver_version,memory.total,power.limit,clocks.max.sm"
-        machine["gpu"] = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
-        machine["gpu"] = machine["gpu"] or torch.cuda.get_device_name()
-    return {**machine, **{package: _version(package) for package in PACKAGES}}
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 class Section:
@@ -82,7 +58,7 @@ class Section:
         self.name, self._file = name, folder / f"{name}.json"
         self._deadline = time.monotonic() + seconds
         # It stops by itself a little earlier, and then has all of its findings.
-        command = [sys.executable, "-m", "tools.gpu", name, str(self._file), str(seconds - 5)]
+        command = [sys.executable, "-m", "benchmarks.gpu", name, TITLES[name], str(self._file), str(seconds - 5)]
         command += ["--rehearse"] if rehearsal else []
         self._process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
 
@@ -125,39 +101,30 @@ def check(names: list[str], rehearsal: bool) -> Iterator[Findings]:
 
 def report(machine: dict[str, str], found: list[Findings], seconds: float, rehearsal: bool) -> str:
     """All findings in Markdown."""
-    lines = ["# GPU check", ""]
+    parts = ["# GPU check"]
     if rehearsal:
-        lines += ["**A rehearsal, tiny and on a CPU: no figure below means anything.**", ""]
-    lines += [", ".join(f"{name} {value}" for name, value in machine.items() if value) + f"; {seconds:.0f} s.", ""]
+        parts.append("**A rehearsal, tiny and on a CPU: no figure below means anything.**")
+    parts.append(", ".join(f"{name} {value}" for name, value in machine.items()) + f"; {seconds:.0f} s.")
     targets = [target for section in found for target in section.targets]
     if targets and not rehearsal:
-        lines += ["| figure | to reach | found | |", "|---|---|---|---|"]
-        for target in targets:
-            verdict = "not measured" if target.found is None else "reached" if target.is_reached else "missed"
-            lines.append(f"| {target.what} | {show(target.wanted)} | {show(target.found)} | {verdict} |")
-        lines.append("")
+        rows = [(target.what, target.wanted, target.found, target.verdict) for target in targets]
+        parts.append(markdown_table(("figure", "to reach", "found", ""), rows))
     failed = [what for section in found for what in section.failed]
-    lines += ["Nothing failed." if not failed else "**Failed:**", *(f"- {what}" for what in failed), ""]
+    parts.append("\n".join(["**Failed:**", "", *(f"- {what}" for what in failed)]) if failed else "Nothing failed.")
     for section in found:
-        lines += [f"## {section.title}", ""]
-        lines += [line for sentence in section.sentences for line in (sentence, "")]
+        parts += [f"## {section.title}", *section.sentences]
         for table in section.tables:
-            lines += [f"**{table.title}**", ""] if table.rows else []
-            lines += markdown(table.columns, table.rows) if table.rows else []
-        lines += [f"- skipped: {what}" for what in section.skipped]
-        lines += [f"- failed: {what}" for what in section.failed]
-        lines += ["", f"({section.seconds:.0f} s)", ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def markdown(columns: list[str], rows: list[list]) -> list[str]:
-    table = [columns, ["---"] * len(columns), *([show(cell) for cell in row] for row in rows)]
-    return [f"| {' | '.join(cells)} |" for cells in table] + [""]
+            if table.rows:
+                parts += [f"**{table.title}**", markdown_table(table.columns, table.rows)]
+        notes = [*(f"- skipped: {what}" for what in section.skipped), *(f"- failed: {what}" for what in section.failed)]
+        parts += ["\n".join(notes)] if notes else []
+        parts.append(f"({section.seconds:.0f} s)")
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
     known = [name for beside in SECTIONS for name in beside]
-    parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=path, help="folder for gpu_check.md and gpu_check.json")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on a CPU: whether it works")
     parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="SECTION", help=", ".join(known))
@@ -169,7 +136,7 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"error: {error}: name a folder that can be written to")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no section outlives this process
-    start, machine = time.monotonic(), describe()
+    start, machine = time.monotonic(), describe_machine(torch.device("cpu" if options.rehearse else "cuda"))
     found: list[Findings] = []
     for findings in check(options.only, options.rehearse):
         found.append(findings)

@@ -1,0 +1,5 @@
+"""Programs that compare, beside what they have measured: `python -m benchmarks.NAME --help`."""
+
+from training.command_line import name_the_user
+
+name_the_user()  # before a program imports torchvision
