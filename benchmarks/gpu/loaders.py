@@ -83,7 +83,6 @@ def open_loader(name: str, config: DataConfig, device: torch.device, dtype: torc
     source = FolderSource(config.root / "train")
     executor = TorchvisionExecutor(source, device, config.rank_workers(1))
     return Loader(source, executor, True, config, AugmentationConfig(), place, seed=0)
-    return Loader(source, executor, True, config, AugmentationConfig(), place, seed=0)
 
 
 def compare_pixels(record: Record, ways: dict[str, DataConfig], device: torch.device) -> None:
