@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from tools.profiling.layer_report import plot_networks, plot_parts, tables
 from tools.profiling.machine import describe_machine
-from tools.profiling.measure import Extent, Subject, measure
-from tools.profiling.parts import time_by_part
+from tools.profiling.measure import Extent, Row, Subject, measure
+from tools.profiling.parts import PartTime, time_by_part
 from tools.profiling.report import write_report
 from tools.profiling.runner import DTYPES, Setting
 from tools.profiling.shapes import Shape, ShapeError, parse_shape, shapes_of
@@ -113,25 +113,39 @@ def main(
         keep_freed_memory()
     chosen = [name for name in (*known, *others) if name in (STATIC, *(variants or known))]
     extent = Extent(where, batch_size, rounds, fold=fold)
-    rows, times, failures = [], [], []
+    rows, failures = measure_all(subjects, settings, chosen, extent)
+    times = [
+        time
+        for setting, network in product((setting for setting in settings if setting.mode == "eager"), layers)
+        for shape, count in found[network].items()
+        for time in time_by_part(network, shape, count, setting, extent)
+    ]
+    machine = {**describe_machine(where), "batch_size": batch_size, "size": size, "rounds": rounds}
+    write_report(out, machine, tables(rows, times, failures), rows=rows, parts=times, failures=failures)
+    plot(rows, times, out, f"batches of {batch_size}, networks at {size} pixels")
+    if failures:
+        sys.exit(f"error: not everything could be measured: {failures[0]}")
+
+
+def measure_all(
+    subjects: list[Subject], settings: list[Setting], variants: list[str], extent: Extent
+) -> tuple[list[Row], list[str]]:
+    """Every subject in every setting; see `measure`."""
+    rows, failures = [], []
     for setting, subject in tqdm(list(product(settings, subjects)), disable=not sys.stderr.isatty(), leave=False):
-        forms = tuple(name for name in chosen if subject.layer or has_model(subject.network, name))
+        forms = tuple(name for name in variants if subject.layer or has_model(subject.network, name))
         measured, failed = measure(subject, forms, setting, extent)
         rows += measured
         failures += failed
-    for setting, network in product((s for s in settings if s.mode == "eager"), layers):
-        for shape, count in found[network].items():
-            times += time_by_part(network, shape, count, setting, extent)
+    return rows, failures
 
-    machine = {**describe_machine(where), "batch_size": batch_size, "size": size, "rounds": rounds}
-    write_report(out, machine, tables(rows, times, failures), rows=rows, parts=times, failures=failures)
-    what = f"batches of {batch_size}, networks at {size} pixels"
+
+def plot(rows: list[Row], times: list[PartTime], out: Path, what: str) -> None:
+    """The pictures beside OUT.md, of what was measured."""
     if networks := [row for row in rows if not row.layer]:
         plot_networks(networks, out.with_name(f"{out.name}_networks.png"), what)
     if times:
         plot_parts(times, out.with_name(f"{out.name}_parts.png"), f"DCD layers by the reference, {what}")
-    if failures:
-        sys.exit(f"error: not everything could be measured: {failures[0]}")
 
 
 def _refuse_unknown(flag: str, names: Iterable[str], known: Iterable[str]) -> None:
