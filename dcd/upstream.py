@@ -12,7 +12,7 @@ from torch import nn
 
 from dcd.checkpoint_file import CheckpointError, Weights, read_weights
 from dcd.layers import DCDLinear
-from dcd.layers.rivals import RIVALS
+from dcd.layers.rivals import RIVAL_LAYERS
 from dcd.models.mobilenet_v2 import MobileNetV2
 
 # Each table is read from top to bottom: every pattern that matches an own name is replaced in it.
@@ -100,7 +100,7 @@ def upstream_names(model: nn.Module) -> dict[str, str]:
     """
     if not hasattr(model, "classifier") or not hasattr(model, "dropout"):
         raise ValueError(f"{type(model).__name__} is not a model of dcd.create_model")
-    if any(isinstance(module, RIVALS) for module in model.modules()):
+    if any(isinstance(module, RIVAL_LAYERS) for module in model.modules()):
         return {name: name for name in model.state_dict()}
     dynamic, mobilenet = isinstance(model.classifier, DCDLinear), isinstance(model, MobileNetV2)
     if dynamic:

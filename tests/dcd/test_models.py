@@ -10,6 +10,7 @@ from torch import nn
 
 import dcd
 from dcd.layers import DCDConv2d, DCDLinear, set_path
+from dcd.layers.rivals import RIVALS
 
 SMALL = {"mobilenetv2": {"width_mult": 0.25}, "mobilenetv2_dcd": {"width_mult": 0.25, "fc_squeeze": 16}}
 LIGHT = ["resnet18", "resnet18_dcd", "resnet50_dcd", "mobilenetv2", "mobilenetv2_dcd"]
@@ -40,7 +41,7 @@ def images(count: int, height: int, width: int | None = None) -> torch.Tensor:
 
 def test_list_of_models():
     depths = (18, 34, 50, 101, 152)
-    rivals = {f"resnet{depth}_{rival}" for depth in (18, 50) for rival in ("se", "condconv", "dyconv", "odconv")}
+    rivals = {f"resnet{depth}_{rival}" for depth in (18, 50) for rival in RIVALS}
     assert set(dcd.list_models()) == {"mobilenetv2", "mobilenetv2_dcd"} | rivals | {
         f"resnet{depth}{suffix}" for depth in depths for suffix in ("", "_dcd")
     }
