@@ -9,6 +9,8 @@ import torchvision
 from torch import nn
 
 import dcd
+from dcd import registry
+from dcd.config import ModelConfig
 from dcd.layers import DCDConv2d, DCDLinear, set_path
 from dcd.layers.rivals import RIVALS
 
@@ -292,6 +294,7 @@ def test_channel_scale_starts_around_one():
         (("resnet18", 10), {"zero_init_fusion": True}, "zero_init_fusion has no meaning without dynamic layers"),
         (("resnet18_odconv", 10), {"zero_init_fusion": True}, "zero_init_fusion has no meaning"),
         (("mobilenetv2", 10), {"zero_init_fusion": True}, "zero_init_fusion has no meaning"),
+        (("resnet18", 10), {"width_mult": 0.5}, "model 'resnet18': got an unexpected keyword argument 'width_mult'"),
     ],
 )
 def test_wrong_arguments(args, kwargs, message):
@@ -299,8 +302,26 @@ def test_wrong_arguments(args, kwargs, message):
         dcd.create_model(*args, **kwargs)
 
 
-def test_a_name_is_registered_once():
-    from dcd.registry import register_model
+def test_a_model_needs_no_options_and_has_its_own_names(monkeypatch):
+    class Small(nn.Module):
+        """What a registered model must have, and no more."""
 
+        def __init__(self, num_classes, dropout):
+            super().__init__()
+            self.dropout = nn.Identity() if dropout is None else nn.Dropout(dropout)
+            self.classifier = nn.Linear(3, num_classes)
+
+        def forward(self, images):
+            return self.classifier(self.dropout(images.mean((2, 3))))
+
+    monkeypatch.setitem(registry._CONSTRUCTORS, "small", Small)
+    model = ModelConfig("small", num_classes=7).create()
+    assert model(images(2, 32)).shape == (2, 7)
+    assert dcd.upstream_names(model) == {name: name for name in ("classifier.weight", "classifier.bias")}
+    with pytest.raises(ValueError, match="'small': got an unexpected keyword argument 'zero_init_residual'"):
+        ModelConfig("small", num_classes=7, zero_init_residual=True).create()
+
+
+def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="registered twice"):
-        register_model("resnet18", nn.Identity)
+        registry.register_model("resnet18", nn.Identity)
