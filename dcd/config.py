@@ -52,7 +52,8 @@ class ModelConfig:
         Raises:
             ValueError: as `create_model`.
         """
-        start = {"zero_init_fusion": self.zero_init_fusion, "zero_init_residual": self.zero_init_residual}
+        wanted = {"zero_init_fusion": self.zero_init_fusion, "zero_init_residual": self.zero_init_residual}
+        start = {name: True for name, is_wanted in wanted.items() if is_wanted}  # not every model knows them
         return create_model(self.arch, self.num_classes, self.dropout, **self._widths, **start)
 
     @property

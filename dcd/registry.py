@@ -1,6 +1,7 @@
 """The names of the models: each name belongs to one constructor."""
 
 import difflib
+import inspect
 from collections.abc import Callable
 
 from torch import nn
@@ -9,7 +10,11 @@ _CONSTRUCTORS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register_model(name: str, constructor: Callable[..., nn.Module]) -> None:
-    """Make `constructor` available as `create_model(name)`. A name that is taken is an error."""
+    """Make `constructor(num_classes=, dropout=, **options)` available as `create_model(name)`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
     if name in _CONSTRUCTORS:
         raise ValueError(f"model {name!r} is registered twice")
     _CONSTRUCTORS[name] = constructor
@@ -27,9 +32,9 @@ def create_model(name: str, num_classes: int = 1000, dropout: float | None = Non
         name: one of `list_models()`.
         num_classes: width of the logits, at least 1.
         dropout: probability in [0, 1) of the dropout before the classifier; None for no dropout layer.
-        **kwargs: further options. All models: `zero_init_residual`, the residual branches start at 0, as torchvision's.
-            `*_dcd`: `zero_init_fusion`, the dynamic layers start without their fusion (`dcd.layers.zero_fusion`).
-            `mobilenetv2*`: `width_mult`, and `fc_squeeze` when dynamic.
+        **kwargs: further options. `resnet*` and `mobilenetv2*`: `zero_init_residual`, the residual branches start at 0,
+            as torchvision's. `*_dcd`: `zero_init_fusion`, the dynamic layers start without their fusion
+            (`dcd.layers.zero_fusion`). `mobilenetv2*`: `width_mult`, and `fc_squeeze` when dynamic.
 
     Returns:
         a module from images (B, 3, H, W), 32 <= H, W <= 512, to logits (B, num_classes).
@@ -44,4 +49,9 @@ def create_model(name: str, num_classes: int = 1000, dropout: float | None = Non
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
     if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
-    return _CONSTRUCTORS[name](num_classes=num_classes, dropout=dropout, **kwargs)
+    constructor, options = _CONSTRUCTORS[name], {"num_classes": num_classes, "dropout": dropout, **kwargs}
+    try:
+        inspect.signature(constructor).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"model {name!r}: {error}") from error
+    return constructor(**options)

@@ -1,6 +1,7 @@
 """Own names <-> names of other releases, and checkpoints of both.
 
 The dynamic models are mapped to the official DCD release. It has no static models: those are mapped to torchvision.
+Other models than ResNet and MobileNetV2 have no names but their own.
 """
 
 import re
@@ -12,8 +13,9 @@ from torch import nn
 
 from dcd.checkpoint_file import CheckpointError, Weights, read_weights
 from dcd.layers import DCDLinear
-from dcd.layers.rivals import RIVALS
+from dcd.layers.rivals import RIVAL_LAYERS
 from dcd.models.mobilenet_v2 import MobileNetV2
+from dcd.models.resnet import ResNet
 
 # Each table is read from top to bottom: every pattern that matches an own name is replaced in it.
 _COEFFICIENTS = [
@@ -96,11 +98,13 @@ class LoadReport:
 def upstream_names(model: nn.Module) -> dict[str, str]:
     """Every own state-dict name of a model of `create_model` -> its official name, one to one, in order.
 
-    The networks with other papers' layers (`dcd.layers.rivals`) have no names but their own.
+    Other models than ResNet and MobileNetV2, and those with other papers' layers (`dcd.layers.rivals`), have no names
+    but their own.
     """
     if not hasattr(model, "classifier") or not hasattr(model, "dropout"):
         raise ValueError(f"{type(model).__name__} is not a model of dcd.create_model")
-    if any(isinstance(module, RIVALS) for module in model.modules()):
+    known = isinstance(model, (ResNet, MobileNetV2))
+    if not known or any(isinstance(module, RIVAL_LAYERS) for module in model.modules()):
         return {name: name for name in model.state_dict()}
     dynamic, mobilenet = isinstance(model.classifier, DCDLinear), isinstance(model, MobileNetV2)
     if dynamic:

@@ -5,7 +5,7 @@
     python -m tools.profile_layers --models resnet50 --variants odconv "dcd fused" --amp off bf16 --compile
     python -m tools.profile_layers --layers --variants "dcd auto" --fold --amp auto       as `make bench-model`
 
-Variants: static, squeeze-and-excitation, CondConv, DY-Conv, ODConv, and DCD by each of its paths. They take turns, step
+Variants: static, the layers of `dcd.layers.rivals`, and DCD by each of its paths. They take turns, step
 by step, so that whatever else the machine does falls on all of them. OUT.md has tables of times, rates, memory and
 multiply-adds, OUT.json the same and the time of every round, OUT_networks.png the networks' rates over their
 parameters, OUT_parts.png the time by part of the DCD layers.
@@ -68,8 +68,8 @@ def main(
         models: networks that are measured as a whole, in every form that they have; may be empty.
         layers: networks whose dynamic convolutions are measured, each distinct shape once; may be empty.
         shapes: more layers, as 64x256k1s1@56: channels in x out, kernel, stride @ pixels.
-        variants: of static (always measured), se, condconv, dyconv, odconv, "dcd PATH"; by default all of these. Also
-            "dcd auto", the path that training takes, and "dcd PATH FORM".
+        variants: of static (always measured), the names in `dcd.layers.rivals.RIVALS` (se, condconv, ...), "dcd PATH";
+            by default all of these. Also "dcd auto", the path that training takes, and "dcd PATH FORM".
         batch_size: images in a batch; by default 64 on a GPU (a GPU's share in the published trainings) and 4 on a CPU.
         size: side of the images in pixels.
         rounds: timed steps of each variant.

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.gpu.record import Record
+from dcd.layers.rivals import RIVALS
 from tools.profiling.measure import Extent, Row, Subject, measure
 from tools.profiling.runner import Setting
 from tools.profiling.variants import AUTO, STATIC, create_model
@@ -57,7 +58,7 @@ PLAN = (
     Group("resnet50", GRAPH, (STATIC, AUTO)),
     Group("resnet50", EAGER, (STATIC, REFERENCE, FUSED)),
     Group("mobilenetv2", OFFICIAL, (STATIC, REFERENCE)),
-    Group("resnet18", EAGER, (STATIC, AUTO, "se", "condconv", "dyconv", "odconv")),
+    Group("resnet18", EAGER, (STATIC, AUTO, *RIVALS)),
     Group("resnet18", OFFICIAL, (STATIC, REFERENCE)),
     Group("mobilenetv2", GRAPH, (STATIC, AUTO)),
     *(Group("resnet50", EAGER, (STATIC, AUTO), batch_size) for batch_size in (128, 512, 1024)),

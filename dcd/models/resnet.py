@@ -1,7 +1,7 @@
 """ResNet (He et al., arXiv 1512.03385) with static or dynamic convolutions; the stride stands on the 3×3.
 
-Besides the static and the DCD networks there are those that DCD is measured against: ResNet-18 and ResNet-50 with
-squeeze-and-excitation, CondConv, DY-Conv and ODConv.
+Besides the static and the DCD networks there are those that DCD is measured against: ResNet-18 and ResNet-50 with the
+layers of `dcd.layers.rivals`.
 
 Names follow torchvision's ResNet, except for the last layer, `classifier`.
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcd.layers import DCDConv2d, DCDLinear, zero_fusion
-from dcd.layers.rivals import CondConv2d, CondConvLinear, DYConv2d, ODConv2d, SqueezeExcitation
+from dcd.layers.rivals import RIVALS
 from dcd.registry import register_model
 
 # (in_channels, out_channels, kernel_size, stride) -> a convolution without bias, padded by kernel_size // 2
@@ -195,17 +195,8 @@ for _name, (_block, _depths, _sizes) in _VARIANTS.items():
     register_model(_name, partial(ResNet, _block, _depths, static_conv, nn.Linear))
     register_model(f"{_name}_dcd", partial(ResNet, _block, _depths, partial(dynamic_conv, **_sizes), DCDLinear))
 
-# Which convolutions each layer replaces follows from the published numbers of parameters (table 1 of ODConv's paper):
-# DY-Conv all but the first, CondConv those of the last three blocks and the classifier, ODConv those of the blocks but
-# not of their shortcuts. tests/dcd/test_rivals.py compares the numbers.
-RIVALS = {
-    "se": {"conv": static_conv, "classifier": nn.Linear, "recalibrate": SqueezeExcitation},
-    "condconv": {"conv": CondConv2d, "classifier": CondConvLinear, "conv_blocks": 3},
-    "dyconv": {"conv": DYConv2d, "classifier": nn.Linear, "shortcut_conv": DYConv2d},
-    "odconv": {"conv": ODConv2d, "classifier": nn.Linear},
-}
-
 for _name in ("resnet18", "resnet50"):
     _block, _depths, _ = _VARIANTS[_name]
-    for _rival, _layers in RIVALS.items():
-        register_model(f"{_name}_{_rival}", partial(ResNet, _block, _depths, **_layers))
+    for _rival, _parts in RIVALS.items():
+        _made_of = {"conv": static_conv, "classifier": nn.Linear, **_parts}
+        register_model(f"{_name}_{_rival}", partial(ResNet, _block, _depths, **_made_of))

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import dcd
 from dcd.layers import FORMS, DCDConv2d, DCDLinear, set_form
 from dcd.layers.folded import FoldedDCDConv2d, FoldedDCDLinear
-from dcd.layers.rivals import CondConv2d, DYConv2d, ODConv2d
+from dcd.layers.rivals import RIVAL_LAYERS, RIVALS, CondConv2d, DYConv2d, ODConv2d
 from dcd.models.resnet import BasicBlock, ResNet
 from tests.dcd.test_models import SMALL, build, images
 
@@ -189,11 +189,13 @@ def test_which_batch_norms_are_folded(name):
 
     def is_behind_or_inside_a_rival(path: str) -> bool:
         parent, _, own = path.rpartition(".")
-        layer = {"bn": parent, "1": f"{parent}.0"}.get(own, f"{parent}.{own.replace('bn', 'conv')}")
+        if isinstance(model.get_submodule(parent), RIVAL_LAYERS):
+            return True
+        layer = f"{parent}.0" if own == "1" else f"{parent}.{own.replace('bn', 'conv')}"
         return type(model.get_submodule(layer.strip("."))) is not nn.Conv2d
 
     expected = set()
-    if name.endswith(("_condconv", "_dyconv", "_odconv")):
+    if "conv" in RIVALS.get(name.partition("_")[2], {}):
         expected = {path for path in paths_of_norms(model) if is_behind_or_inside_a_rival(path)}
         assert expected
     assert paths_of_norms(dcd.deploy.fold(model)) == expected

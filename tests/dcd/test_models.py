@@ -9,7 +9,10 @@ import torchvision
 from torch import nn
 
 import dcd
+from dcd import registry
+from dcd.config import ModelConfig
 from dcd.layers import DCDConv2d, DCDLinear, set_path
+from dcd.layers.rivals import RIVALS
 
 SMALL = {"mobilenetv2": {"width_mult": 0.25}, "mobilenetv2_dcd": {"width_mult": 0.25, "fc_squeeze": 16}}
 LIGHT = ["resnet18", "resnet18_dcd", "resnet50_dcd", "mobilenetv2", "mobilenetv2_dcd"]
@@ -40,7 +43,7 @@ def images(count: int, height: int, width: int | None = None) -> torch.Tensor:
 
 def test_list_of_models():
     depths = (18, 34, 50, 101, 152)
-    rivals = {f"resnet{depth}_{rival}" for depth in (18, 50) for rival in ("se", "condconv", "dyconv", "odconv")}
+    rivals = {f"resnet{depth}_{rival}" for depth in (18, 50) for rival in RIVALS}
     assert set(dcd.list_models()) == {"mobilenetv2", "mobilenetv2_dcd"} | rivals | {
         f"resnet{depth}{suffix}" for depth in depths for suffix in ("", "_dcd")
     }
@@ -291,6 +294,7 @@ def test_channel_scale_starts_around_one():
         (("resnet18", 10), {"zero_init_fusion": True}, "zero_init_fusion has no meaning without dynamic layers"),
         (("resnet18_odconv", 10), {"zero_init_fusion": True}, "zero_init_fusion has no meaning"),
         (("mobilenetv2", 10), {"zero_init_fusion": True}, "zero_init_fusion has no meaning"),
+        (("resnet18", 10), {"width_mult": 0.5}, "model 'resnet18': got an unexpected keyword argument 'width_mult'"),
     ],
 )
 def test_wrong_arguments(args, kwargs, message):
@@ -298,8 +302,26 @@ def test_wrong_arguments(args, kwargs, message):
         dcd.create_model(*args, **kwargs)
 
 
-def test_a_name_is_registered_once():
-    from dcd.registry import register_model
+def test_a_model_needs_no_options_and_has_its_own_names(monkeypatch):
+    class Small(nn.Module):
+        """What a registered model must have, and no more."""
 
+        def __init__(self, num_classes, dropout):
+            super().__init__()
+            self.dropout = nn.Identity() if dropout is None else nn.Dropout(dropout)
+            self.classifier = nn.Linear(3, num_classes)
+
+        def forward(self, images):
+            return self.classifier(self.dropout(images.mean((2, 3))))
+
+    monkeypatch.setitem(registry._CONSTRUCTORS, "small", Small)
+    model = ModelConfig("small", num_classes=7).create()
+    assert model(images(2, 32)).shape == (2, 7)
+    assert dcd.upstream_names(model) == {name: name for name in ("classifier.weight", "classifier.bias")}
+    with pytest.raises(ValueError, match="'small': got an unexpected keyword argument 'zero_init_residual'"):
+        ModelConfig("small", num_classes=7, zero_init_residual=True).create()
+
+
+def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="registered twice"):
-        register_model("resnet18", nn.Identity)
+        registry.register_model("resnet18", nn.Identity)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dcd
-from dcd.layers.rivals import RIVALS, CondConv2d, CondConvLinear, DYConv2d, ODConv2d, SqueezeExcitation
+from dcd.layers.rivals import RIVAL_LAYERS, RIVALS, CondConv2d, CondConvLinear, DYConv2d, ODConv2d, SqueezeExcitation
 from dcd.models.resnet import BasicBlock, Bottleneck, ResNet
 from dcd.ops.per_sample import convolve_per_sample, mix_kernels
 
@@ -378,10 +378,10 @@ def test_where_the_rivals_stand(name, rival, expected):
     with torch.device("meta"):
         model = dcd.create_model(name)
     assert {layer for layer, module in model.named_modules() if isinstance(module, rival)} == expected
-    assert sum(isinstance(module, RIVALS) for module in model.modules()) == len(expected)
+    assert sum(isinstance(module, RIVAL_LAYERS) for module in model.modules()) == len(expected)
 
 
-@pytest.fixture(scope="module", params=["se", "condconv", "dyconv", "odconv"])
+@pytest.fixture(scope="module", params=RIVALS)
 def network(request):
     torch.manual_seed(0)
     return dcd.create_model(f"resnet18_{request.param}", 10)
@@ -419,5 +419,5 @@ def test_other_models_have_no_rival_in_them():
     for name in ("resnet18", "resnet18_dcd", "resnet50_dcd", "mobilenetv2_dcd"):
         with torch.device("meta"):
             model = dcd.create_model(name)
-        assert not any(isinstance(module, RIVALS) for module in model.modules())
+        assert not any(isinstance(module, RIVAL_LAYERS) for module in model.modules())
         assert not any("recalibrate" in key for key in model.state_dict())

@@ -19,6 +19,9 @@ from pipelines.sources.folder import FolderSource
 
 # Every way from stored images to batches: backend and form of the data
 EXECUTORS = ["ffcv", "dali", "dali on a folder", "torchvision", "torchvision on a folder"]
+# The backends among them, by what they read
+OF_BETONS = [name for name in EXECUTORS if " on a " not in name]
+OF_FOLDERS = [name.removesuffix(" on a folder") for name in EXECUTORS if name.endswith(" on a folder")]
 
 # (left, top, right, bottom) of the cuts from two photographs of 640×427
 CUTS = [

@@ -13,7 +13,7 @@ from pipelines.config import DataConfig
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.beton_shards import BetonShards, open_betons
 from pipelines.sources.errors import DataError
-from tests.pipelines.helpers import indices_of
+from tests.pipelines.helpers import OF_BETONS, indices_of
 
 COUNTS = [1, 3, 7]
 
@@ -60,7 +60,7 @@ def test_shards_hold_what_one_file_holds(photos, sharded, count):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision"])
+@pytest.mark.parametrize("backend", OF_BETONS)
 def test_order_crops_and_pixels_do_not_depend_on_the_number_of_shards(photos, sharded, build, backend, split):
     config = DataConfig(photos.half_raw, backend, batch_size=4, workers=2, input_size=64, eval_size=64)
     expected = list(build(config, split))
@@ -84,7 +84,7 @@ def test_auto_takes_the_fastest_that_reads_shards(sharded, build):
     assert type(loader._executor).__name__ == "FfcvExecutor"
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision"])
+@pytest.mark.parametrize("backend", OF_BETONS)
 def test_a_damaged_image_is_named_by_its_place_in_its_shard(copy, backend):
     source = open_betons(copy, "val")
     with open(copy / "val-00002-of-00003.beton", "r+b") as file:  # it holds images 8 to 11

@@ -19,7 +19,7 @@ from pipelines.config import BACKENDS, AugmentationConfig, DataConfig
 from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
-from tests.pipelines.helpers import EXECUTORS, indices_of, pixels_of, plan_of, reference
+from tests.pipelines.helpers import EXECUTORS, OF_BETONS, OF_FOLDERS, indices_of, pixels_of, plan_of, reference
 
 
 def errors(photos, config, split, build):
@@ -196,7 +196,7 @@ def test_a_share_of_whole_images_outside_its_bounds_is_refused(share):
         DataConfig(dali_full_decode=share)
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision"])
+@pytest.mark.parametrize("backend", OF_BETONS)
 def test_raw_images_come_out_like_the_jpegs_that_they_were(photos, build, backend):
     config = DataConfig(root=photos.half_raw, backend=backend, batch_size=12, workers=2, input_size=64, eval_size=64)
     # The raw half holds decoded pixels, the other was compressed a second time.
@@ -220,7 +220,7 @@ def test_any_other_loader_goes_on_with_exactly_the_images_that_are_left(small, p
         next(batches)
     state = json.loads(json.dumps(first.state_dict()))
     assert state == {"epoch": 3, "step": done}  # of what was handed out, not of what is under way
-    for backend in ("ffcv", "dali", "torchvision"):
+    for backend in OF_BETONS:
         other = replace(small, backend=backend, root=photos.verbatim, workers=2)
         parts = []
         for rank in range(world_size):
@@ -273,7 +273,7 @@ def test_closing_in_the_middle_of_an_epoch_leaves_nothing_ten_times(small):
     assert psutil.Process().memory_info().rss - memory < 30 * 2**20
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision"])
+@pytest.mark.parametrize("backend", OF_BETONS)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_overwritten_bytes_of_an_image_are_named(photos, tmp_path, backend, workers):
     root = damaged_copy(photos, tmp_path)
@@ -288,7 +288,7 @@ def test_overwritten_bytes_of_an_image_are_named(photos, tmp_path, backend, work
     loader.close()
 
 
-@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.parametrize("backend", OF_FOLDERS)
 @pytest.mark.parametrize("damage", ["truncated", "no image", "gone"])
 def test_a_damaged_file_of_a_folder_is_named(photos, tmp_path, backend, damage):
     root = tmp_path / "copy"
@@ -304,7 +304,7 @@ def test_a_damaged_file_of_a_folder_is_named(photos, tmp_path, backend, damage):
     loader.close()
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision"])
+@pytest.mark.parametrize("backend", OF_BETONS)
 def test_a_damaged_index_is_refused_by_every_backend(photos, tmp_path, backend):
     root = damaged_copy(photos, tmp_path)
     config = DataConfig(root=root, backend=backend, batch_size=4, workers=1)
@@ -337,7 +337,7 @@ def test_images_get_the_labels_that_a_model_has_for_them(small, build):
     assert [label for batch in loader for label in batch.labels.tolist()] == [(7, 3)[label] for label in labels]
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision"])
+@pytest.mark.parametrize("backend", OF_BETONS)
 def test_damage_is_found_where_there_are_no_checksums(photos, tmp_path, build, backend):
     for file in photos.verbatim.glob("*.beton"):  # without dataset.json, as FFCV's own writer leaves a file
         shutil.copy(file, tmp_path)

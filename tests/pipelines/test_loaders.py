@@ -10,10 +10,10 @@ from torchvision.transforms import v2
 
 from pipelines.batch import Place
 from pipelines.build import build_loader
-from pipelines.config import DataConfig
+from pipelines.config import BACKENDS, DataConfig
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
-from tests.pipelines.helpers import indices_of, pixels_of, training_plan, write_photos
+from tests.pipelines.helpers import OF_BETONS, OF_FOLDERS, indices_of, pixels_of, training_plan, write_photos
 
 
 def test_normalised_images_have_the_mean_and_deviation_of_imagenet_taken_out(tmp_path, build):
@@ -116,7 +116,7 @@ def test_synthetic_training_follows_the_plan(build):
     assert abs(batches[0].images.mean()) < 0.1 and abs(batches[0].images.std() - 1) < 0.1
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "dali", "torchvision", "synthetic"])
+@pytest.mark.parametrize("backend", [*OF_BETONS, "synthetic"])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_batch_size_that_the_world_size_does_not_divide_is_refused(photos, backend, split):
     with pytest.raises(DataError, match="--batch-size 4 .* use a multiple of 3"):
@@ -134,11 +134,11 @@ def test_fewer_training_images_than_a_batch_are_refused(photos, build):
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones(photos):
-    with pytest.raises(DataError, match="'tape'.* auto, dali, ffcv, torchvision, synthetic"):
+    with pytest.raises(DataError, match=f"'tape'.* {', '.join(BACKENDS)}"):
         build_loader(DataConfig(root=photos.folder, backend="tape"), "train")
 
 
-@pytest.mark.parametrize("backend", ["auto", "dali", "torchvision"])
+@pytest.mark.parametrize("backend", ["auto", *OF_FOLDERS])
 def test_no_data_and_missing_data_are_refused(tmp_path, backend):
     with pytest.raises(DataError, match="--data"):
         build_loader(DataConfig(backend=backend), "train")

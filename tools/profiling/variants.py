@@ -1,14 +1,14 @@
 """The registry of what is measured beside each other: a convolution, or a network, static and in each dynamic form."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 import dcd
 from dcd.layers import FORMS, DCDConv2d, available_paths, set_form, set_path
-from dcd.layers.rivals import CondConv2d, DYConv2d, ODConv2d, SqueezeExcitation
-from dcd.models.resnet import static_conv
+from dcd.layers.rivals import RIVALS
+from dcd.models.resnet import ConvFactory, static_conv
 from tools.profiling.shapes import Shape, create_network
 
 STATIC = "static"
@@ -17,20 +17,16 @@ AUTO = "dcd auto"  # by the path that a layer takes by itself
 NETWORKS = [name.removesuffix("_dcd") for name in sorted(dcd.list_models(), key=len) if name.endswith("_dcd")]
 
 
-def squeeze_excitation_conv(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Module:
-    """A convolution, and squeeze-and-excitation of its output."""
-    conv = static_conv(in_channels, out_channels, kernel_size, stride)
-    return nn.Sequential(conv, SqueezeExcitation(out_channels))
+def layer_of(parts: dict[str, Any]) -> ConvFactory:
+    """Makes the convolution of a rival, by its entry in `RIVALS`, and behind it what recalibrates the output."""
+    conv = parts.get("conv", static_conv)
+    if "recalibrate" not in parts:
+        return conv
+    return lambda *sizes: nn.Sequential(conv(*sizes), parts["recalibrate"](sizes[1]))
 
 
-# variant -> (in_channels, out_channels, kernel_size, stride) -> layer; a network's form NETWORK_VARIANT has its name
-LAYERS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
-    STATIC: static_conv,
-    "se": squeeze_excitation_conv,
-    "condconv": CondConv2d,
-    "dyconv": DYConv2d,
-    "odconv": ODConv2d,
-}
+# variant -> layer; a network's form NETWORK_VARIANT has its name
+LAYERS: dict[str, ConvFactory] = {STATIC: static_conv, **{name: layer_of(parts) for name, parts in RIVALS.items()}}
 
 
 def all_variants(device: torch.device) -> tuple[str, ...]:
