@@ -21,8 +21,8 @@ STD = (58.395, 57.12, 57.375)
 
 class Batch(NamedTuple):
     """images (N, 3, H, W), channels_last strides, normalised by ImageNet's mean and std, in the loader's dtype on the
-    rank's device; labels (N,) int64 on the device, class ids in sorted order of the class names; indices (N,) int64
-    on the CPU, positions in the dataset.
+    rank's device; labels (N,) int64 on the device, class ids in sorted order of the class names, or after
+    `Loader.relabel` outputs of the model; indices (N,) int64 on the CPU, positions in the dataset.
     """
 
     images: Tensor

@@ -35,8 +35,8 @@ class DeviceStage:
     def run(self, executed: Executed, labels: NDArray[np.int64]) -> Generator[Batch, None, None]:
         """A batch for each step that the executor has carried out, in order; `labels` are those of the dataset.
 
-        On a GPU each is made on a stream of its own, and so is one batch ahead; on a CPU augmentations are carried out
-        in a thread of their own, also one batch ahead. Closing the generator closes `executed`.
+        On a GPU batches are made on one CUDA stream of the loader's, one ahead; on a CPU with augmentations in one
+        thread, also one ahead. Closing the generator closes `executed`.
 
         Raises:
             TypeError: the executor has normalised images that are to be augmented.

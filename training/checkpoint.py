@@ -151,7 +151,7 @@ def load(path: Path, architecture: dict) -> dict:
     """A checkpoint of this trainer, on the CPU.
 
     Args:
-        architecture: `Config.architecture` of the run that is to go on from it.
+        architecture: `ModelConfig.architecture` of the run that is to go on from it.
 
     Raises:
         CheckpointError: missing, damaged, of another program or of another architecture.

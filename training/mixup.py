@@ -29,8 +29,9 @@ def mixup_share(alpha: float, epoch: int, mixup_epochs: int, seed: int, step: in
 def mix(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Targets]:
     """`share` of each image and `1 - share` of its neighbour, in pairs (0, 1), (2, 3), ...
 
-    The batch is shuffled already, so a neighbour is as good as a random partner; and pairs lie on one rank, so that
-    the mixed images do not depend on the world size. The last of an odd number stays as it is.
+    The batch is shuffled already, so a neighbour is as good as a random partner. Pairs lie within one part of one
+    rank's share: while those are even, the mixed images do not depend on the world size. The last of an odd number
+    stays as it is, and then they do.
 
     Args:
         images: (N, C, H, W). labels: (N,).

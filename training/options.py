@@ -108,7 +108,7 @@ class RunConfig:
     eval_every: int = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
     checkpoint_minutes: float = 10.0
-    """Most minutes between two checkpoints; one is written after every epoch in any case."""
+    """Minutes after which the next line of the log writes a checkpoint; each epoch's end writes one in any case."""
     checkpoint_steps: int | None = None
     """Write a checkpoint every so many steps as well."""
     keep: int = 2
@@ -118,7 +118,7 @@ class RunConfig:
     max_bad_steps: int = 0
     """Steps whose loss or gradient is not finite that are left out before the run ends."""
     stop_after_steps: int | None = None
-    """Write a checkpoint and stop after this many steps, as for a job with a time limit."""
+    """Write a checkpoint and stop after this many steps of this start, as for a job with a time limit."""
     profile: int | None = None
     """Time the phases of this many steps, and trace three more: what bounds the run is logged and written to
     profile.json, the trace to trace.json."""

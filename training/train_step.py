@@ -75,6 +75,7 @@ class TrainStep:
         """
         images, labels, indices = batch
         optim, parts = self.optim, self.optim.accumulate
+        # One number for (seed, global step, rank): the factors are primes above usual numbers of steps and ranks.
         torch.manual_seed(((self._seed * 1_000_003 + progress.global_step) * 65_537 + self._ranks.rank) % 2**63)
         share = mixup_share(optim.mixup, progress.epoch, optim.mixup_epochs, self._seed, progress.step)
         for group in self.optimizer.param_groups:

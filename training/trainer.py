@@ -153,6 +153,7 @@ class Trainer:
             for record, spoilt, left_out in zip(records, anywhere, skipped, strict=True)
             if spoilt or (left_out and by_gradient)
         ]
+        # The loss can be infinite though all logits and gradients are finite: then the last step stands for it.
         bad = bad or records[-1:]
         progress.bad_steps += len(bad)
         sentences = [

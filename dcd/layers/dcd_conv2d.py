@@ -15,7 +15,7 @@ from dcd.ops import fused, reference
 from dcd.ops.fused_core import Convolutions, Parameters, Settings
 from dcd.ops.image_matrices import Norms, Statistics
 
-# Triton compiles what launches its kernels.
+# Triton needs a C compiler at run time, for the stub that launches a kernel.
 HAS_TRITON = find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
 # Ways to compute the same equation: "reference" is plain PyTorch, "fused" makes few passes over the maps, "triton" does
 # so by kernels for the GPU. "auto" is the last one that the device can run, and "reference" under torch.compile.
@@ -25,7 +25,7 @@ FORMS = tuple(fused.FORMS)
 
 
 class DCDConv2d(nn.Module):
-    """Dynamic convolution decomposition: `y = Λ(x) ⊙ (W₀ ∗ x) + P (bn2(Φ(x) q) + q)`, `q = bn1(Q ∗ x)`.
+    """Dynamic convolution decomposition: `y = Λ(x) ⊙ (W₀ ∗ x) + P (bn2(Φ(x) u) + u)`, `u = bn1(Q ∗ x)`.
 
     Source: arXiv 2103.08756, equation 6. In place of `nn.Conv2d(in, out, k, stride, padding=k // 2, bias=False)`.
 
@@ -80,8 +80,8 @@ class DCDConv2d(nn.Module):
     def _by_reference(self, x: Tensor) -> Tensor:
         descriptor = F.adaptive_avg_pool2d(x, self.pool_size).flatten(1)  # [B, C*pool_size**2]
         phi, channel_scale = self.coefficients(descriptor)
-        q = self.bn1(self.proj_in(x))  # [B, L, H, W]
-        latent = self.bn2(reference.fuse_latent(phi, q)) + q
+        u = self.bn1(self.proj_in(x))  # [B, L, H, W]
+        latent = self.bn2(reference.fuse_latent(phi, u)) + u
         return reference.combine(self.static_conv(x), channel_scale, self.proj_out(latent))
 
     def _by_fused(self, x: Tensor, by_triton: bool) -> Tensor:

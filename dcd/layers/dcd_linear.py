@@ -7,7 +7,7 @@ from dcd.ops import reference
 
 
 class DCDLinear(nn.Module):
-    """Dynamic linear layer: `y = Λ(x) ⊙ (W x + b) + P (bn2(Φ(x) q) + q)`, `q = bn1(Q x)`.
+    """Dynamic linear layer: `y = Λ(x) ⊙ (W x + b) + P (bn2(Φ(x) u) + u)`, `u = bn1(Q x)`.
 
     Source: arXiv 2103.08756, equation 6 at one position; L and the squeeze are 32 in the official release.
 
@@ -29,7 +29,6 @@ class DCDLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C) to (B, O)."""
         phi, channel_scale = self.coefficients(x)
-        q = self.bn1(self.proj_in(x))  # [B, L]
-        fused = reference.fuse_latent(phi, q[:, :, None, None]).flatten(1)  # [B, L]
-        latent = self.bn2(fused) + q
+        u = self.bn1(self.proj_in(x))  # [B, L]
+        latent = self.bn2(reference.fuse_latent(phi, u[:, :, None, None]).flatten(1)) + u
         return reference.combine(self.static_linear(x), channel_scale, self.proj_out(latent))

@@ -11,7 +11,7 @@ The second term is linear in a vector q that also holds constants:
 
     (1)  q = (proj_in x - centre, 1, cells, 0)    L columns, 1 column, D columns, and zeros up to L⁺ columns
     (2)  y = channel_scale ⊙ (static ∗ x) + read_outᵀ q
-    (3)  read_out = fused proj_outᵀ               fused is defined by fusedᵀ q = bn2(phi u) + u
+    (3)  read_out = fused proj_outᵀ               fused is the matrix with fusedᵀ q = bn2(phi u) + u
 
 `fused` needs the statistics of both batch norms. They follow from one more small matrix of each image, as equations 8
 to 13 in `image_matrices.py` show:
@@ -26,11 +26,14 @@ channel_scale. From there
 
     (5)  d_fused = d_read_out proj_out,    d_proj_out = Σ d_read_outᵀ fused, summed over the images
     (6)  d_q = read_out d_y + q_to_d_qᵀ q         by the output, and by the statistics (equations 14 to 21)
-    (7)  d_x = [by static] + proj_inᵀ d_q + d_descriptorᵀ cells / (H·W)
+    (7)  d_x = [by static] + paddedᵀ d_q + d_descriptorᵀ cells / (H·W)
 
-The centre makes the variances exact; the result does not depend on it. A variance is the mean of the squares less the
-square of the mean, and where the mean is 300 standard deviations, float32 has nothing left of it. The centre is near
-the mean of proj_in x.
+padded (L⁺, C) is proj_in over rows of zeros, so it drops the elements of d_q from L on, which mean nothing. Here
+d_descriptor is a matrix (D, C).
+
+The centre makes the variances exact: where the mean is m standard deviations, the mean of the squares less the square
+of the mean loses a factor of m² in float32. The centre is near the mean of proj_in x. It depends on x, but y does not
+depend on it, so its gradient is 0 and the backward pass leaves it out.
 
 The cells are a row of the pool's matrix (`pool_cells`), such that the mean of cells xᵀ over the positions is the pooled
 input, the descriptor. The form "kernels" pools by them; in "maps" their columns are zeros until the backward pass.
@@ -225,7 +228,8 @@ def small_matrices(
     (_, _, proj_out), branch, norms = parameters
     phi, channel_scale, saved_coefficients = coefficients(descriptor, branch)
     fused, statistics, saved_fuse = settings.implementation.fuse(phi, _moments(q), norms, settings.eps)
-    statistics = statistics._replace(mean1=statistics.mean1 - offset[: phi.shape[1]])  # that of proj_in x
+    # of proj_in x: the centre is added again, and offset is -centre
+    statistics = statistics._replace(mean1=statistics.mean1 - offset[: phi.shape[1]])
     matrices = Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())
     return SavedCore(*parameters, matrices, saved_coefficients, saved_fuse), statistics
 

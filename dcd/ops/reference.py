@@ -1,9 +1,9 @@
 """The equation of dynamic convolution decomposition in plain PyTorch.
 
-    y = Λ(x) ⊙ (W₀ ∗ x) + P (bn2(Φ(x) q) + q),    q = bn1(Q ∗ x)
+    y = Λ(x) ⊙ (W₀ ∗ x) + P (bn2(Φ(x) u) + u),    u = bn1(Q ∗ x)
 
 Source: "Revisiting Dynamic Convolution via Matrix Decomposition", ICLR 2021, arXiv 2103.08756, equation 6 and
-figure 3 (the residual "+ q" is the identity in Φ + I; the two batch norms are in the official release).
+figure 3 (the residual "+ u" is the identity in Φ + I; the two batch norms are in the official release).
 
 Legend of the shape comments: B batch, C input channels, O output channels, L latent dimension, H and W the height and
 width of the output, S the squeezed width of the coefficient branch.
@@ -26,7 +26,7 @@ def coefficients(
 
     Args:
         descriptor: (B, D), the average-pooled input, flattened channel-major when pooled to 2×2 (D = 4·C).
-        squeeze, gate, to_phi, to_scale: the matrices A (S, D), B (S, S), C (L·L, S) and D (O, S).
+        squeeze, gate, to_phi, to_scale: the paper's matrices (S, D), (S, S), (L·L, S) and (O, S).
 
     Returns:
         phi (B, L, L), unbounded; channel_scale (B, O) in [0, 2].
@@ -38,22 +38,22 @@ def coefficients(
     return phi.unflatten(1, (latent_dim, latent_dim)), hard_sigmoid2(F.linear(y, to_scale))
 
 
-def fuse_latent(phi: Tensor, q: Tensor) -> Tensor:
-    """Dynamic channel fusion Φ(x)·q at every position.
+def fuse_latent(phi: Tensor, u: Tensor) -> Tensor:
+    """Dynamic channel fusion Φ(x)·u at every position.
 
     Args:
         phi: (B, L, L).
-        q: (B, L, H, W), any strides.
+        u: (B, L, H, W), any strides.
 
     Returns:
-        (B, L, H, W) in the dtype of phi, with channels_last strides. In channels_last the rows (B, H·W, L) of q are
+        (B, L, H, W) in the dtype of phi, with channels_last strides. In channels_last the rows (B, H·W, L) of u are
         a view, so the product is one batched matrix product that copies nothing. It leaves autocast: Φ grows with the
         square of x, and overflows fp16 before bn2 can bring it back.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        rows = q.flatten(2).transpose(1, 2).to(phi.dtype)  # [B, H*W, L]
+    with torch.autocast(u.device.type, enabled=False):
+        rows = u.flatten(2).transpose(1, 2).to(phi.dtype)  # [B, H*W, L]
         fused = rows @ phi.transpose(1, 2)  # [B, H*W, L]
-    return fused.transpose(1, 2).unflatten(2, q.shape[2:])
+    return fused.transpose(1, 2).unflatten(2, u.shape[2:])
 
 
 def combine(static: Tensor, channel_scale: Tensor, residual: Tensor) -> Tensor:

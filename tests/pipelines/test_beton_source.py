@@ -13,6 +13,7 @@ from pipelines.config import DataConfig
 from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, JPEG, RAW, BetonSource
 from pipelines.sources.errors import DataError
 from tests.betons import PAGES, Beton
+from tests.pipelines.helpers import OF_BETONS
 
 
 @pytest.fixture
