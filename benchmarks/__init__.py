@@ -1,4 +1,4 @@
-"""Programs that compare, beside what they have measured: `python -m benchmarks.NAME --help`."""
+"""Programs that measure and compare, and their results: `python -m benchmarks.NAME --help`."""
 
 from training.command_line import name_the_user
 

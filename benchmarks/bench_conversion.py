@@ -1,10 +1,10 @@
-"""Speed of tools.make_dataset beside FFCV's own DatasetWriter, on the train/ of an image folder.
+"""Compare the speed of tools.make_dataset with FFCV's own DatasetWriter, on train/ of an image folder.
 
     python -m benchmarks.bench_conversion SRC
 
-The four conversions take turns, so that whatever else the machine does falls on all of them; a rate is the median of
-its runs. Ours list the folder, check every image and wait for the disk (fsync); FFCV's does none of the last two.
-Neither's imports are counted. Two short runs before the first compile what is compiled once.
+The four conversions take turns, so other load on the machine affects all of them; a rate is the median of its runs. Our
+conversion lists the folder, checks every image and waits for the disk (fsync). FFCV's writer also lists the folder, but
+does not check or wait. Imports are not counted. Short runs before the first compile what is compiled once.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ from training.command_line import parse
 
 
 def ours(src: Path, workers: int, options: Options, out: Path) -> int:
-    """Convert train as tools.make_dataset does; the number of images."""
+    """Convert train as tools.make_dataset does. Returns the number of images."""
     split = open_source(src).splits["train"]
     write_split(split, out, options, workers, discard_on_bad=True)
     return len(split.labels)
 
 
 def ffcvs(src: Path, workers: int, max_resolution: int | None, out: Path) -> int:
-    """Convert train as FFCV's documentation does; the number of images."""
+    """Convert train as FFCV's documentation does. Returns the number of images."""
     ffcv = load_ffcv()
     image = ffcv.fields.RGBImageField(write_mode="jpg", max_resolution=max_resolution, jpeg_quality=90)
     fields = {"image": image, "label": ffcv.fields.IntField()}
@@ -81,7 +81,7 @@ def main(src: tyro.conf.Positional[Path], workers: int | None = None, rounds: in
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             out = Path(temporary, "train.beton")
             timed = {name: partial(rate, convert, out) for name, convert in conversions.items()}
-            rates = in_turns(timed, rounds, warm_up=1)  # which brings the folder into memory
+            rates = in_turns(timed, rounds, warm_up=1)  # the warm-up also brings the folder into memory
     except DataError as error:
         sys.exit(f"error: {error}")
     medians = {name: statistics.median(found) for name, found in rates.items()}

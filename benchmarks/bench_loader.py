@@ -1,10 +1,10 @@
-"""Measure every loader beside the libraries' own, on the same images and cores, in one run.
+"""Compare our loaders with the libraries' own, on the same images and cores, in one run.
 
     python -m benchmarks.bench_loader DATA --out OUT      a table; OUT.md, OUT.json and OUT.png
 
-Each row runs in a process of its own, which stays: the rows take turns, an epoch each, so that a machine whose speed
-changes changes it for all of them. An epoch gives the rate and the share of the cores that were busy, from its fifth
-batch on; the first epoch of each row is not counted, and gives the time to the first batch and the highest memory.
+Each row has a process of its own for the whole run. The rows take turns, an epoch each, so that changes in the speed of
+the machine affect all of them. An epoch gives the rate and the share of busy cores, from its fifth batch on. The first
+epoch of each row is a warm-up; it gives the time to the first batch and the peak memory.
 """
 
 import math
@@ -47,14 +47,14 @@ from training.command_line import parse
 
 RAW_SIDE = 256  # longest side in pixels of the images that are stored as pixels
 
-# Batches at the beginning of an epoch: DALI's iterator has made them during the end of the last one.
+# Batches at the start of an epoch that are not counted: DALI's iterator makes them during the end of the last epoch.
 UNCOUNTED = 4
 
 
 @dataclass(frozen=True)
 class Setting:
-    """folder: images in class folders below train/. beton: the same, converted; raw: the same as pixels, smaller.
-    batch_size images of size × size pixels; `workers` threads or processes; batches on `device`.
+    """folder: images in class folders below train/. beton: the same, converted. raw: the same, smaller, as pixels.
+    batch_size: images of size × size pixels. workers: threads or processes. device: where the batches end.
     """
 
     folder: Path
@@ -66,7 +66,7 @@ class Setting:
     device: str
 
 
-# Called once for each epoch, it yields the number of images of each batch.
+# Called once for each epoch; yields the number of images of each batch.
 Epochs = Callable[[], Iterator[int]]
 
 
@@ -80,8 +80,8 @@ class Epoch(NamedTuple):
 
 @dataclass
 class Row:
-    """What was measured of a loader. Rates in images/s, one an epoch; cpu in percent of `workers` cores; memory of all
-    of its processes, shared pages divided between them, in GiB; first_batch_s from the start of the loader, imports
+    """The figures of one loader. rates: images/s of each epoch. cpu_percents: of `workers` cores. peak_memory_gib: of
+    all its processes, with shared pages divided among them. first_batch_s: from the start of the loader, imports
     included.
     """
 
@@ -100,7 +100,7 @@ class Row:
 
 
 def ours(setting: Setting, backend: str, form: str = "beton", size: int | None = None, exact: bool = False) -> Epochs:
-    """One of our executors, float32 and normalised, by the plan. form: what of the setting it reads."""
+    """One of our executors, float32 and normalised. form: the field of the setting that it reads."""
     config = DataConfig(
         root=getattr(setting, form),
         backend=backend,
@@ -122,7 +122,7 @@ def ours(setting: Setting, backend: str, form: str = "beton", size: int | None =
 
 
 def stock_torchvision(setting: Setting) -> Epochs:
-    """The ImageNet example's way: ImageFolder, Pillow, ToTensor, Normalize, DataLoader."""
+    """The ImageNet example of PyTorch: ImageFolder, Pillow, ToTensor, Normalize, DataLoader."""
     ways = transforms.Compose(
         [
             transforms.RandomResizedCrop(setting.size),
@@ -165,7 +165,7 @@ def stock_ffcv(setting: Setting, normalised: bool, form: str = "beton") -> Epoch
 
 
 def stock_dali(setting: Setting) -> Epochs:
-    """NVIDIA's ImageNet example's way: readers.file, decoders.image_random_crop, resize, crop_mirror_normalize."""
+    """NVIDIA's ImageNet example: readers.file, decoders.image_random_crop, resize, crop_mirror_normalize."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.base_iterator import LastBatchPolicy
     from nvidia.dali.plugin.pytorch import DALIClassificationIterator
@@ -198,7 +198,7 @@ def stock_dali(setting: Setting) -> Epochs:
 
 
 def full_decode(setting: Setting, by_libjpeg_alone: bool) -> Epochs:
-    """Every image whole, on all cores, accurate, nothing else done with it."""
+    """Decode every image whole and exactly, on all cores, and do nothing else."""
     source = BetonSource(setting.beton / "train.beton")
     pool = ThreadPoolExecutor(setting.workers)
     memory = local()
@@ -215,7 +215,7 @@ def full_decode(setting: Setting, by_libjpeg_alone: bool) -> Epochs:
 
 
 def loaders(setting: Setting) -> dict[str, tuple[str, str, Callable[[Setting], Epochs]]]:
-    """{name: (kind, note, what opens it)}"""
+    """{name: (kind, note, function that opens it)}"""
     half, raw = setting.size // 2, f".beton of pixels, longest side {RAW_SIDE}"
     at_half = partial(ours, backend="ffcv", size=half)
     return {
@@ -247,7 +247,7 @@ def opened(name: str, setting: Setting) -> Epochs:
 
 
 def one_epoch(name: str, setting: Setting) -> Epoch:
-    """In the process of a row."""
+    """One epoch, in the process of the row."""
     start = time.perf_counter()
     used, began, count, first = 0.0, start, 0, start
     for step, images in enumerate(opened(name, setting)()):
@@ -276,7 +276,7 @@ def measure(setting: Setting, names: Iterable[str], epochs: int) -> list[Row]:
             rows[name] = Row(name, *loaders(setting)[name][:2])
             pools[name] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             stack.enter_context(pools[name])
-            stack.callback(pools[name].submit, opened.cache_clear)  # ends the loader's own processes
+            stack.callback(pools[name].submit, opened.cache_clear)  # ends the processes of the loader
             warm_up(pools[name], rows[name], setting)
         turns = {name: partial(count_epoch, pools[name], row, setting) for name, row in rows.items()}
         in_turns(turns, epochs)
@@ -296,7 +296,7 @@ def warm_up(pool: ProcessPoolExecutor, row: Row, setting: Setting) -> None:
 
 
 def count_epoch(pool: ProcessPoolExecutor, row: Row, setting: Setting) -> None:
-    """One more epoch, unless something has failed."""
+    """One more epoch, unless the row has failed."""
     if not row.error:
         with errors_in(row):
             found = pool.submit(one_epoch, row.name, setting).result()
@@ -307,7 +307,7 @@ def count_epoch(pool: ProcessPoolExecutor, row: Row, setting: Setting) -> None:
 
 @contextmanager
 def errors_in(row: Row) -> Iterator[None]:
-    """An error is what a row has found: the other rows go on."""
+    """An error in the body becomes the row's result; the other rows go on."""
     try:
         yield
     except Exception as error:
@@ -334,7 +334,7 @@ def table(found: list[Row]) -> str:
 
 
 def ratios(found: list[Row]) -> list[str]:
-    """What each executor is to its library's own pipeline."""
+    """The rate of each executor divided by the rate of its library's own pipeline."""
     rates = {row.name: row.rate for row in found if row.rates}
     pairs = (
         ("FFCV executor", "FFCV Loader"),
@@ -380,7 +380,7 @@ def main(
 
     Args:
         data: a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG, such as benchmarks.make_fake_imagenet writes.
-        beton: a folder with the same, converted; by default it is converted into a temporary folder.
+        beton: a folder with the same images converted; by default they are converted into a temporary folder.
         out: where OUT.md, OUT.json and OUT.png are written.
         only: names of rows; by default all.
         epochs: counted epochs of each row.

@@ -1,10 +1,10 @@
-"""How far each executor's pixels are from a float reference, as Markdown tables: by executor, by sampling of chroma.
+"""Compare each executor's pixels with a float reference. Markdown tables by executor and by chroma sampling.
 
     python -m benchmarks.compare_pixels DATA --images 1024
 
-The reference: the whole image by Pillow (libjpeg-turbo, accurate transform), the plan's box resized by PyTorch in
-float32, antialiased bilinear. Errors are |pixel - reference| over all pixels, in steps of 1/255. The second table is of
-whole images, written anew by each sampling, and decoded by `native.render` at 1/2, 1/4 and 1/8.
+The reference: Pillow decodes the whole image (libjpeg-turbo, accurate inverse DCT), and PyTorch resizes the plan's box
+in float32, antialiased bilinear. Errors are |pixel - reference| over all pixels, in steps of 1/255. For the second
+table whole images are encoded again with each sampling, and decoded by `native.render` at 1/2, 1/4 and 1/8.
 """
 
 import io
@@ -44,7 +44,7 @@ SCALES = (2, 4, 8)
 
 
 def reference(path: Path | IO[bytes], box: tuple[int, int, int, int], flip: bool, size: int) -> Tensor:
-    """The reference of one image, its `box` (top, left, height, width): (3, size, size) float32 in [0, 255]."""
+    """The reference of a `box` (top, left, height, width) of an image: (3, size, size) float32 in [0, 255]."""
     top, left, height, width = box
     with Image.open(path) as file:
         whole = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).float()
@@ -92,7 +92,7 @@ def scaled_errors(pixels: np.ndarray, sampling: str, scale: int) -> np.ndarray:
 
 
 def compare_samplings(folder: Path, images: int) -> None:
-    """Print the table by sampling, of the first `images` of `folder` and of as many of random colours."""
+    """Print the table by sampling for the first `images` of `folder` and as many images of random colours."""
     source = FolderSource(folder)
     photos = [source.decode(i).permute(1, 2, 0).numpy() for i in range(min(images, len(source)))]
     colours = [random_colours(seed) for seed in range(len(photos))]
@@ -108,11 +108,11 @@ def compare_samplings(folder: Path, images: int) -> None:
 
 
 def main(data: tyro.conf.Positional[Path], images: int = 1024, sizes: tuple[int, ...] = (224, 160, 112)) -> None:
-    """Compare every executor with the reference on DATA/train, and FFCV's fast decoding by the sampling of chroma.
+    """Compare every executor with the reference on DATA/train, and FFCV's fast decoding by chroma sampling.
 
     Args:
         data: a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG.
-        images: how many are compared; by the sampling a quarter of them.
+        images: how many are compared; a quarter of them in the table by sampling.
         sizes: sides of the resized images in pixels.
     """
     batch_size, rows = min(64, images), []

@@ -1,14 +1,14 @@
-"""Everything that can only be known on a GPU, in under nine minutes, unattended: tests, then measurements.
+"""Test and measure on a GPU everything that needs one, in under nine minutes, unattended.
 
     make gpu-check OUT=folder                       or: python -m benchmarks.gpu_check folder
     python -m benchmarks.gpu_check folder --rehearse     tiny, on a CPU: whether it works; its figures mean nothing
 
-It needs PyTorch with CUDA, torchvision, Triton and pytest, and no installation of this project; what else is missing
-skips its rows, and says so. OUT then holds gpu_check.md, to be read, and gpu_check.json, the same with all digits; both
-are written anew after each section. A section runs in a process of its own and has a time limit, so one that hangs or
-crashes costs no other.
+It needs PyTorch with CUDA, torchvision, Triton and pytest, but no installation of this project. If anything else is
+missing, its rows are skipped, and the report says so. The results are OUT/gpu_check.md, to be read, and
+OUT/gpu_check.json, the same with all digits; both are rewritten after each section. Each section has a process of its
+own and a time limit, so a section that hangs or crashes does not stop the others.
 
-The exit code is 1 where a test or a measurement failed; a figure that was missed is a result, not a failure.
+The exit code is 1 if a test or a measurement failed; a target that was missed is not a failure.
 """
 
 import argparse
@@ -40,7 +40,7 @@ TITLES = {
     "loaders": "Loaders",
     "timeline": "Where the time goes",
 }
-# Seconds at most; the sections of one line run side by side, and only those take no times.
+# Time limits in seconds; sections on one line run at the same time.
 SECTIONS = (
     {"correctness": 130, "compiling": 130},
     {"networks": 240},
@@ -57,13 +57,13 @@ class Section:
     def __init__(self, name: str, folder: Path, seconds: float, rehearsal: bool):
         self.name, self._file = name, folder / f"{name}.json"
         self._deadline = time.monotonic() + seconds
-        # It stops by itself a little earlier, and then has all of its findings.
+        # The section stops itself a little earlier, so that its findings are complete.
         command = [sys.executable, "-m", "benchmarks.gpu", name, TITLES[name], str(self._file), str(seconds - 5)]
         command += ["--rehearse"] if rehearsal else []
         self._process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
 
     def findings(self) -> Findings:
-        """Waits for its end, or for its time limit."""
+        """The findings, after waiting for the end of the section or its time limit."""
         why = None
         try:
             code = self._process.wait(max(0.1, self._deadline - time.monotonic()))
@@ -77,14 +77,14 @@ class Section:
         return found
 
     def stop(self) -> None:
-        """End it with all that it has started."""
+        """Kill the section and all processes that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 def check(names: list[str], rehearsal: bool) -> Iterator[Findings]:
-    """The findings of the named sections, each when it is done."""
+    """Yield the findings of each named section when it is done."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for beside in SECTIONS:

@@ -1,9 +1,9 @@
-"""Write JPEGs like ImageNet's, to measure loaders where there is no ImageNet.
+"""Write JPEGs like ImageNet's, to measure loaders without ImageNet.
 
     python -m benchmarks.make_fake_imagenet OUT --train-images 4096    ->  OUT/train/CLASS/*.JPEG, OUT/val/CLASS/*.JPEG
 
-Sizes around 500×375 with a long tail on both sides, a third of them upright, about 110 KB each, and real texture: crops
-of scikit-learn's two sample photographs, enlarged or reduced, with a camera's noise. The contents mean nothing.
+Sizes are around 500×375 with long tails, a third of them upright, about 110 KB each. The texture is real: crops of
+scikit-learn's two sample photographs, enlarged or reduced, with noise like a camera's. The labels mean nothing.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from training.command_line import path
 
 CLASSES = 10
-NOISE = 6.5  # standard deviation of the luminance noise, in [0, 255]: with it the files weigh what ImageNet's do
+NOISE = 6.5  # standard deviation of the luminance noise, in [0, 255]; it makes the files as large as ImageNet's
 QUALITY = 94
 
 
@@ -31,7 +31,7 @@ def photographs() -> list[Image.Image]:
 
 
 def random_size(draw: np.random.Generator) -> tuple[int, int]:
-    """(width, height): most are 500 on the longer side, as on the site that ImageNet was collected from."""
+    """(width, height): most have 500 pixels on the longer side, as in ImageNet."""
     longer = 500 if draw.random() < 0.7 else int(np.clip(np.exp(draw.normal(np.log(450), 0.55)), 80, 1600))
     shorter = max(60, round(longer * draw.choice([0.75, 0.667, draw.uniform(0.5, 1)], p=[0.6, 0.2, 0.2])))
     return (shorter, longer) if draw.random() < 1 / 3 else (longer, shorter)
@@ -67,7 +67,7 @@ def main() -> None:
     try:
         if out.exists() and any(out.iterdir()):
             raise FileExistsError(f"{out} is not empty: name another folder or empty it")
-        temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")  # renamed at the end: half of it is nothing
+        temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")  # renamed when it is complete
         with ProcessPoolExecutor() as pool:
             for split, count in counts.items():
                 for number in range(CLASSES):

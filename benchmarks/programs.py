@@ -1,4 +1,4 @@
-"""Other programs of this repository, which prepare what is measured."""
+"""Run other programs of this repository, which prepare the data of a measurement."""
 
 import re
 import subprocess
@@ -8,10 +8,10 @@ from pipelines.sources.errors import DataError
 
 
 def run_program(name: str, *arguments: object) -> None:
-    """`python -m NAME ARGUMENTS` in a process of its own; what it prints is not shown.
+    """Run `python -m NAME ARGUMENTS` in a process of its own; its output is not shown.
 
     Raises:
-        ModuleNotFoundError: it imports a package that is not there. DataError: it fails otherwise; its last line.
+        ModuleNotFoundError: a package that it imports is missing. DataError: any other failure; has its last line.
     """
     done = subprocess.run([sys.executable, "-m", name, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:

@@ -1,16 +1,16 @@
-"""Train for half an hour on each backend, and judge whether memory, threads, open files and processes stay as they are.
+"""Train for half an hour on each backend, and judge whether memory, threads, open files and processes stay constant.
 
     python -m benchmarks.soak                      or: make soak ARGS="--minutes 10 --backends ffcv"
 
-Each backend is a run of train_dist.py of its own, all at the same time: a small network on a few scanned digits, so
-that epochs, evaluations and checkpoints follow each other in seconds. Every few seconds all processes of a run are
-counted together. Memory is what they have taken, anonymous and shared memory, in which what they share is counted once;
-pages of files are the system's cache, and their share of a process depends on what else has them open.
+Each backend has its own run of train_dist.py, all at the same time: a small network on a few scanned digits, so that
+epochs, evaluations and checkpoints follow each other in seconds. Every few seconds a sample sums over all processes of
+a run. Memory is anonymous and shared memory, with shared memory counted once. Pages of files are not counted: they are
+the system's cache, and the share of a process depends on which other processes have them open.
 
-The first fifth of the time is the warm-up. After it a quantity has two rates, both in units per hour: the slope of a
-line through all samples by least squares, and the step from the median of the middle third to that of the last. It has
-grown where both exceed what `BOUNDS` allows: noise moves either, a single allocation that stays moves the first, a
-leak moves both. The exit code is 1 where anything has grown, or a run has ended by itself.
+The first fifth of the time is the warm-up. Each quantity then has two growth rates per hour: the slope of a
+least-squares line through all samples, and the step from the median of the middle third to the median of the last. A
+quantity has grown if both exceed `BOUNDS`: noise moves one of them, a single allocation that stays moves the slope, a
+leak moves both. The exit code is 1 if any quantity has grown, or a run has ended by itself.
 """
 
 import json
@@ -36,7 +36,7 @@ from tools.profiling.report import table_of, write_report
 from training.command_line import parse
 
 ROOT = Path(__file__).parents[1]
-# A learning rate that stays where it is for as long as the run may take, and too low to diverge
+# The learning rate stays constant for as long as the run can take, and is too low to diverge
 TRAINING = (
     "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16 --input-size 32 -b 16 -j 2 -p 5 --device cpu "
     "--lr 0.001 --lr-decay cos --epochs 10000000"
@@ -48,12 +48,12 @@ BACKENDS = {
     "synthetic": ("--backend", "synthetic", "--synthetic-images", "160", "--num-classes", "10"),
 }
 PER_CLASS = {"train": 16, "val": 8}  # images of each of the ten classes
-# Growth per hour that is still called flat. A day's training may grow by what a single epoch's batches take; a count
+# The largest growth per hour that counts as flat. A day's training may grow by the size of one epoch's batches; a count
 # that rises by one between the two medians of 30 minutes is above its bound.
 BOUNDS = {"memory_mib": 32.0, "threads": 4.0, "open_files": 4.0, "processes": 4.0}
 UNITS = {"memory_mib": "MiB of memory", "threads": "threads", "open_files": "open files", "processes": "processes"}
 WARM_UP = 1 / 5
-STOP_S = 60  # a run that is asked to stop has ended by then
+STOP_S = 60  # seconds within which a run must end after SIGTERM
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Trend:
-    """How one quantity went after the warm-up. slope, step: units per hour, see above."""
+    """One quantity after the warm-up. middle, last: medians of these thirds. slope, step: growth per hour."""
 
     quantity: str
     middle: float
@@ -83,10 +83,10 @@ class Trend:
 
 
 class Run:
-    """A training that is being watched; its files are in `folder`.
+    """A training under watch; its files are in `folder`.
 
     Args:
-        name: for the report. command: what starts it. folder: where its output goes, in log.txt.
+        name: for the report. command: starts the training. folder: its output goes to log.txt there.
     """
 
     def __init__(self, name: str, command: Sequence[str], folder: Path):
@@ -100,7 +100,7 @@ class Run:
         self._start = time.monotonic()
 
     def sample(self) -> None:
-        """Count everything once, unless the run has ended, which is its error."""
+        """Take one sample; if the run has ended, that is its error."""
         if self.error:
             return
         if self.process.poll() is not None:
@@ -116,7 +116,7 @@ class Run:
         self.samples.append(Sample(time.monotonic() - self._start, **sums))
 
     def stop(self) -> None:
-        """Ask for the end, and take it by force where it does not come."""
+        """Ask the run to end, and kill it if it does not."""
         if self.process.poll() is not None:
             return
         children = self.process.children(recursive=True)
@@ -134,7 +134,7 @@ class Run:
 
     @property
     def verdict(self) -> str:
-        """flat, or what is wrong, in one line."""
+        """ "flat", or one line that says what is wrong."""
         if self.error:
             return self.error
         trends = judge(self.samples)
@@ -144,7 +144,7 @@ class Run:
         return f"grew: {', '.join(grown)}" if grown else "flat"
 
     def figures(self) -> tuple[int, int]:
-        """Steps and evaluations that were logged."""
+        """The numbers of logged steps and evaluations."""
         metrics = self.folder / "out" / "metrics.jsonl"
         lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         steps = max((line["global_step"] for line in lines), default=0)
@@ -156,16 +156,16 @@ class Run:
 
 
 def memory_kib(pid: int) -> int:
-    """Anonymous and shared memory of a process, what it shares with others divided between them, in KiB."""
+    """Anonymous and shared memory of a process in KiB; memory of several processes is divided among them."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError as error:  # it has ended: the file is gone, or empty
+    except OSError as error:  # it has ended
         raise psutil.NoSuchProcess(pid) from error
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def judge(samples: Sequence[Sample]) -> list[Trend]:
-    """The trend of each quantity after the warm-up; none where fewer than three samples are left in a third."""
+    """The trend of each quantity after the warm-up; empty if a third has fewer than three samples."""
     if not samples:
         return []
     start, end = samples[0].seconds, samples[-1].seconds
@@ -185,7 +185,7 @@ def judge(samples: Sequence[Sample]) -> list[Trend]:
 
 
 def prepare(folder: Path) -> None:
-    """A few of the digits below `folder`, in class folders (folder/) and as .beton files (beton/)."""
+    """Write a few of the digits below `folder`, as class folders (folder/) and as .beton files (beton/)."""
     run_program("tools.make_sample", folder / "digits")
     for split, count in PER_CLASS.items():
         for of_class in (folder / "digits" / split).iterdir():
@@ -197,7 +197,7 @@ def prepare(folder: Path) -> None:
 
 
 def command(backend: str, folder: Path, ranks: int) -> list[str]:
-    """The training of one backend on what `prepare` has left in `folder`."""
+    """The command line of one backend's training on the data that `prepare` wrote into `folder`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     options = [str(folder / word) if word in ("beton", "folder") else word for word in BACKENDS[backend]]
     script = [sys.executable, *launcher, str(ROOT / "train_dist.py")]
@@ -205,9 +205,9 @@ def command(backend: str, folder: Path, ranks: int) -> list[str]:
 
 
 def watch(runs: Sequence[Run], seconds: float, interval: float) -> None:
-    """Sample every run each `interval` seconds, for so many `seconds`, and stop them."""
+    """Sample all runs every `interval` seconds, for `seconds` in all, then stop them."""
     end = time.monotonic() + seconds
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the runs end, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the runs are stopped too
     try:
         while (left := end - time.monotonic()) > 0 and not all(run.error for run in runs):
             time.sleep(min(interval, left))
@@ -235,7 +235,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def sections(runs: Sequence[Run], minutes: float, ranks: int) -> list[str]:
-    """What was run, the table, and how to read it."""
+    """Markdown: the setting, the table, and how to read it."""
     allowed = ", ".join(f"{bound:g} {UNITS[quantity]}" for quantity, bound in BOUNDS.items())
     images = {split: 10 * count for split, count in PER_CLASS.items()}
     return [
@@ -243,7 +243,7 @@ def sections(runs: Sequence[Run], minutes: float, ranks: int) -> list[str]:
         f"{images['train']} images to train and {images['val']} to evaluate, a checkpoint after every epoch.",
         table(runs),
         "`a → b (c)`: medians of the middle and of the last third of the time after the warm-up (a fifth); the slope "
-        f"by least squares, per hour. Flat: not both grow by more than {allowed} per hour.",
+        f"by least squares, per hour. Flat: slope or step of the medians is at most {allowed} per hour.",
     ]
 
 
@@ -255,15 +255,15 @@ def main(
     folder: Path | None = None,
     out: Path | None = None,
 ) -> None:
-    """Watch a training by each backend, print a table, and end with exit code 1 where anything grew.
+    """Watch a training on each backend, print a table, and end with exit code 1 if anything grew.
 
     Args:
         minutes: how long they train.
-        backends: which; by default all.
+        backends: names of backends; by default all.
         ranks: processes of each training.
         interval: seconds between two samples.
-        folder: where a temporary folder is made for data and output.
-        out: write what is printed to OUT.md, and all samples to OUT.json.
+        folder: parent of a temporary folder for data and output.
+        out: write the printed report to OUT.md, and all samples to OUT.json.
     """
     unknown = [name for name in backends if name not in BACKENDS]
     if unknown:

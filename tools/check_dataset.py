@@ -4,7 +4,7 @@
     python -m tools.check_dataset DATA --html page.html         and a page of thumbnails
     python -m tools.check_dataset DATA --json-file report.json  and everything that was found, for programs
 
-The exit code is 1 where an image is damaged, train or val is missing, or they differ in their classes.
+The exit code is 1 if an image is damaged, train or val is missing, or their classes differ.
 """
 
 import io
@@ -35,16 +35,16 @@ from training.command_line import parse
 
 SPLITS = ("train", "val")
 CHUNK = 32  # images for each thread between two moves of the progress bar
-SHOWN = 20  # lines on the terminal of each kind of finding; --json-file has all
-PER_CLASS, PER_PAGE = 8, 4000  # thumbnails, at most, where --per-class says nothing: some 12 MB
-MOST_ODD = 200  # thumbnails of images that are converted
+SHOWN = 20  # lines on the terminal for each kind of finding; --json-file has all
+PER_CLASS, PER_PAGE = 8, 4000  # thumbnails at most, by default: about 12 MB
+MOST_CONVERTED = 200  # thumbnails of images that are converted
 SAMPLINGS = {(1, 1): "4:4:4", (2, 2): "4:2:0", (2, 1): "4:2:2", (1, 2): "4:4:0", (4, 1): "4:1:1"}
 Source = FolderSource | BetonSource | BetonShards
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One image that is sound. bytes: stored. sums, squares: (3,) int64, over its pixels, by channel."""
+    """A sound image. bytes: stored. sums, squares: (3,) int64, sums over its pixels and their squares, by channel."""
 
     bytes: int
     checksum: int
@@ -56,8 +56,8 @@ class Seen:
 
 @dataclass
 class Report:
-    """What a split holds. sizes: (N, 2), height and width. damaged, converted: (index, name, reason), converted where
-    the image is no plain JPEG. layouts: how many are stored how. twins: names of images of the same bytes.
+    """What a split holds. sizes: (N, 2), height and width. damaged, converted: (index, name, reason); an image is
+    converted if it is not a plain JPEG. layouts: number of images by storage. twins: names of images with equal bytes.
     """
 
     split: str
@@ -72,14 +72,14 @@ class Report:
     damaged: list[tuple[int, str, str]] = field(default_factory=list)
     converted: list[tuple[int, str, str]] = field(default_factory=list)
     twins: list[list[str]] = field(default_factory=list)
-    checksums: dict[int, list[int]] = field(default_factory=dict)  # of the bytes: the images that have them
+    checksums: dict[int, list[int]] = field(default_factory=dict)  # checksum of the bytes: indices of its images
 
 
 def open_splits(data: Path) -> dict[str, Source]:
-    """Train and val below `data`, as far as they are there, or else the one split that `data` is.
+    """The splits below `data`, one or both of train and val; if there is none, `data` itself as a split.
 
     Raises:
-        DataError: there is none, or it can't be opened.
+        DataError: nothing is found, or it can't be opened.
     """
     if data.suffix == ".beton" and data.is_file():
         return {data.stem: BetonSource(data)}
@@ -100,7 +100,7 @@ def layout(data: NDArray[np.uint8]) -> str:
     try:
         image = Image.open(io.BytesIO(data))
     except OSError:
-        return "JPEG, a header that Pillow does not know"  # libjpeg does
+        return "JPEG, a header that Pillow does not know"  # libjpeg reads it
     with image:
         kind = ", progressive" if "progressive" in image.info else ""
         if image.mode == "L":
@@ -165,7 +165,7 @@ def check(source: Source, split: str, workers: int) -> Report:
 
 
 def shared(reports: list[Report], sources: dict[str, Source]) -> list[list[str]]:
-    """Images that are in both splits, by their bytes: an evaluation on what was trained on."""
+    """Images with equal bytes in both splits: they would be evaluated after training on them."""
     if len(reports) < 2:
         return []
     one, other = reports
@@ -197,7 +197,7 @@ def summary(report: Report) -> str:
 
 
 def findings(reports: list[Report], both: list[list[str]], differing: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """(title, lines) of each kind of finding that there is."""
+    """(title, lines) of each kind of finding."""
     for report in reports:
         if report.note:
             yield "left out", [report.note]
@@ -218,7 +218,7 @@ def thumbnails(sources: dict[str, Source], reports: list[Report], per_class: int
     """What the page shows: first the images that are converted, then some of each class, evenly spread."""
     for report in reports:
         if report.converted:
-            shown = [(index, f"{name}: {what}") for index, name, what in report.converted[:MOST_ODD]]
+            shown = [(index, f"{name}: {what}") for index, name, what in report.converted[:MOST_CONVERTED]]
             heading = f"converted when they are read, in {report.split}: {len(report.converted):,}"
             yield Row(heading, sources[report.split], shown)
     count = sum(len(report.classes) for report in reports)
@@ -261,10 +261,10 @@ def main(
 
     Args:
         data: a folder that holds train and val as class folders, .beton files or shards; or one of these alone.
-        html: write a page of thumbnails, which needs no other file.
-        json_file: write what was found, all of it.
+        html: write a page of thumbnails as a single file.
+        json_file: write everything that was found.
         workers: threads; by default one for each core.
-        per_class: thumbnails of each class and split; by default 8, fewer where there are many classes.
+        per_class: thumbnails of each class and split; by default 8, fewer if there are many classes.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     try:

@@ -3,7 +3,7 @@
     python -m tools.make_sample OUT        ->  OUT/train/CLASS/*.JPEG (1,437), OUT/val/CLASS/*.JPEG (360)
 
 1,797 scans of 8×8 pixels (E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998), enlarged
-to 64×64 and stored as RGB JPEG. Every fifth scan goes to val, so that train and val hold the same writers.
+to 64×64 and stored as RGB JPEG. Every fifth scan goes to val, so train and val have the same writers.
 """
 
 import os
@@ -22,7 +22,7 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def make_sample(out: Path) -> None:
-    """Write the sample below `out`; a sample that is there already is left alone.
+    """Write the sample below `out`; an existing sample is kept.
 
     Raises:
         FileExistsError: `out` holds something else.
@@ -32,7 +32,7 @@ def make_sample(out: Path) -> None:
         return
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty and holds no sample: name another folder or empty it")
-    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")  # renamed at the end: a half-written sample is none
+    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")  # renamed when it is complete
     digits = load_digits()
     for i, (scan, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         folder = temporary / ("val" if i % 5 == 0 else "train") / f"{label}_{NAMES[label]}"

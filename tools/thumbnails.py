@@ -1,4 +1,4 @@
-"""A page of thumbnails by which a person sees what a dataset holds: one file, without scripts, that opens offline."""
+"""A page of thumbnails that shows what a dataset holds: one file without scripts, which opens offline."""
 
 import base64
 import io
@@ -33,7 +33,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """Images of `source` under a heading; of each its index and what is said of it."""
+    """Images of `source` under a heading: (index, caption) of each."""
 
     heading: str
     source: Source
@@ -41,7 +41,7 @@ class Row:
 
 
 def write_page(path: Path, title: str, text: str, rows: Iterable[Row]) -> None:
-    """Write the page: `text` as it stands, then the rows.
+    """Write the page: `text` unchanged, then the rows.
 
     Raises:
         OSError: it can't be written.

@@ -1,8 +1,8 @@
 """The checkpoints of a run: each is there as a whole or not at all, and an older one stays beside the newest.
 
-checkpoints/last.pth      the newest; where it is the best so far, best.pth is the same file
-checkpoints/last.1.pth    the one before it, and so on: `--keep` in all
-checkpoints/best.pth      that of the best evaluation
+checkpoints/last.pth      the newest; if it is the best so far, best.pth is the same file
+checkpoints/last.1.pth    the one before it, and so on; `--keep` is their number
+checkpoints/best.pth      the one with the best evaluation
 """
 
 import os
@@ -24,8 +24,8 @@ class CheckpointWriter:
     """Writes the checkpoints of a run in a thread of its own: training waits only while the state is copied.
 
     Args:
-        folder: where they lie. keep: how many of the newest, at least 1.
-        say: is told, in one line, of a checkpoint that cannot be written.
+        folder: of the checkpoints. keep: number of the newest to keep, at least 1.
+        say: called with one line for each checkpoint that cannot be written.
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None]):
@@ -34,7 +34,7 @@ class CheckpointWriter:
         self.failure: OSError | None = None  # of the newest checkpoint
 
     def prepare(self) -> None:
-        """Find out whether the folder can be written to, and remove what a killed run has left half-written.
+        """Check that the folder can be written to, and remove half-written files of a killed run.
 
         Raises:
             ConfigError: it cannot.
@@ -50,10 +50,10 @@ class CheckpointWriter:
             ) from error
 
     def save(self, state: dict, is_best: bool) -> None:
-        """Copy the state to the host and write it in the background, when the one before is written.
+        """Copy the state to the host, wait until the last checkpoint is written, then write this one in the background.
 
         Args:
-            is_best: whether it is best.pth as well.
+            is_best: whether to write it as best.pth as well.
         """
         state = _on_host(state)
         self.wait()
@@ -61,7 +61,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until everything is written, or has failed to be."""
+        """Wait until everything is written or has failed."""
         if self._thread is not None:
             self._thread.join()
         self._thread = None
@@ -90,7 +90,7 @@ class CheckpointWriter:
 
 
 def generation(folder: Path, age: int) -> Path:
-    """The checkpoint of a run that is `age` older than the newest."""
+    """The path of the checkpoint that is `age` generations older than the newest."""
     return folder / ("last.pth" if age == 0 else f"last.{age}.pth")
 
 
@@ -114,7 +114,7 @@ def _on_host(value: Any) -> Any:
 
 
 def _link(path: Path, other: Path) -> None:
-    """The file under another name, too; a copy where the file system has no links."""
+    """Give the file a second name; make a copy if the file system has no hard links."""
     other.unlink(missing_ok=True)
     try:
         os.link(path, other)
@@ -128,10 +128,10 @@ def load_newest(folder: Path, architecture: dict, say: Callable[[str], None]) ->
     """The newest whole checkpoint of the run in `folder`, and its path; None where the run has none.
 
     Args:
-        folder: see above. architecture: see `load`. say: is told of each damaged one that is passed over.
+        folder: of the checkpoints. architecture: see `load`. say: called with a line for each damaged checkpoint.
 
     Raises:
-        CheckpointError: all are damaged, or the newest whole one is of another architecture.
+        CheckpointError: all are damaged, or the newest whole one has another architecture.
     """
     ages = sorted(
         int(path.name.split(".")[1]) for path in folder.glob("last.*.pth") if path.name.split(".")[1].isdigit()
@@ -151,7 +151,7 @@ def load(path: Path, architecture: dict) -> dict:
     """A checkpoint of this trainer, on the CPU.
 
     Args:
-        architecture: `ModelConfig.architecture` of the run that is to go on from it.
+        architecture: `ModelConfig.architecture` of the run that will resume from it.
 
     Raises:
         CheckpointError: missing, damaged, of another program or of another architecture.

@@ -1,8 +1,8 @@
-"""Which class an output of a model means: classes are compared by name where both sides have names.
+"""Which class each output of a model means: classes are compared by name if both sides have names.
 
-Data in class folders and in .beton files of `tools.make_dataset` has names, and so have the checkpoints of runs on it.
-Official checkpoints have none, nor has data that only numbers its classes: there the number of classes decides, and
-that their order is the same is assumed and said.
+Class folders, .beton files of `tools.make_dataset`, and the checkpoints of runs on them have names. Official
+checkpoints and data with numbered classes have none. There the number of classes must be equal; the order is assumed to
+be the same, and a line says so.
 """
 
 import re
@@ -15,7 +15,7 @@ from dcd.checkpoint_file import CheckpointError
 
 @dataclass(frozen=True)
 class Classes:
-    """Of data, or of a model's outputs: their number, and their names in the order of the labels, where known."""
+    """The classes of data or of a model: their number, and their names in the order of the labels if known."""
 
     count: int
     names: list[str] | None = None
@@ -28,7 +28,7 @@ def match_by_name(path: Path, model: Classes, data: Classes) -> tuple[list[int],
         (outputs, a line to say or None).
 
     Raises:
-        CheckpointError: the model does not know all classes of the data, or it can't be told whether it does.
+        CheckpointError: the model does not know all classes of the data, or no names tell whether it does.
     """
     if model.names is None or data.names is None:
         if model.count != data.count:
@@ -50,7 +50,7 @@ def match_by_name(path: Path, model: Classes, data: Classes) -> tuple[list[int],
 
 
 def fits_classifier(path: Path, theirs: Classes, ours: Classes) -> tuple[bool, str | None]:
-    """For a training that begins with the weights in `path`: whether its classifier means the same classes.
+    """For a training that begins with the weights in `path`: whether their classifier has the same classes.
 
     Returns:
         (whether to load it, a line to say or None).
@@ -67,10 +67,10 @@ def fits_classifier(path: Path, theirs: Classes, ours: Classes) -> tuple[bool, s
 
 
 def check_same(model: Classes, data: Classes) -> str | None:
-    """For a run that goes on: a line to say, or None.
+    """For a run that resumes: a line to say, or None.
 
     Raises:
-        CheckpointError: the checkpoint is of other classes.
+        CheckpointError: the checkpoint has other classes.
     """
     if None not in (model.names, data.names) and model.names != data.names:
         raise CheckpointError(
@@ -91,13 +91,13 @@ def _assumption(path: Path | str, model: Classes, data: Classes) -> str:
 
 
 def _difference(there: list[str], here: list[str]) -> str:
-    """In words, of two lists of names that are not equal."""
+    """The difference of two unequal lists of names, in words."""
     sides = {"there": set(there) - set(here), "here": set(here) - set(there)}
     return "; ".join(f"only {side}: {_some(names)}" for side, names in sides.items() if names) or "in another order"
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first of them in alphabetical order, and how many more."""
+    """The first three names in alphabetical order, and the number of the rest."""
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder, and what it shows on the terminal. Only rank 0 has one that writes.
+"""What a run writes to its output folder and to the terminal. Only the log of rank 0 writes.
 
 Files:
 
@@ -40,7 +40,7 @@ class RunLog:
     """Writes the log of one run.
 
     Args:
-        folder: the output folder. enabled: False on every rank but the first, where nothing is written.
+        folder: the output folder. enabled: True on rank 0; False on the other ranks, which write nothing.
     """
 
     def __init__(self, folder: Path, enabled: bool):
@@ -56,25 +56,25 @@ class RunLog:
         """Keep other runs out of the folder.
 
         Raises:
-            ConfigError: another run is there, or the folder cannot be written to.
+            ConfigError: another run uses the folder, or it cannot be written to.
         """
         if self.enabled and self._lock is None:
             self._lock = FolderLock(self.folder)
 
     def set_state(self, state: Literal["running", "finished", "stopped", "preempted", "failed"]) -> None:
-        """Write `status.json`: torchrun ends with 1 whatever its workers have to say, so a script looks there."""
+        """Write `status.json`: scripts read it, because torchrun does not pass on the exit code of its workers."""
         if self._lock is not None:
             content = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             self._try("status.json", lambda: write_json(self.folder / "status.json", content))
 
     def open(self, resolved: dict, global_step: int) -> None:
-        """Write `config.json`, and go on with the metrics from `global_step`.
+        """Write `config.json`, and continue the metrics from `global_step`.
 
         Lines that a stopped run wrote after its last checkpoint are dropped: those steps are done again.
         """
         if not self.enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import; the other ranks need not
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import; the other ranks don't need it
 
         self.set_state("running")
         write_json(self.folder / "config.json", resolved)
@@ -96,7 +96,7 @@ class RunLog:
     def _write_line(self, line: str) -> None:
         data = line.encode()
         if self._lost.get("metrics.jsonl"):
-            data = b"\n" + data  # a part of the lost line may be there
+            data = b"\n" + data  # a part of the lost line may be in the file
         if self._metrics.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -106,7 +106,7 @@ class RunLog:
                 self._events.add_scalar(f"{kind}/{name}", value, global_step)
 
     def _try(self, name: str, write: Callable[[], None]) -> None:
-        """A full disk does not stop training: lost writes are counted, and reported once now and once at the end."""
+        """A full disk does not stop training: lost writes are counted, and reported at the first one and at the end."""
         try:
             write()
         except OSError as error:
@@ -117,13 +117,13 @@ class RunLog:
                 self._events = None  # its thread has ended
 
     def say(self, text: str) -> None:
-        """A line on the terminal, above the progress bar."""
+        """Print a line on the terminal, above the progress bar."""
         if self.enabled:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def start_epoch(self, title: str, steps: int, done: int) -> None:
-        """Show a progress bar where there is a terminal."""
+        """Show a progress bar if there is a terminal."""
         if self._show_bar:
             self._bar = tqdm(desc=title, total=steps, initial=done, unit="step", leave=False, dynamic_ncols=True)
 
@@ -132,7 +132,7 @@ class RunLog:
             self._bar.update()
 
     def progress(self, position: str, figures: str) -> None:
-        """The figures of the last steps: beside the bar, or as a plain line where there is no terminal."""
+        """The figures of the last steps: beside the bar, or as a plain line if there is no terminal."""
         if self._bar:
             self._bar.set_postfix_str(figures, refresh=False)
         else:
@@ -144,7 +144,7 @@ class RunLog:
             self._bar = None
 
     def close(self, summary: dict | None = None) -> None:
-        """Flush everything, write `summary.json` when there is a summary, free the folder. May be called twice."""
+        """Flush everything, write `summary.json` if there is a summary, release the folder. May be called twice."""
         self.end_epoch()
         if self._metrics is not None:
             self._metrics.close()
@@ -161,7 +161,7 @@ class RunLog:
 
 
 def _thread_failed(otherwise: Callable, failed: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread raises its error again where the next figures are added: it need not print it as well."""
+    """Do not print an OSError of TensorBoard's thread: it is raised again when the next figures are added."""
     if not (issubclass(failed.exc_type, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
         otherwise(failed)
 
@@ -196,7 +196,7 @@ def device_name(device: torch.device) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file, whole or not at all; JSON has no NaN and no infinity, so they become null."""
+    """Write a JSON file as a whole or not at all. NaN and infinity become null, since JSON has neither."""
     _replace(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
@@ -216,7 +216,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _in_utf8(folder: Path) -> str:
-    """A name of the folder that TensorBoard accepts: its own, or, where that is not UTF-8, that of an open file."""
+    """A path of the folder that TensorBoard accepts: its own, or /proc/self/fd/N if its own is not UTF-8."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         str(folder).encode()
@@ -237,4 +237,4 @@ def _git_commit() -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except OSError:
-        return None  # no git here
+        return None  # git is not installed

@@ -3,23 +3,23 @@
 import re
 from collections.abc import Mapping
 
-FIRST_PORT, PORTS = 20_000, 20_000  # below those that Linux gives to outgoing connections
+FIRST_PORT, PORTS = 20_000, 20_000  # below the ports that Linux uses for outgoing connections
 
 
 def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables (RANK, WORLD_SIZE, …) for a task of a job step, or none outside one.
+    """torchrun's variables (RANK, WORLD_SIZE, …) for a task of a job step; empty outside of a job step.
 
-    A batch script is no step: what it starts without srun is one process, whatever the job has been given.
+    Outside of srun, as in a batch script, there is no job step: a process is alone, whatever the job has reserved.
 
     Args:
-        environ: of the process; what it has of MASTER_ADDR and MASTER_PORT stays.
+        environ: of the process; its MASTER_ADDR and MASTER_PORT are kept if set.
     """
     tasks = environ.get("SLURM_STEP_NUM_TASKS")
     if "SLURM_STEP_ID" not in environ or tasks is None:
         return {}
     on_each_node = _repeated(environ["SLURM_STEP_TASKS_PER_NODE"])
     job = re.sub(r"\D", "", environ["SLURM_JOB_ID"]) or "0"
-    # Every task works out the same address; jobs that share a machine should differ in the port.
+    # Every task computes the same address; jobs on one machine should have different ports.
     port = FIRST_PORT + (int(job) * 100 + int(re.sub(r"\D", "", environ["SLURM_STEP_ID"]) or 0)) % PORTS
     return {
         "RANK": environ["SLURM_PROCID"],

@@ -1,8 +1,8 @@
-"""Ends a run that makes no progress, and says which rank it hangs on; and tells a rank that another one wants to stop.
+"""Ends a run that makes no progress and names the rank that hangs; tells the ranks when one wants to stop.
 
-The main thread of each rank says what it does (`note`), a thread puts that into the store of the process group every
-few seconds, and another one looks at the time. A rank that is stopped, or whose machine is gone, writes no more; of
-those that still write, the one that hangs is the one that does not wait for others.
+The main thread of each rank notes what it does (`note`). A second thread writes the note into the store of the process
+group every few seconds, and a third one watches the time. A rank that is halted, or whose machine is lost, writes
+nothing more. If all ranks still write, the one that hangs is the one that does not wait for others.
 """
 
 import json
@@ -24,7 +24,7 @@ STOP_KEY = "watchdog/stop"
 
 @dataclass(frozen=True)
 class Note:
-    """What a rank does: in which optimizer step since the beginning of the run, and how often it has written so far."""
+    """What a rank does. step: the optimizer step since the beginning of the run. written: number of notes so far."""
 
     step: int
     doing: str
@@ -39,8 +39,8 @@ class Watchdog:
 
     Args:
         ranks: this process among the others.
-        timeout: seconds without a `note` after which the process ends, with exit code 1 and one line; above 0.
-        on_stop: is called by a thread, again and again, once another rank has said that all should stop.
+        timeout: after so many seconds (above 0) without a `note` the process ends with exit code 1 and one line.
+        on_stop: called by a thread, repeatedly, once another rank has said that all should stop.
     """
 
     def __init__(self, ranks: Ranks, timeout: float, on_stop: Callable[[], None]):
@@ -48,17 +48,17 @@ class Watchdog:
         self._interval = min(2.0, timeout / 16)
         self._note, self._noted = Note(0, "starting"), time.monotonic()
         self._closed = Event()
-        # Of their own connections: a client that waits for an answer lets no other thread ask.
+        # A connection for each thread: a client that waits for an answer blocks other threads.
         self._stores = [_store().clone() for _ in range(2)] if ranks.world_size > 1 else []
 
     def note(self, step: int, doing: str) -> None:
-        """The main thread makes progress: it now does this."""
+        """Called by the main thread at each progress: what it does now."""
         self._note, self._noted = Note(step, doing), time.monotonic()
 
     def tell_stop(self) -> None:
-        """Let the other ranks know that this one wants to stop: one that waits for data comes to no common step."""
+        """Tell the other ranks that this one wants to stop; a rank that waits for data does not reach the next step."""
         if self._stores:
-            with suppress(RuntimeError):  # of a store that is gone: then the others are, too
+            with suppress(RuntimeError):  # the store is gone, and then the other ranks are gone too
                 self._stores[0].set(STOP_KEY, "")
 
     def __enter__(self) -> "Watchdog":
@@ -71,7 +71,7 @@ class Watchdog:
         self._closed.set()
 
     def _write(self) -> None:
-        """Put this rank's note into the store, and look for a stop, again and again; ends where the store is gone."""
+        """Repeatedly put this rank's note into the store and look for a stop; ends when the store is gone."""
         written = 0
         while not self._closed.wait(self._interval if written else 0):
             written += 1
@@ -84,7 +84,7 @@ class Watchdog:
                 return
 
     def _watch(self) -> None:
-        # The inquiry takes a little time, too: together they stay below the timeout.
+        # At 0.75 of the timeout, because finding the culprit takes time too.
         while not self._closed.wait(self._interval):
             if time.monotonic() - self._noted > 0.75 * self._timeout:
                 culprit = self._find_culprit()
@@ -99,14 +99,14 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # the main thread is where no exception reaches it
+        os._exit(1)  # no exception would reach the main thread where it hangs
 
     def _find_culprit(self) -> str:
         """What hangs, in words."""
         if not self._stores:
             return "this rank hangs"
         answers: list[dict[int, Note]] = []
-        # The store may be on a machine that is out of reach; then asking it does not end either.
+        # The store may be on a machine that is out of reach; then a request to it never returns.
         inquiry = Thread(target=self._ask, args=(answers,), daemon=True)
         inquiry.start()
         inquiry.join(3 * self._interval)
@@ -125,7 +125,7 @@ class Watchdog:
         return names + (f" and {len(suspects) - 5} more" if len(suspects) > 5 else "")
 
     def _ask(self, answers: list[dict[int, Note]]) -> None:
-        """Read all notes twice, with so much time between that every rank has written."""
+        """Read all notes twice, with a pause in which every rank must have written."""
         store = self._stores[1]
         for pause in (2 * self._interval, 0):
             found = {}

@@ -52,7 +52,7 @@ def _list_kaggle_val(path: Path, folder: Path) -> Listing:
     folders, files = list_folder(folder)
     if folders and files:
         raise DataError(f"{folder} holds both files and folders, {files[0]} and {folders[0]}: leave only one kind")
-    if folders:  # sorted by one of the scripts that go about
+    if folders:  # val was sorted into class folders by a script, as many do
         return list_images(folder)
     table = next((file for file in _kaggle_tables(path) if file.is_file()), None)
     if table is None:
@@ -74,12 +74,12 @@ def _list_kaggle_val(path: Path, folder: Path) -> Listing:
 
 
 def _kaggle_tables(path: Path) -> list[Path]:
-    """Where the table of labels may lie."""
+    """Paths where the table of labels may be."""
     return [folder / "LOC_val_solution.csv" for folder in (path, path / "ILSVRC", path.absolute().parent)]
 
 
 def _of_files(kind: str, path: Path, listings: dict[str, tuple[str, Listing]]) -> Source:
-    """A source of one file for each image. listings: of each split, its folder below `path` and what lies there."""
+    """A source of one file for each image. listings: for each split, its folder below `path` and its images."""
     check_classes(path, listings["train"][1].classes, listings["val"][1].classes)
     splits = {}
     for split, (folder, listing) in listings.items():
@@ -92,10 +92,10 @@ def _of_files(kind: str, path: Path, listings: dict[str, tuple[str, Listing]]) -
 
 
 def _read_solution(table: Path) -> dict[str, str]:
-    """{name of an image, without its ending: class} of Kaggle's table, which programs for tables may have saved anew.
+    """{image name without its suffix: class} from Kaggle's table, which a spreadsheet program may have saved again.
 
     Raises:
-        DataError: it is no such table, an image has no class, or two.
+        DataError: it is not Kaggle's table, or an image has no class or two classes.
     """
     wnids: dict[str, str] = {}
     try:
@@ -126,7 +126,7 @@ def _largest(path: Path, names: list[str]) -> int:
         try:
             return os.stat(path / name).st_size
         except OSError:
-            return 0  # reading it will say what is wrong, and list it
+            return 0  # reading it later reports the error
 
     def largest(part: list[str]) -> int:
         return max(map(size, part))

@@ -1,4 +1,4 @@
-"""ImageNet in the forms that people have it in, recognised by what lies in a folder."""
+"""Recognise the form in which a folder holds ImageNet."""
 
 import os
 from pathlib import Path
@@ -21,10 +21,10 @@ def open_source(path: Path, strict: bool = False) -> Source:
     """List the images of the ImageNet below `path`.
 
     Args:
-        strict: what would be left out is an error.
+        strict: files that would be left out are an error.
 
     Raises:
-        DataError: it has no known form, a part is missing or damaged, or train and val differ in their classes.
+        DataError: the form is not known, a part is missing or damaged, or the classes of train and val differ.
     """
     if path.is_file() and path.name.lower().endswith(ARCHIVES):
         raise DataError(f"{path} is an archive: unpack it, and name the folder")

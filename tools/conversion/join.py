@@ -1,4 +1,4 @@
-"""Parts that were converted one by one, perhaps by many machines, become one dataset, when all are there."""
+"""Join parts, converted one by one or by many machines, into one dataset when all are there."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def read_part(out: Path, part: Part) -> dict[str, Any] | None:
     """The record of a part, or None where there is none.
 
     Raises:
-        DataError: it does not read, or is another part's.
+        DataError: it cannot be read, or belongs to another part.
     """
     path = out / part.record
     try:
@@ -38,7 +38,7 @@ def read_part(out: Path, part: Part) -> dict[str, Any] | None:
         files = [record["splits"][split]["file"] for split in SPLITS]
         if files != [f"{part.stem(split)}.beton" for split in SPLITS]:
             raise ValueError(f"it is that of {files[0]}")
-        made_of(record)  # all that these take is there
+        made_of(record)  # these raise KeyError if something is missing
         left_out(record)
         _joined(path, "error", [record])
     except FileNotFoundError:
@@ -49,36 +49,36 @@ def read_part(out: Path, part: Part) -> dict[str, Any] | None:
 
 
 def made_of(record: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same in all parts. Whether bad images are an error does not matter where there are none."""
+    """What must be equal in all parts. `on_bad` may differ: it has no effect on a part without bad images."""
     options = {name: value for name, value in record["options"].items() if name != "on_bad"}
     return {"listing": record["listing"], "options": options}
 
 
 def left_out(record: dict[str, Any]) -> int:
-    """Bad images that are not in the part."""
+    """The number of bad images that the part leaves out."""
     return sum(len(record["splits"][split]["skipped"]) for split in SPLITS)
 
 
 def check_files(out: Path, part: Part, record: dict[str, Any]) -> None:
     """Raises:
-    DataError: a file of the part is missing, or is not whole.
+    DataError: a file of the part is missing or damaged.
     """
     try:
         for split in SPLITS:
             BetonSource(out / f"{part.stem(split)}.beton", (out / part.record, record))
     except DataError as error:
-        raise DataError(str(error).removesuffix(": convert the dataset again")) from error  # this part will do
+        raise DataError(str(error).removesuffix(": convert the dataset again")) from error  # only this part
 
 
 def join_parts(src: Path, out: Path, on_bad: str, count: int | None = None) -> None:
-    """Write dataset.json, if all parts are in `out`, whole, and of the same images by the same options.
+    """Write dataset.json, if all parts are in `out`, undamaged, and made from the same images with the same options.
 
     Args:
         src: what the parts were made from. It is not read.
-        count: of the parts; by default what their names say.
+        count: the number of parts; by default from their names.
 
     Raises:
-        DataError: one is missing, damaged, or differs.
+        DataError: a part is missing, damaged, or differs from the others.
     """
     if not out.is_dir():
         raise DataError(f"no folder {out}: convert the parts with --only K/N first")
@@ -88,7 +88,7 @@ def join_parts(src: Path, out: Path, on_bad: str, count: int | None = None) -> N
             return
         records = _read_parts(out, count)
         for split in SPLITS:
-            find_betons(out, split)  # no other file of the split lies there
+            find_betons(out, split)  # raises if there is another file of the split
         dataset = _joined(src, on_bad, list(records.values()))
         write_record(out / DATASET_FILE, dataset)
         with writing(out):
@@ -100,7 +100,7 @@ def join_parts(src: Path, out: Path, on_bad: str, count: int | None = None) -> N
 
 
 def _read_parts(out: Path, count: int | None) -> dict[Part, dict[str, Any]]:
-    """The records of all parts, which fit together."""
+    """The records of all parts, after checking that they fit together."""
     counts = {part.count for part in find_parts(out)} | ({count} if count else set())
     if not counts:
         raise DataError(f"{out} holds no parts: convert them with --only K/N first")
@@ -134,7 +134,7 @@ def _read_parts(out: Path, count: int | None) -> dict[Part, dict[str, Any]]:
 
 
 def _joined(src: Path, on_bad: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The dataset's record, of those of its parts."""
+    """The record of the dataset, from the records of its parts."""
     first = records[0]
     any_skip = "skip" in (on_bad, *(record["options"]["on_bad"] for record in records))
     splits = {}

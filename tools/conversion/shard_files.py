@@ -1,7 +1,7 @@
-"""Which parquet files are the shards of a split, and whether each of them is there, once.
+"""Find the parquet files of each split, and check that each is there once.
 
-Nothing but the names tells that one is missing or there twice: they count, `train-00003-of-00014.parquet`, in older
-repositories with a hash behind the numbers.
+Only the numbers in the names show that a file is missing or there twice: `train-00003-of-00014.parquet`, in older
+repositories with a hash after the numbers.
 """
 
 import re
@@ -22,7 +22,7 @@ def find_shards(path: Path) -> dict[str, list[Path]] | None:
         None where there are none.
 
     Raises:
-        DataError: one is missing or there twice, or it can't be told which ones are meant.
+        DataError: a shard is missing or there twice, or several sets of files could be the split.
     """
     found = {split: _search(path, names, ".parquet") for split, names in NAMES.items()}
     broken_off = sorted((path / ".cache/huggingface/download").rglob("*.incomplete"))  # of Hugging Face's client
@@ -43,7 +43,7 @@ def find_shards(path: Path) -> dict[str, list[Path]] | None:
 
 
 def _search(path: Path, names: tuple[str, ...], suffix: str) -> dict[str, list[Path]]:
-    """The files of a split with this suffix, by the patterns that they fit."""
+    """The files of a split with this suffix: {pattern: the files that match it}."""
     patterns = [f"{folder}{name}{rest}{suffix}" for folder in ("", "data/") for name in names for rest in ("-*", "/*")]
     found = {pattern: sorted(file for file in path.glob(pattern) if not is_hidden(file.name)) for pattern in patterns}
     return {pattern: files for pattern, files in found.items() if files}
@@ -51,7 +51,7 @@ def _search(path: Path, names: tuple[str, ...], suffix: str) -> dict[str, list[P
 
 def _check_numbers(files: list[Path], broken_off: list[Path]) -> None:
     """Raises:
-    DataError: the names count, and not each number is there once; or they don't, and a download broke off.
+    DataError: the names have numbers, and not each number is there once; or they have none, and a download broke off.
     """
     matches = {file: match for file in files if (match := NUMBERED.fullmatch(file.name))}
     unfinished = f"{broken_off[0]} is of a download that broke off: finish it" if broken_off else None

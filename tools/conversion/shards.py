@@ -19,12 +19,12 @@ from tools.conversion.source import Source, Split, check_classes
 COLUMNS = ("label", "image.bytes", "image.path")
 WNID = re.compile(r"n\d{8}")
 SUFFIX = re.compile(r"_n\d{8}(?=\.\w+$)")  # what Hugging Face adds to the names of files
-ROWS_PER_TASK = (128, 1024)  # at least, at most: a row group is one task, unless it is larger
+ROWS_PER_TASK = (128, 1024)  # minimum and maximum in a task
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of a row group: `indices` are those of the dataset, of row `first` and those behind it."""
+    """Rows of a row group, from row `first` on. indices: their positions in the dataset."""
 
     file: Path
     group: int
@@ -39,7 +39,7 @@ class ShardReader:
     def read(self, task: Task) -> Iterator[tuple[int, NDArray[np.uint8] | OSError]]:
         with _reading(task.file) as parquet:
             row = 0
-            # Threads of the parent do not exist in forked processes, so none are used.
+            # No threads: this process is forked, and the parent's threads do not exist in it.
             batches = parquet.iter_batches(64, row_groups=[task.group], columns=["image.bytes"], use_threads=False)
             for batch in batches:
                 for value in batch.column(0).field(0):
@@ -89,7 +89,7 @@ def _list_rows(path: Path, files: list[Path]) -> _Listing:
             missing = [column for column in COLUMNS if column not in columns]
             if missing:
                 raise DataError(f"{file} has no column {' and no '.join(missing)}: it must have {', '.join(COLUMNS)}")
-            # The bytes of the images stay on the disk.
+            # The bytes of the images are not read.
             table = parquet.read(columns=["label", "image.path"], use_threads=False)
             if table["label"].null_count:
                 raise DataError(f"{file} has rows without a label: download it again")
@@ -108,7 +108,7 @@ def _list_rows(path: Path, files: list[Path]) -> _Listing:
 
 
 def _find_classes(path: Path, listings: dict[str, _Listing]) -> tuple[list[str], dict[int, int]]:
-    """(class names, {label in the shards: position in them})."""
+    """(class names, {label in the shards: position in the class names})."""
     wnids: dict[int, set[str | None]] = {}
     for listing in listings.values():
         for label, name in zip(listing.labels.tolist(), listing.paths, strict=True):
@@ -125,10 +125,10 @@ def _find_classes(path: Path, listings: dict[str, _Listing]) -> tuple[list[str],
 
 def _split(listing: _Listing, positions: dict[int, int]) -> Split:
     labels = np.array([positions[label] for label in listing.labels.tolist()], np.int64)
-    # The names of the files as in the other forms, which sort differently with the suffix.
+    # Sorted by the file names of the other forms: the suffix would change the order.
     keys = np.array([os.fsencode(SUFFIX.sub("", name or "")) for name in listing.paths])
     order = np.lexsort((keys, labels))  # stable: images without a name stay as stored
-    index = np.empty_like(order)  # of each row in the dataset
+    index = np.empty_like(order)  # position in the dataset of each row
     index[order] = np.arange(len(order))
     tasks, row = [], 0
     for file, group, rows in listing.groups:
@@ -142,7 +142,7 @@ def _split(listing: _Listing, positions: dict[int, int]) -> Split:
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[Any]:
-    """`file` as a pyarrow ParquetFile; a damaged one becomes a DataError."""
+    """`file` as a pyarrow ParquetFile; a damaged file raises a DataError."""
     try:
         import pyarrow
         from pyarrow import parquet

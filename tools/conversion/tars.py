@@ -1,6 +1,6 @@
 """The official archives: ILSVRC2012_img_{train,val}.tar and the development kit, read where they lie.
 
-The archive of train holds one archive for each class. The headers are walked once; an image is then read by its place
+The archive of train holds one archive for each class. The headers are read once; an image is then read by its offset
 in the outer file, and nothing is unpacked.
 """
 
@@ -21,14 +21,14 @@ from tools.conversion.source import Source, Split, check_classes, check_parts, t
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
-MAX_META = 1 << 26  # bytes of a file of the development kit; they are 70 and 200 kB
-MAX_HEADER = 1 << 20  # bytes that tarfile may read at a time: names and lists of attributes, never an image
-MAX_END = 1 << 16  # of zeros behind the last member; tar itself writes up to 10,240 bytes
+MAX_META = 1 << 26  # bytes read of a file of the development kit; the real files have 70 and 200 kB
+MAX_HEADER = 1 << 20  # bytes that tarfile may read at once: names and attributes, never an image
+MAX_END = 1 << 16  # bytes of zeros after the last member; tar writes up to 10,240
 VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
 class TarReader:
-    """Reads images by their place, offsets and sizes (N,) in bytes, in one file."""
+    """Reads images from one file. offsets, sizes: (N,), in bytes."""
 
     def __init__(self, path: Path, offsets: NDArray[np.int64], sizes: NDArray[np.int64]):
         self._path, self._offsets, self._sizes = path, offsets, sizes
@@ -75,7 +75,7 @@ class _Window(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= MAX_HEADER:  # a header may claim any size, of itself, too
+        if not 0 <= size <= MAX_HEADER:  # a header may claim any size, even for itself
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         left = max(0, self._size - self._at)
         if not left:
@@ -116,7 +116,7 @@ def _split(path: Path, classes: list[str], members: list[Member]) -> Split:
 
 
 def _train_members(path: Path, left_out: LeftOut) -> list[Member]:
-    """The images of all classes; what is none is added to `left_out`."""
+    """The images of all classes; other files are added to `left_out`."""
     members = []
     with open(path, "rb") as file, _bar(path) as bar:
         for outer in _walk(path, file, 0, path.stat().st_size):
@@ -141,7 +141,7 @@ def _train_members(path: Path, left_out: LeftOut) -> list[Member]:
 
 
 def _val_members(path: Path, wnids: list[str]) -> list[Member]:
-    """`wnids`: the classes of the images, in the order of their numbers, which begin at 1."""
+    """The images of val. wnids: the class of each, in the order of the image numbers, which begin at 1."""
     members, seen = [], set()
     with open(path, "rb") as file:
         for member in _walk(path, file, 0, path.stat().st_size):
@@ -160,19 +160,19 @@ def _val_members(path: Path, wnids: list[str]) -> list[Member]:
 
 
 def _walk(path: Path, file: io.BufferedReader, start: int, size: int, inside: str = "") -> Iterator[tarfile.TarInfo]:
-    """The files of the archive that takes `size` bytes of `file` from `start`. Hidden ones are passed over.
+    """The files of the archive in `size` bytes of `file` from `start`, without hidden files.
 
     Raises:
-        DataError: it is damaged, or holds what no honest archive of images does.
+        DataError: the archive is damaged, or holds something that an archive of images cannot hold.
     """
     try:
         window, names = _Window(file, start, size), set()
         with tarfile.open(fileobj=window, mode="r:") as archive:
             before = 0
             while (member := archive.next()) is not None:
-                archive.members = []  # which would otherwise keep every header
+                archive.members = []  # otherwise it keeps every header
                 name, parts = member.name, PurePosixPath(member.name).parts
-                if member.size < 0 or not before < member.offset_data <= archive.offset:  # it could lead back for ever
+                if member.size < 0 or not before < member.offset_data <= archive.offset:  # an endless loop
                     raise tarfile.ReadError(f"{name!r} has a size of {member.size:,} bytes")
                 if member.isreg() and member.offset_data + member.size > size:
                     raise tarfile.ReadError("unexpected end of data")
@@ -195,15 +195,21 @@ def _walk(path: Path, file: io.BufferedReader, start: int, size: int, inside: st
             _check_end(window, archive.offset, size)
     except DataError:
         raise
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:  # tarfile lets some pass
+    except (
+        tarfile.TarError,
+        EOFError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # tarfile does not catch all
         raise DataError(f"{path}{inside} is damaged or no tar archive ({error}): download it again") from error
 
 
 def _check_end(window: _Window, offset: int, size: int) -> None:
-    """tarfile takes whatever is no header for the end of an archive: a cut, and the holes of a broken download.
+    """tarfile takes anything that is not a header as the end of an archive, even a cut or a hole in a download.
 
     Raises:
-        ReadError: something else than zeros begins at `offset`, or more of them than an archive ends with.
+        ReadError: the bytes from `offset` on are not all zeros, or are more zeros than an archive ends with.
     """
     window.seek(offset)
     rest = window.read(MAX_END + 1)
@@ -212,7 +218,7 @@ def _check_end(window: _Window, offset: int, size: int) -> None:
 
 
 def _devkit_classes(path: Path) -> list[str]:
-    """The WordNet ID of each validation image, in the order of their numbers."""
+    """The WordNet ID of each validation image, in the order of the image numbers."""
     from scipy.io import loadmat
 
     try:

@@ -1,1 +1,1 @@
-"""Where the time of a training step goes, and what bounds a run."""
+"""Where the time of a training step goes, and what limits a run."""

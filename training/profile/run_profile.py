@@ -1,4 +1,4 @@
-"""`train_dist.py --profile N`: a few steps of a real run are timed, then a few more are traced."""
+"""`train_dist.py --profile N`: time N steps of a real run, then trace a few more."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -18,13 +18,14 @@ WARM_UP = 10  # steps before the timed ones
 class RunProfile(StepListener):
     """Listens to the first steps of a run: `WARM_UP` pass, `--profile` are timed, `TRACED_STEPS` are traced on rank 0.
 
-    After the timed ones the verdict is logged and `profile.json` written to the output folder; after the others,
-    `trace.json`. Where an epoch ends among them, the first wait of the next one counts, and the evaluation does not.
-    Only these steps can be slower: the weights are those of a run without a profile.
+    After the timed steps the verdict is logged and `profile.json` is written to the output folder; after the traced
+    steps, `trace.json`. If an epoch ends in between, the first wait for data of the next epoch counts, but the
+    evaluation does not. The profile does not change the weights; only these steps may be slower.
 
     Args:
-        config: with `profile` steps. ranks: this process among the others. model: what is trained.
-        setting: what of the run can be changed. log: where the figures go.
+        config: with the number of steps in `run.profile`. ranks: this process among the others.
+        model: the model that is trained. setting: the options that the verdict may advise to change.
+        log: writes the figures.
     """
 
     def __init__(self, config: Config, ranks: Ranks, model: nn.Module, setting: Setting, log: RunLog):
@@ -47,7 +48,7 @@ class RunProfile(StepListener):
             self._listener.start()
 
     def close(self) -> None:
-        """The run has ended; a profile that it cut short is of the steps that there were."""
+        """The run has ended; if it cut the profile short, the steps so far are reported."""
         if isinstance(self._listener, StepTimer):
             self._report(self._listener)
         elif self._steps_left > 0 and self._listener is NO_LISTENER:
@@ -55,7 +56,7 @@ class RunProfile(StepListener):
         self._listener.close()
 
     def _run_stages(self) -> Iterator[float]:
-        """The number of steps of each stage, in the order in which they listen."""
+        """Start the listener of each stage in turn, and yield its number of steps."""
         yield WARM_UP
         timer = self._listener = StepTimer(self._ranks, self._model)
         yield self._config.run.profile

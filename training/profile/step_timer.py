@@ -1,16 +1,16 @@
-"""What the time of a training step goes into.
+"""Where the time of a training step goes.
 
-A `StepTimer` takes the times of the phases (`training/step_listener.py`), a `StepTracer` writes a trace.
+A `StepTimer` measures the phases (`training/step_listener.py`), a `StepTracer` writes a trace.
 
-The phases follow one another without gap or overlap, so their times add up to the step's. Work in the background is
-not counted, for the step does not wait for it: images decoded ahead, copies on a stream of their own, and gradients
-that DDP reduces while backward still computes others. So `reduce` is only the part of the reduction that backward does
-not hide. Where one rank computes for longer, the others wait for it there.
+The phases follow one another without gap or overlap, so their times add up to the time of the step. Background work
+is not counted, because the step does not wait for it: images decoded ahead, copies on a stream of their own, gradients
+that DDP reduces while backward still computes others. So `reduce` is only the part of the reduction that does not
+overlap with backward. If one rank computes for longer, the others wait for it in `reduce`.
 
-On a GPU the clock is the one of the stream that the model runs on (CUDA events, read when all steps are done), because
-the host only queues work and runs ahead: a phase lasts until the GPU is through with it, and a wait of the host costs
-nothing as long as the GPU has work. On a CPU the clock is the host's, batches are made where they are used, and `copy`
-is the memory format alone.
+On a GPU the host only queues work and runs ahead. So the times are taken on the stream of the model (CUDA
+events, read when all steps are done): a phase lasts until the GPU has finished it, and a wait of the host costs nothing
+as long as the GPU has work. On a CPU the times are the host's; batches are already on the device, and `copy` is only
+the change of memory format.
 """
 
 import statistics
@@ -35,7 +35,7 @@ TRACED_STEPS = 3
 
 
 class Mark(NamedTuple):
-    """The beginning of a phase, in seconds: when the host came to it, and when the device did."""
+    """The beginning of a phase: when the host reached it, and when the device did, in seconds."""
 
     phase: str
     host_s: float
@@ -46,9 +46,9 @@ class Mark(NamedTuple):
 class StepTimes:
     """Means over `steps` training steps and all ranks.
 
-    seconds: of each of `PHASES` in one step.
-    host_lead_s: how long after the host the device comes to the end of a step. Near 0 on a GPU, the GPU has nothing
-        queued: it waits for kernels to be launched. 0 on a CPU.
+    seconds: the time of each of `PHASES` in one step.
+    host_lead_s: how long after the host the device reaches the end of a step. If it is near 0 on a GPU, the GPU's queue
+        is empty: it waits for kernels to be launched. 0 on a CPU.
     """
 
     steps: int
@@ -78,18 +78,18 @@ class StepTimes:
         return f"{1000 * self.step_time_s:.1f} ms a step (mean of {self.steps}): {shares}"
 
 
-# A Mark whose last figure is known when the device is done: the function then returns it.
+# A Mark whose device time is not known yet: the function returns it once the device is done.
 PendingMark: TypeAlias = tuple[str, float, Callable[[], float]]
 
 
 class StepTimer(StepListener):
-    """Takes the time of each phase of each step, without waiting for the device in between.
+    """Measures each phase of each step, without waiting for the device in between.
 
     Args:
         ranks: this process among the others.
-        model: whose gradients are reduced over them. A hook on its parameters tells when the last gradient is there,
-            so each parameter must get one in every backward pass, as DDP wants it anyway.
-        host_time: the time on the host in seconds.
+        model: its gradients are reduced over the ranks. Hooks on its parameters tell when the last gradient is there,
+            so each parameter must get a gradient in every backward pass, which DDP requires anyway.
+        host_time: returns the time on the host in seconds.
     """
 
     def __init__(self, ranks: Ranks, model: nn.Module, host_time: Callable[[], float] = time.perf_counter):
@@ -97,7 +97,7 @@ class StepTimer(StepListener):
         self._parameters = [p for p in model.parameters() if p.requires_grad] if ranks.world_size > 1 else []
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._parameters]
         self._gradients_left = 0
-        self._marks: list[PendingMark] = []  # of the step that is under way
+        self._marks: list[PendingMark] = []  # of the current step
         self._steps: list[list[PendingMark]] = []
 
     def start(self) -> None:
@@ -122,7 +122,7 @@ class StepTimer(StepListener):
         self._marks = self._marks[-1:]
 
     def times(self) -> StepTimes | None:
-        """Of the steps that were ended, or None without any. All ranks must ask; waits for the device."""
+        """The times of the finished steps, or None if there are none. All ranks must call it; waits for the device."""
         if not self._steps:
             return None
         if self._ranks.device.type == "cuda":
@@ -149,7 +149,7 @@ class StepTimer(StepListener):
 
 
 class _HostClock:
-    """A CPU computes when it is told to, so both times of a mark are the same."""
+    """A CPU computes at once, so both times of a mark are the same."""
 
     def __init__(self, host_time: Callable[[], float]):
         self._host_time = host_time
@@ -160,7 +160,7 @@ class _HostClock:
 
 
 class _DeviceClock:
-    """The host's clock, and the GPU's on the same scale; waits for the GPU at the beginning."""
+    """The times of host and GPU on one scale; waits for the GPU at the beginning."""
 
     def __init__(self, device: torch.device, host_time: Callable[[], float]):
         self._stream, self._host_time = torch.cuda.current_stream(device), host_time
@@ -179,8 +179,8 @@ class _DeviceClock:
 def phase_seconds(marks: Sequence[Mark]) -> dict[str, float]:
     """The time in each of `PHASES` between the first and the last mark.
 
-    While the host waits for data it queues nothing. If the device has done all earlier work, and is still not past the
-    wait when the host has its batch, then what it waits for is the copy of this batch.
+    While the host waits for data it queues nothing. If the device has done all earlier work and has still not passed
+    this wait when the host has its batch, the device waits for the copy of the batch.
     """
     seconds = dict.fromkeys(PHASES, 0.0)
     for mark, following in pairwise(marks):
@@ -194,12 +194,12 @@ def phase_seconds(marks: Sequence[Mark]) -> dict[str, float]:
 
 
 class StepTracer(StepListener):
-    """Writes a Chrome trace (chrome://tracing, ui.perfetto.dev) of `TRACED_STEPS` steps, after one that warms up.
+    """Writes a Chrome trace (chrome://tracing, ui.perfetto.dev) of `TRACED_STEPS` steps, after one warm-up step.
 
-    The trace names the phases. Tracing slows the steps down, so they should not be timed as well.
+    The trace names the phases. Tracing slows the steps down, so do not time them as well.
 
     Args:
-        path: the file. device: what is traced beside the CPU.
+        path: the file. device: traced beside the CPU.
     """
 
     def __init__(self, path: Path, device: torch.device):
@@ -210,7 +210,7 @@ class StepTracer(StepListener):
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a next cycle would forget this one: there is none
+            warnings.simplefilter("ignore")  # it warns that a second cycle would overwrite the first; there is only one
             self._profiler.start()
 
     def phase(self, name: str) -> AbstractContextManager:

@@ -1,16 +1,16 @@
-"""What bounds a training run, and what would move it: one sentence from measured numbers."""
+"""Name the bottleneck of a training run and what would help: one sentence from measured numbers."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from training.profile.step_timer import StepTimes
 
-# Shares of a step from which on a phase is what to work on, though the model's own part may be larger.
+# From these shares of a step on, a phase is the bottleneck, even if the model itself takes more.
 WAITING, REDUCING, STEPPING, REST = 0.10, 0.20, 0.30, 0.20
-# Together at less than this of the slower of both alone, loader and model are in each other's way. So they are where a
-# step waits for a loader that alone is faster than the model.
+# Loader and model disturb each other if together they reach less than this share of the slower one alone; or if a step
+# waits for a loader that alone is faster than the model.
 TOGETHER = 0.75
-# The GPU ends a step within this share of it after the host: it has nothing queued.
+# If the GPU ends a step within this share of its time after the host, its queue is empty.
 QUEUED = 0.05
 
 
@@ -24,10 +24,10 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What of a run can be changed.
+    """The options of a run that could be changed.
 
-    device: "cpu" or "cuda". workers: that load on this machine, which has `cores`.
-    backend: as chosen, so perhaps "auto". converted: the data are .beton files. exact_decode: as chosen.
+    device: "cpu" or "cuda". workers, cores: loading workers and cores of this machine.
+    backend, exact_decode: as given, so backend may be "auto". converted: the data are .beton files.
     mixed: in mixed precision. compiled: by torch.compile.
     """
 
@@ -43,17 +43,17 @@ class Setting:
 
 
 class Verdict(NamedTuple):
-    """What bounds the run, and a sentence that says so with the figures, and what would move it."""
+    """The bottleneck, and a sentence that names it with the figures and says what would help."""
 
     bound: Literal["contention", "loader", "copy", "reduction", "loop", "launching", "optimizer", "model"]
     sentence: str
 
 
 def find_bound(times: StepTimes, setting: Setting, rates: Rates | None = None) -> Verdict:
-    """The verdict on a run; the first that holds, from the causes outside the model to the model itself.
+    """The first cause that holds, from those outside the model to the model itself.
 
     Args:
-        times: of training steps. rates: in training, or None where loader and model were not measured apart.
+        times: of training steps. rates: in training, or None if loader and model were not measured alone.
     """
     share = times.shares
     waits = share["data"] >= WAITING and share["data"] >= share["copy"]
@@ -63,50 +63,50 @@ def find_bound(times: StepTimes, setting: Setting, rates: Rates | None = None) -
         return Verdict(
             "contention",
             f"Loader and model are in each other's way: together they reach {rates.together:,.0f} images/s, alone "
-            f"{rates.loader:,.0f} and {rates.model:,.0f}; what would move it: {_or(_less_contention(setting))}.",
+            f"{rates.loader:,.0f} and {rates.model:,.0f}; what would help: {_or(_less_contention(setting))}.",
         )
     if share["reduce"] >= REDUCING and share["reduce"] > share["data"] + share["copy"]:
         return Verdict(
             "reduction",
-            f"Reducing gradients over {setting.world_size} ranks bounds this run: {_percent(share['reduce'])} of a "
-            f"step waits for it after backward; what would move it: {_or(_less_reduction(setting))}.",
+            f"Reducing gradients over {setting.world_size} ranks limits this run: {_percent(share['reduce'])} of a "
+            f"step waits for it after backward; what would help: {_or(_less_reduction(setting))}.",
         )
     if waits:
         alone = f" (alone it gives {rates.loader:,.0f} images/s, the model takes {rates.model:,.0f})" if rates else ""
         return Verdict(
             "loader",
-            f"The loader bounds this run: {_percent(share['data'])} of a step waits for data{alone}; "
-            f"what would move it: {_or(_faster_loading(setting))}.",
+            f"The loader limits this run: {_percent(share['data'])} of a step waits for data{alone}; "
+            f"what would help: {_or(_faster_loading(setting))}.",
         )
     if share["copy"] >= WAITING:
         return Verdict(
             "copy",
-            f"Copies to the device bound this run: {_percent(share['copy'])} of a step waits for them; "
-            f"what would move it: {_or(_less_copying(setting))}.",
+            f"Copies to the device limit this run: {_percent(share['copy'])} of a step waits for them; "
+            f"what would help: {_or(_less_copying(setting))}.",
         )
     if share["other"] >= REST:
         return Verdict(
             "loop",
-            f"The loop around the model bounds this run: {_percent(share['other'])} of a step goes into metrics and "
-            "the log; what would move it: a higher --print-freq, or a larger --batch-size.",
+            f"The loop around the model limits this run: {_percent(share['other'])} of a step goes into metrics and "
+            "the log; what would help: a higher --print-freq, or a larger --batch-size.",
         )
     if setting.device == "cuda" and times.host_lead_s < QUEUED * times.step_time_s:
         ways = [*_unless(setting.compiled, "--compile"), "a larger --batch-size"]
         return Verdict(
             "launching",
-            f"Launching kernels bounds this run: the GPU ends a step of {1000 * times.step_time_s:.1f} ms only "
-            f"{1000 * times.host_lead_s:.1f} ms after the host has launched it; what would move it: {_or(ways)}.",
+            f"Launching kernels limits this run: the GPU ends a step of {1000 * times.step_time_s:.1f} ms only "
+            f"{1000 * times.host_lead_s:.1f} ms after the host has launched it; what would help: {_or(ways)}.",
         )
     if share["optimizer"] >= STEPPING:
         return Verdict(
             "optimizer",
-            f"The optimizer bounds this run: {_percent(share['optimizer'])} of a step goes into it; what would move "
-            "it: a larger --batch-size (with --accumulate where memory is short), which steps less often.",
+            f"The optimizer limits this run: {_percent(share['optimizer'])} of a step goes into it; what would help: "
+            "a larger --batch-size (with --accumulate where memory is short), which steps less often.",
         )
     return Verdict(
         "model",
-        f"The model bounds this run: {_percent(share['forward'] + share['backward'])} of a step goes into forward and "
-        f"backward; what would move it: {_or(_faster_model(setting))}.",
+        f"The model limits this run: {_percent(share['forward'] + share['backward'])} of a step goes into forward and "
+        f"backward; what would help: {_or(_faster_model(setting))}.",
     )
 
 

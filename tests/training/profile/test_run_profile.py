@@ -20,7 +20,7 @@ def check(found: dict, images: int, steps: int) -> None:
     assert step["steps"] == steps and sum(step["shares"].values()) == pytest.approx(1)
     assert found["images_per_sec"] == pytest.approx(images / step["step_time_ms"] * 1000)
     assert step["shares"]["forward"] > 0.1 and step["shares"]["backward"] > 0.1 and step["shares"]["optimizer"] > 0
-    assert found["bound"] and "what would move it: " in found["verdict"]
+    assert found["bound"] and "what would help: " in found["verdict"]
 
 
 def test_a_profiled_run_gets_the_same_weights(tmp_path):

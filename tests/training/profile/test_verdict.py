@@ -89,4 +89,4 @@ def test_bound_by_the_rest():
 def test_there_is_always_one_sentence(setting, phase):
     for share in (0.05, 0.15, 0.35, 0.9):
         found = find_bound(times(**{phase: share}), setting)
-        check(found, found.bound, "what would move it: ")
+        check(found, found.bound, "what would help: ")
