@@ -1,4 +1,4 @@
-"""How long torch.compile takes for the networks. What it makes stays in its cache, for the section that times them."""
+"""How long torch.compile takes for the networks. Its cache is kept for the section that times them."""
 
 import torch
 
@@ -10,7 +10,7 @@ from tools.profiling.variants import create_model
 
 
 def run(record: Record, device: torch.device, rehearsal: bool) -> None:
-    """The first step of training of each compiled variant."""
+    """Time the first training step of each compiled variant."""
     table = record.table("Compilation, beside the tests", "form", "seconds to the end of the first training step")
     torch.set_float32_matmul_precision("high")
     batch_size, size = (2, 32) if rehearsal else (256, 224)

@@ -1,4 +1,4 @@
-"""Whether the results are right: the tests marked `gpu`, and compute-sanitizer over the kernels."""
+"""Check the results: the tests marked `gpu`, and compute-sanitizer over the kernels."""
 
 import os
 import shutil
@@ -13,15 +13,15 @@ import torch
 from benchmarks.gpu.record import Record
 
 ROOT = Path(__file__).parents[2]
-WORKERS = 6  # tests at a time: most wait for a compiler
+WORKERS = 6  # tests at a time; most of them wait for a compiler
 SANITIZED = ["tests/dcd/test_triton.py", "tests/dcd/test_triton_matrices.py", "-q", "-x", "-k"]
 SANITIZED += ["triton-3x3 or positions or zeros or kernels_of_the_images"]
-SUMMARY = ("-rfEs", "--continue-on-collection-errors")  # one file's missing package is no reason to run no other
-ENVIRONMENT = {**os.environ, "COLUMNS": "200"}  # of pytest's lines, which say why a test failed
+SUMMARY = ("-rfEs", "--continue-on-collection-errors")  # a missing package in one file does not stop the others
+ENVIRONMENT = {**os.environ, "COLUMNS": "200"}  # wide lines, in which pytest says why a test failed
 
 
 def run(record: Record, device: torch.device, rehearsal: bool) -> None:
-    """Both at once: neither takes times."""
+    """Run both at the same time, since neither measures times."""
     files = ["tests/dcd/test_triton.py", "-k", "positions"] if rehearsal else files_marked("gpu")
     several = ["-n", str(WORKERS)] if find_spec("xdist") and not rehearsal else []
     marked = "not gpu" if rehearsal else "gpu"
@@ -34,7 +34,7 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
         output, _ = tests.communicate(timeout=max(1, record.seconds_left - 14))
     except subprocess.TimeoutExpired:
         record.fail("tests marked gpu", "out of time")
-        tests.send_signal(signal.SIGINT)  # it then reports the tests that are done
+        tests.send_signal(signal.SIGINT)  # then pytest reports the finished tests
         try:
             output, _ = tests.communicate(timeout=10)
         except subprocess.TimeoutExpired:
@@ -44,13 +44,13 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
 
 
 def files_marked(marker: str) -> list[str]:
-    """The test files that name a marker: the others may import what is not installed here."""
+    """The test files that use a marker. The others may import packages that are not installed here."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if f"mark.{marker}" in file.read_text()]
 
 
 def read_summary(record: Record, output: str) -> None:
-    """Each test that failed or was skipped, and the counts, from the end of pytest's output (`-q` and `SUMMARY`)."""
+    """Record the counts and each failed or skipped test, from the end of pytest's output (`-q` and `SUMMARY`)."""
     lines = output.strip().splitlines() or ["no output"]
     for line in lines:
         outcome, _, what = line.partition(" ")
@@ -71,7 +71,7 @@ def sanitize(record: Record) -> None:
         record.skip("compute-sanitizer", "it is not installed here")
         return
     command = [program, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-m", "pytest", *SANITIZED]
-    # Without PyTorch's cache each tensor is an allocation of its own, so that its bounds are known.
+    # Without PyTorch's cache each tensor is an allocation of its own, with known bounds.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     seconds = max(1, record.seconds_left - 40)
     try:

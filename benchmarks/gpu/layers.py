@@ -1,10 +1,10 @@
-"""Each DCD layer of ResNet-50 beside its floor: what the GPU's memory and its matrix units would need for it.
+"""Compare each DCD layer of ResNet-50 with its floor: the least time that memory and matrix units allow.
 
-The floor of a training step of a layer, in bf16: it must read x, write y, read y's gradient and x, and write x's
-gradient, and read the weights and write their gradients (float32); it must multiply and add what the equation says,
-forward and twice backward. At the rates of a large copy and of a large matrix product the longer of the two is the
-floor. What is above it in the time of the kernels alone (a CUDA graph) is the gap; eager time has the launches, too.
-1×1 layers are measured by one kernel for each image and by maps (docs/dynamic_layers.md), whichever they would take.
+In a training step in bf16 a layer must read x, write y, read y's gradient and x, and write x's gradient; it must read
+the weights and write their gradients (float32). It must do the multiply-adds of the equation once forward and twice
+backward. The floor is the longer of two times: the bytes at the rate of a large copy, and the operations at the rate of
+a large matrix product. The gap is the time of the kernels alone (a CUDA graph) minus the floor; eager time includes the
+launches. 1×1 layers are measured in both forms, maps and one kernel for each image (docs/dynamic_layers.md).
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ COLUMNS = ("layer", "times", "way", "MB", "GFLOP", "floor ms", "bound by", "kern
 
 
 def copy_rate(device: torch.device, elements: int = 2**29) -> float:
-    """Bytes per second that a copy within the device's memory reads and writes, in bf16."""
+    """Bytes per second, read and written, of a bf16 copy within the device's memory."""
     source = torch.randn(elements, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     return 4 * elements / window_seconds(lambda: target.copy_(source), device, 0.3)
@@ -49,19 +49,19 @@ def floor_bytes(shape: Shape, parameters: int, batch_size: int) -> int:
 
 
 def floor_operations(layer: nn.Module, shape: Shape, batch_size: int) -> int:
-    """The equation's multiplications and additions in a training step."""
+    """The multiplications and additions of the equation in a training step."""
     image = torch.zeros(1, shape.in_channels, shape.size, shape.size)
     return 2 * 3 * batch_size * multiply_adds(layer, image)
 
 
 def ways_of(shape: Shape, device: torch.device) -> list[str]:
-    """The variants of a layer: static, and each fast path in each form that it can take."""
+    """The variants of a layer: static, and each fast path in each possible form."""
     forms = ("kernels", "maps") if shape.kernel_size == shape.stride == 1 else ("maps",)
     return [STATIC, *(f"dcd {path} {form}" for path in available_paths(device)[1:] for form in forms)]
 
 
 def usual_way(shape: Shape, device: torch.device) -> str:
-    """The variant that the layer takes by itself."""
+    """The variant that the layer chooses by itself."""
     x = torch.empty(1, shape.in_channels, shape.size, shape.size, device="meta")
     return f"dcd {available_paths(device)[-1]} {choose_form('auto', x, shape.kernel_size, shape.stride)}"
 
@@ -78,7 +78,7 @@ def count_launches(runner: Runner) -> int | None:
 
 @dataclass(frozen=True)
 class Scale:
-    """Images in a batch, seconds of a window; the rates of the device in bytes and operations per second."""
+    """window_s: seconds of a timing window. copied, multiplied: the device's rates in bytes/s and operations/s."""
 
     batch_size: int
     window_s: float
@@ -101,8 +101,8 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
     )
     title = f"DCD layers, forward and backward, batch {scale.batch_size}, bf16"
     table = record.table(title, *COLUMNS, "to floor", "to static")
-    in_network: Counter[str] = Counter()  # ms of the kernels, by static and ours
-    gaps: dict[str, float] = {}  # ms above the floor, of all layers of a shape
+    in_network: Counter[str] = Counter()  # ms of the kernels, for static and ours
+    gaps: dict[str, float] = {}  # ms above the floor, for all layers of a shape
     for shape, count in shapes.items():
         if record.has_time(str(shape), 5):
             usual, static_ms = usual_way(shape, device), None

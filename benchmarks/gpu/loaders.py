@@ -1,7 +1,8 @@
-"""Every loader on fake ImageNet, with all cores: its pixels, its rate alone, and training from it.
+"""Measure every loader on fake ImageNet with all cores: its pixels, its rate alone, and training from it.
 
-DALI decodes in two ways: the box of each image alone, or whole images, a share of them by the GPU's own JPEG decoder,
-of which the box is cut out afterwards (`DataConfig.dali_full_decode`). The share is swept.
+DALI decodes in two ways: only the box of each image, or whole images from which the box is cut afterwards
+(`DataConfig.dali_full_decode`). In the second way the GPU's JPEG decoder takes a share of the images; several shares
+are tried.
 """
 
 import os
@@ -29,9 +30,9 @@ from training.distributed import Ranks
 from training.profile.step_timer import StepTimer
 from training.profile.verdict import Rates
 
-UNCOUNTED = 6  # batches at the start, some of which were made before the clock starts
-ON_CORES = "torchvision on cores"  # for which `build_loader` would take the GPU's decoder
-SHARES = (0.0, 0.5, 0.75, 0.9, 1.0)  # of the images that the GPU's JPEG decoder gets
+UNCOUNTED = 6  # batches at the start, some of them made before the clock starts
+ON_CORES = "torchvision on cores"  # `build_loader` would take the GPU's decoder for it
+SHARES = (0.0, 0.5, 0.75, 0.9, 1.0)  # of the images, decoded by the GPU's JPEG decoder
 
 
 def run(record: Record, device: torch.device, rehearsal: bool) -> None:
@@ -54,7 +55,7 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
 
 
 def ways_to_load(record: Record, config: DataConfig, beton: Path, device: torch.device) -> dict[str, DataConfig]:
-    """What can be measured here, by its name; the rest is skipped."""
+    """{name: configuration} of the loaders that can be measured here; the others are recorded as skipped."""
     ways = {"torchvision": config, ON_CORES: config}
     with record.part("FFCV"):
         import ffcv  # noqa: F401 (its absence skips the row: it writes the file)
@@ -86,7 +87,7 @@ def open_loader(name: str, config: DataConfig, device: torch.device, dtype: torc
 
 
 def compare_pixels(record: Record, ways: dict[str, DataConfig], device: torch.device) -> None:
-    """How far each loader's pixels are from those of libjpeg-turbo on a CPU, on the first training batch."""
+    """Compare each loader's pixels with libjpeg-turbo's on a CPU, on the first training batch."""
     std, mean = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1)
 
     def pixels(name: str, config: DataConfig, where: torch.device) -> Tensor:
@@ -131,7 +132,7 @@ def measure_rates(
 def train_from(
     record: Record, ways: dict[str, DataConfig], rates: dict[str, float], device: torch.device, rehearsal: bool
 ) -> None:
-    """Training by the trainer's own loop from the fastest way of each backend, beside loader and model alone."""
+    """Train by the trainer's own loop with the fastest way of each backend; compare with loader and model alone."""
     columns = ("loader", "loader alone", "model alone", "together", "to the smaller of both")
     table = record.table("Training, end to end, images/s", *columns)
     best: dict[str, str] = {}

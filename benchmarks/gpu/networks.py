@@ -1,14 +1,14 @@
-"""Whole networks on a resident batch: images/s, ms and memory of a step, beside the static network run in the same way.
+"""Whole networks on a resident batch: images/s, ms and memory of a step, compared with the static network.
 
-Variants are static, the rivals, and DCD by a path: "dcd auto" is what the trainer takes by itself, on a GPU "triton".
-They are run in mixed precision (bf16) and channels_last, but for the official way. The ways:
+Variants are static, the rivals, and DCD by a path: "dcd auto" is the path that the trainer chooses, on a GPU "triton".
+They run in mixed precision (bf16) and channels_last, except in the official way. The ways:
 
-    eager              as the trainer does
+    eager              as in the trainer
     CUDA graph         the same kernels without the cost of launching them one by one
     compiled           by torch.compile; "dcd auto" is then compiled from the reference
-    DataParallel       the published way: plain operations, fp32, NCHW, DataParallel on one GPU
+    DataParallel       the official way: plain operations, fp32, NCHW, DataParallel on one GPU
 
-The variants of a group take turns, window by window; ratios are of neighbouring windows.
+The variants of a group take turns, window by window; a ratio is that of two neighbouring windows.
 """
 
 import gc
@@ -33,7 +33,7 @@ REFERENCE, FUSED = "dcd reference", "dcd fused"
 
 
 class Group(NamedTuple):
-    """Variants of a network that take turns, static first. The batch is halved where memory does not suffice."""
+    """Variants of a network that take turns, static first. The batch is halved if memory is too small."""
 
     network: str
     setting: Setting
@@ -45,11 +45,11 @@ class Group(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """What measuring it takes, roughly, on a GPU."""
+        """The rough time of the measurement on a GPU."""
         return 40 if "compiled" in self.setting.mode else 10 * len(self.variants)
 
 
-# In this order, so that what matters most is measured before the time is up.
+# The most important groups come first, in case the time runs out.
 PLAN = (
     Group("resnet50", EAGER, (STATIC, AUTO)),
     Group("resnet50", OFFICIAL, (STATIC, REFERENCE)),
@@ -96,7 +96,7 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
     found: Found = {}
     for group in plan:
         if record.has_time(str(group), group.seconds):
-            # "highest" is PyTorch's own default, with which the official code runs; the trainer's is "high".
+            # The official code runs with PyTorch's default, "highest"; the trainer uses "high".
             torch.set_float32_matmul_precision("highest" if group.setting == OFFICIAL else "high")
             with record.part(str(group)):
                 subject = Subject(group.network, "", 1, (3, size, size), partial(create_model, group.network))
@@ -109,7 +109,7 @@ def run(record: Record, device: torch.device, rehearsal: bool) -> None:
 
 
 def measure_what_fits(record: Record, subject: Subject, group: Group, extent: Extent) -> list[Row]:
-    """A row for each variant that works."""
+    """The rows of a group; the batch is halved until it fits into memory. Failures are recorded."""
     while True:
         try:
             rows, failures = measure(subject, group.variants, group.setting, extent)
@@ -126,10 +126,10 @@ def measure_what_fits(record: Record, subject: Subject, group: Group, extent: Ex
 
 
 def report_targets(record: Record, found: Found) -> None:
-    """The figures to reach, and what was found. Eager stands beside eager, and compiled beside compiled."""
+    """Compare the figures with the targets: eager with eager, compiled with compiled."""
 
     def best(variants: tuple[str, ...], modes: tuple[str, ...]) -> float | None:
-        """ResNet-50's highest training rate among these."""
+        """ResNet-50's highest training rate among these variants and modes."""
         keys = [("resnet50", variant, mode) for variant in variants for mode in modes]
         return max((found[key].training_images_per_sec for key in keys if key in found), default=None)
 
@@ -152,7 +152,7 @@ def report_targets(record: Record, found: Found) -> None:
 
 
 def free() -> None:
-    """Give back the memory of what was dropped."""
+    """Give the memory of deleted objects back to the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

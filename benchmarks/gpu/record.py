@@ -1,4 +1,4 @@
-"""What a section of `benchmarks.gpu_check` finds, written after every line: a section that is cut off keeps it."""
+"""The findings of a section of `benchmarks.gpu_check`, saved after every line, so an aborted section keeps them."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ class Table:
 
 @dataclass
 class Target:
-    """A figure to be reached, or one that must not be exceeded. found is None where it was not measured."""
+    """A figure to reach or, with `at_most`, not to exceed. found: None if it was not measured."""
 
     what: str
     wanted: float
@@ -36,7 +36,7 @@ class Target:
 
 @dataclass
 class Findings:
-    """Of one section. skipped and failed: what, and why."""
+    """The findings of one section. skipped, failed: what and why."""
 
     title: str
     sentences: list[str] = field(default_factory=list)
@@ -55,10 +55,10 @@ class Findings:
 
 
 class Record:
-    """Takes the findings of a section, and knows how long it may go on.
+    """Collects the findings of a section and knows its time limit.
 
     Args:
-        title: of the section. path: the JSON file. seconds: from now on.
+        title: of the section. path: the JSON file. seconds: the time limit, from now on.
     """
 
     def __init__(self, title: str, path: Path, seconds: float):
@@ -79,7 +79,7 @@ class Record:
         return self.findings.tables[-1]
 
     def add(self, table: Table, *cells: object) -> None:
-        """A row: numbers, text, or None for what was not measured."""
+        """Add a row. cells: numbers, text, or None if not measured."""
         table.rows.append(list(cells))
         self._save(f"{table.title}: " + ", ".join(show(cell) for cell in cells))
 
@@ -88,7 +88,7 @@ class Record:
         self._save()
 
     def skip(self, what: str, why: str) -> None:
-        """Something could not be measured here, for no fault of ours."""
+        """Record that something cannot be measured on this machine."""
         self.findings.skipped.append(f"{what}: {why}")
         self._save(f"skipped {what}: {why}")
 
@@ -98,7 +98,7 @@ class Record:
 
     @contextmanager
     def part(self, what: str) -> Iterator[None]:
-        """A missing package skips the body, another error fails it; the section goes on."""
+        """A missing package marks the body as skipped, another error as failed; the section continues."""
         try:
             yield
         except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Twenty training steps on the GPU's time line: what it does, and how long it has nothing to do."""
+"""Twenty training steps on the GPU's time line: which kernels run, and how long the GPU is idle."""
 
 import json
 import tempfile
@@ -16,7 +16,7 @@ from training.build import open_trainer
 
 STEPS = 20
 WARM_UP = 5
-# Part of a kernel's name, in lower case -> what it does; the first that fits. As cuDNN, cuBLAS and PyTorch name them.
+# Part of a kernel's name in lower case -> its kind; the first match counts. Names of cuDNN, cuBLAS and PyTorch.
 KINDS = {
     "triton_": "compiled",
     "memcpy": "copies",
@@ -41,7 +41,7 @@ KINDS = {
 
 
 def kind_of(kernel: str) -> str:
-    """What a kernel does, by its name. Triton's have that of their function: ours begin with an underscore."""
+    """The kind of a kernel, from its name. Our Triton kernels are named after their functions: `_...`."""
     if kernel.startswith("_"):
         return "our kernels"
     name = kernel.lower()
@@ -64,7 +64,7 @@ def device_events(trace: dict, categories: tuple[str, ...]) -> list[tuple[str, f
 
 
 def summarise(record: Record, events: list[tuple[str, float, float]], steps: int) -> None:
-    """The time by kind, the kernels that take most, and the gaps."""
+    """Record the time by kind, the kernels that take most time, and the gaps."""
     first, last = min(start for _, start, _ in events), max(end for _, _, end in events)
     gaps = 100 * (1 - busy_us((start, end) for _, start, end in events) / (last - first))
     by_kind, calls, by_name = Counter(), Counter(), Counter()
@@ -90,7 +90,7 @@ def summarise(record: Record, events: list[tuple[str, float, float]], steps: int
 
 
 def run(record: Record, device: torch.device, rehearsal: bool) -> None:
-    """Train on synthetic images by the trainer's own loop, and trace the device alone, which slows nothing down."""
+    """Train on synthetic images by the trainer's loop. Only the device is traced, which does not slow it down."""
     data = {"backend": "synthetic", "synthetic_images": 1000 * 256, "num_classes": 1000}
     sizes = {"arch": "resnet18_dcd", "batch_size": 2, "input_size": 32} if rehearsal else {"arch": "resnet50_dcd"}
     config = endless_run(device, **data, **sizes, label_smoothing=0.1, mixup=0.2)
