@@ -48,8 +48,8 @@ By the statistics of bn2 and of bn1, q thus has the gradient q_to_d_qᵀ q, besi
 
     (21)  q_to_d_q = away mixedᵀ + [away1, 0]
 
-Legend of the shape comments: B images, D width of the pooled input, S squeezed width, L latent dimension, L⁺ the width
-of q, N positions of the output, O output channels.
+Legend of the shape comments: B images, C·D width of the pooled input (C input channels, D cells of the pool), S
+squeezed width, L latent dimension, L⁺ the width of q, N positions of the output, O output channels.
 """
 
 import math
@@ -62,7 +62,7 @@ from torch import Tensor
 class Branch(NamedTuple):
     """The weights of the coefficient branch, named as in `reference.coefficients`."""
 
-    squeeze: Tensor  # (S, D)
+    squeeze: Tensor  # (S, C·D)
     gate: Tensor  # (S, S)
     to_phi: Tensor  # (L*L, S)
     to_scale: Tensor  # (O, S)
@@ -89,7 +89,7 @@ class Statistics(NamedTuple):
 class SavedCoefficients(NamedTuple):
     """What `coefficients` saves for its backward."""
 
-    descriptor: Tensor  # (B, D)
+    descriptor: Tensor  # (B, C·D)
     squeezed: Tensor  # (B, S)
     gates: Tensor  # (B, S)
     y: Tensor  # (B, S), squeezed ⊙ gates
@@ -110,7 +110,7 @@ class SavedFuse(NamedTuple):
 
 
 def coefficients(descriptor: Tensor, branch: Branch) -> tuple[Tensor, Tensor, SavedCoefficients]:
-    """Φ (B, L, L) and Λ (B, O) from the pooled input (B, D), by the equation of `reference.coefficients`."""
+    """Φ (B, L, L) and Λ (B, O) from the pooled input (B, C·D), by the equation of `reference.coefficients`."""
     one, size = descriptor.new_ones(()), math.isqrt(len(branch.to_phi))
     squeezed = descriptor @ branch.squeeze.t()  # [B, S]
     # relu6(t + 3) / 3 is clamp(t / 3 + 1, 0, 2), which a product can end with. (F.hardsigmoid rounds to float32.)

@@ -5,8 +5,8 @@ backward. A new one begins where a sum over all images is needed: a kernel write
 next one adds that up, always in the same order.
 
 The results are those of equations 9 to 21, computed from terms that take large means away first. Of an image,
-`moments` holds the mean m of proj_in x and, less m mᵀ, its covariance C. With the scale and shift of bn1 (scale1, and
-shift1 = bias1 - mean1 scale1), output j of phi has in this image
+`moments` holds the mean m of proj_in x - centre and, less m mᵀ, its covariance C. With the scale and shift of bn1
+(scale1, and shift1 = bias1 - mean1 scale1, mean1 also that of proj_in x - centre), output j of phi has in this image
 
     (32)  mean[j] = (phi (scale1 m + shift1))[j],    variance[j] = (crossed diag(scale1) phiᵀ)[j, j],
           crossed = phi diag(scale1) C               the covariance of output j and channel i of proj_in x
