@@ -1,4 +1,4 @@
-"""Fixtures of the long tests; they run only by `-m faults` (make test-faults)."""
+"""Fixtures of the long tests, which run only with `-m faults` (make test-faults)."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ EVERYTHING = ["--dropout", 0.2, "--mixup", 0.4, "--mixup-epochs", 1, "--ema", 0.
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Mark the tests of this folder, and leave them out where they are not asked for by name."""
+    """Mark the tests of this folder, and deselect them unless `-m` names the marker."""
     ours = [item for item in items if HERE in item.path.parents]
     for item in ours:
         item.add_marker(pytest.mark.faults)
@@ -45,7 +45,7 @@ def warm() -> Iterator[WarmPython]:
 
 @pytest.fixture
 def start(warm, tmp_path) -> Iterator[Callable[..., Job]]:
-    """A function that starts a run in the background, which ends with the test; `launcher`: options of torchrun."""
+    """A function that starts a run in the background; the run ends with the test. launcher: options of torchrun."""
     jobs = []
 
     def start(*args, ranks: int = 2, torchrun: bool = False, launcher=(), output: str = "log.txt") -> Job:
@@ -63,7 +63,7 @@ def start(warm, tmp_path) -> Iterator[Callable[..., Job]]:
 
 @pytest.fixture
 def whole(data, start, tmp_path_factory) -> Callable[..., dict]:
-    """whole(*args, ranks=2): the last checkpoint of a run that nothing disturbs."""
+    """whole(*args, ranks=2): the last checkpoint of an undisturbed run."""
 
     def whole(*args, ranks: int = 2) -> dict:
         out = tmp_path_factory.mktemp("whole")
@@ -75,19 +75,19 @@ def whole(data, start, tmp_path_factory) -> Callable[..., dict]:
 
 
 def options(data: dict[str, Path], backend: str, epochs: int, precision: str = "off") -> list:
-    """A small training in which everything that is random takes part, and which logs and saves every step."""
+    """Options of a small training that uses everything random, and logs and saves every step."""
     every = ["-p", 1, "--checkpoint-steps", 1, "--amp", precision, "--epochs", epochs]
     return [*SMALL, *EVERYTHING, "-b", 12, "--backend", backend, "-d", data[backend], *every]
 
 
 def same_bits(out: Path, expected: dict) -> None:
-    """The last checkpoint of `out` is another one, but for the options."""
+    """Assert that the last checkpoint of `out` equals `expected`, except for the options."""
     found = last(out)
     assert difference({**found, "config": None}, {**expected, "config": None}) == []
 
 
 def needs_root(*words: str) -> None:
-    """Skip, with the reason, where this machine does not let us mount or make network namespaces."""
+    """Skip, with the reason, if this machine does not allow mounts or network namespaces."""
     done = subprocess.run(words, capture_output=True, text=True) if shutil.which(words[0]) else None
     if os.geteuid() or done is None or done.returncode:
         pytest.skip(f"not permitted or not installed: {' '.join(words)} {done.stderr.strip() if done else ''}")

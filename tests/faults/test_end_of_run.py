@@ -1,4 +1,4 @@
-"""A run ends whole, every time, on a busy machine."""
+"""A run ends cleanly, every time, on a busy machine."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ AT_ONCE = 4
 
 @pytest.fixture
 def busy():
-    """Two processes that take what they get."""
+    """Two processes that keep the cores busy."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     yield
     for process in processes:
@@ -26,7 +26,7 @@ def busy():
 
 @pytest.mark.parametrize(("torchrun", "runs"), [(False, RUNS), (True, RUNS // 10)])
 def test_no_run_fails_at_its_end(data, start, tmp_path, busy, torchrun, runs):
-    """Two ranks with an evaluation at the end, so many times; nor does any thread of gloo see the end of Python."""
+    """`runs` runs of two ranks with an evaluation at the end; no gloo thread is left when Python ends."""
     waiting, running, bad = list(range(runs)), {}, []
     while waiting or running:
         while waiting and len(running) < AT_ONCE:

@@ -1,4 +1,4 @@
-"""Full disks, read-only folders, torn checkpoints, and two runs in one folder."""
+"""Full disks, read-only folders, damaged checkpoints, and two runs in one folder."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def disk(tmp_path):
 
 
 def fill(folder) -> None:
-    """Leave no byte."""
+    """Fill the disk to the last byte."""
     with open(folder / "ballast", "wb", buffering=0) as file:
         for size in (2**16, 2**12, 1):
             try:
@@ -34,7 +34,7 @@ def fill(folder) -> None:
 
 
 def test_a_full_disk_stops_no_training(data, start, whole, disk):
-    """The last good checkpoint stays; when there is room again, the run ends well, to the same bits."""
+    """The last good checkpoint stays; when there is room again, the run finishes with the same bits."""
     common, out = options(data, "ffcv", epochs=20), disk / "out"
     expected = whole(*common)
     job = start(*common, "-c", out)
@@ -96,7 +96,7 @@ def test_the_second_run_in_a_folder_leaves_the_first_alone(data, start, whole, t
     common, out = options(data, "ffcv", epochs=8), tmp_path / "out"
     first = start(*common, "-c", out)
     until(lambda: not first.running or last_line(out).get("global_step", 0) >= 2)
-    first.signal(signal.SIGSTOP)  # it is to be there all the time
+    first.signal(signal.SIGSTOP)  # halted, so that it exists all the time
     second = start(*common, "-c", out, output="second.txt")
     codes = second.wait(60)
     first.signal(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""Files that a fuzzer changes: tests/fuzz/run.py, for some seconds of what it does for as long as it is told."""
+"""Files that a fuzzer changes: a short run of tests/fuzz/run.py."""
 
 import os
 import subprocess

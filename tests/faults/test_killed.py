@@ -1,4 +1,4 @@
-"""Killed at any moment and restarted by the same command, a run reaches the weights of one that never was."""
+"""A run that is killed at any moment and restarted reaches the weights of a run that was never killed."""
 
 import json
 import os
@@ -18,14 +18,14 @@ STEPS_PER_EPOCH = 4
 
 
 def last_line(out) -> dict:
-    """Of the log; empty where it holds none that is whole."""
+    """The last line of the log; empty if the log has no complete line at its end."""
     path = out / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return json.loads(text.splitlines()[-1]) if text.endswith("\n") else {}
 
 
 def wait_for(moment: str, job, out, rng: random.Random) -> None:
-    """Until the run, which has just been started, is in such a moment, or has ended."""
+    """Wait until the run, just started, reaches this moment or has ended."""
     if moment == "start":
         time.sleep(rng.uniform(0, 1.5))
         return
@@ -45,7 +45,7 @@ def wait_for(moment: str, job, out, rng: random.Random) -> None:
 @pytest.mark.parametrize("precision", ["off", "bf16"])
 @pytest.mark.parametrize("backend", ["torchvision", "ffcv", "dali"])
 def test_killed_at_random_moments(data, start, whole, tmp_path, backend, precision):
-    """Two ranks; one of them, or both, get SIGKILL. The one that is left must end by itself, and not well."""
+    """One or both of two ranks get SIGKILL. A surviving rank must end by itself, with an error."""
     epochs, out, rng = 4 + KILLS, tmp_path / "out", random.Random(0)
     common = options(data, backend, epochs, precision)
     expected, done = whole(*common), []
@@ -55,7 +55,7 @@ def test_killed_at_random_moments(data, start, whole, tmp_path, backend, precisi
         job = start(*common, "-c", out)
         wait_for(moment, job, out, rng)
         assert job.running, f"the run had ended before the kill in {moment}: {job.output[-2000:]}"
-        # Before the ranks have met, one waits for the other: there it is torchrun, or srun, that ends all.
+        # Before the ranks are connected, one waits for the other, and only torchrun or srun could end it: kill both.
         victims = (0, 1) if moment == "start" else rng.choice([(0,), (1,), (0, 1)])
         job.signal(signal.SIGKILL, *victims)
         codes = job.wait(60)
@@ -74,7 +74,7 @@ def test_killed_at_random_moments(data, start, whole, tmp_path, backend, precisi
 
 @pytest.mark.parametrize("fault", ["killed", "exception", "out of memory"])
 def test_torchrun_restarts_a_run(data, start, whole, tmp_path, fault):
-    """--max-restarts 3: one rank dies, and torchrun starts all anew, who go on from the last checkpoint."""
+    """--max-restarts 3: one rank dies, torchrun restarts all ranks, and they resume from the last checkpoint."""
     folder = shutil.copytree(data["torchvision"], tmp_path / "data")
     common, out = options({"torchvision": folder}, "torchvision", epochs=10), tmp_path / "out"
     expected = whole(*common)
@@ -83,7 +83,7 @@ def test_torchrun_restarts_a_run(data, start, whole, tmp_path, fault):
     if fault == "killed":
         job.ranks()[1].kill()
     elif fault == "out of memory":
-        job.ranks()[1].rlimit(9, (1, 1))  # RLIMIT_AS: not a byte more
+        job.ranks()[1].rlimit(9, (1, 1))  # RLIMIT_AS: every further allocation fails
     else:
         victim = sorted((folder / "train").rglob("*.JPEG"))[5]
         content = victim.read_bytes()

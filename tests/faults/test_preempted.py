@@ -1,4 +1,4 @@
-"""A signal ends a run within ten seconds, with a checkpoint, wherever it is."""
+"""A signal ends a run within ten seconds with a checkpoint, whatever the run does at that moment."""
 
 import os
 import shutil
@@ -17,10 +17,10 @@ SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
 
 
 def reach(moment: str, job, out, folder) -> None:
-    """Until the run is in such a moment."""
+    """Wait until the run reaches this moment."""
     until(lambda: not job.running or last_line(out).get("global_step", 0) > STEPS_PER_EPOCH)
     if moment == "evaluation":
-        # No more than the first image of the first evaluation that comes: it waits there.
+        # The next evaluation waits for this image.
         replace_by_pipe(sorted((folder / "val").rglob("*.JPEG"))[3])
         until(lambda: not job.running or last_line(out).get("step") == STEPS_PER_EPOCH)
         time.sleep(2)
@@ -39,7 +39,7 @@ def reach(moment: str, job, out, folder) -> None:
 
 
 def replace_by_pipe(image) -> None:
-    """Whoever opens it waits."""
+    """Replace an image by a named pipe: a process that opens it waits."""
     image.rename(image.with_suffix(".kept"))
     os.mkfifo(image)
 
@@ -61,7 +61,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(data, start, whole, tmp_path, mom
     job = start(*common, "-c", out, ranks=ranks)
     reach(moment, job, out, folder)
     before = time.monotonic()
-    job.signal(number, ranks - 1)  # one is enough: the ranks agree
+    job.signal(number, ranks - 1)  # to one rank only: the ranks agree
     assert set(job.wait(30)) == {75}, job.output
     assert time.monotonic() - before < 10, job.output
     assert "stopped; the same command goes on" in job.output and read(out, "status.json")["state"] == "preempted"
@@ -88,7 +88,7 @@ def test_below_torchrun(data, start, whole, tmp_path, to):
 
 
 def test_a_second_signal_ends_at_once(data, start, tmp_path):
-    """Also where the first one cannot be obeyed: the other rank is halted, so they cannot agree."""
+    """Even if the first signal has no effect: the other rank is halted, so the ranks cannot agree to stop."""
     job = start(*options(data, "ffcv", epochs=100), "-c", tmp_path / "out")
     until(lambda: not job.running or last_line(tmp_path / "out").get("global_step", 0) >= 5)
     job.signal(signal.SIGSTOP, 1)

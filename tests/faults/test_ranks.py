@@ -1,4 +1,4 @@
-"""Other numbers of ranks, ranks that hang, ranks on machines that lose each other, and ranks that Slurm starts."""
+"""Other numbers of ranks, ranks that hang, machines that lose their connection, and ranks that Slurm starts."""
 
 import re
 import shutil
@@ -20,10 +20,10 @@ ONE_STEP = "--stop-after-steps", 1
 
 @pytest.mark.parametrize(("ranks", "parts"), [(2, 2), (1, 4)])
 def test_going_on_with_fewer_ranks(data, start, tmp_path, ranks, parts):
-    """Saved on 4; fewer ranks that accumulate over as many parts as 4 ranks have get the same gradients.
+    """A checkpoint of 4 ranks; fewer ranks that accumulate over as many parts get the same gradients.
 
-    One step shows it. The gradients of so small a network, whose last maps are single pixels, grow to a norm of a
-    thousand, and the step after it makes differences of a thousand roundings.
+    Only one step is compared. The gradients of this small network, whose last maps are single pixels, grow to a norm of
+    a thousand, so the next step multiplies rounding differences by a thousand.
     """
     common = [*SMALL, "-b", 24, "--epochs", 4, "-d", data["ffcv"], "--mixup", 0.4, "--lr", 0.01]
     four, fewer = tmp_path / "four", tmp_path / "fewer"
@@ -40,7 +40,7 @@ def test_going_on_with_fewer_ranks(data, start, tmp_path, ranks, parts):
 
 
 def test_going_on_with_three_ranks(data, start, tmp_path):
-    """Three ranks and one that accumulates over three parts, from the checkpoint of four."""
+    """Three ranks, and one rank that accumulates over three parts, both from a checkpoint of four ranks."""
     common = [*SMALL, "-b", 24, "--epochs", 4, "-d", data["ffcv"], "--lr", 0.01]
     assert set(start(*common, "-c", tmp_path / "three", "--stop-after-steps", 5, ranks=4).wait()) == {0}
     shutil.copytree(tmp_path / "three", tmp_path / "one")
@@ -62,7 +62,7 @@ def test_a_rank_that_hangs_is_named(data, start, whole, tmp_path, halted):
     until(lambda: job.running and job.codes[1 - halted] is not None, 40)
     assert time.monotonic() - before < 25 and job.codes[1 - halted] == 1
     (line,) = error_lines(job.output)
-    # Rank 0 keeps the store: where it is the one that is halted, nobody can ask.
+    # Rank 0 holds the store: if rank 0 is halted, no other rank can read it.
     named = (
         rf"rank {halted} is silent .step \d+, " if halted else "where the ranks meet is out of reach|rank 0 is silent"
     )
@@ -127,7 +127,7 @@ def two_machines():
 
 
 def test_two_machines_that_lose_each_other(data, whole, two_machines, tmp_path):
-    """One rank on each; the cable is cut: an error on both within --timeout, and restarted they go on."""
+    """One rank on each. The cable is cut: both report an error within --timeout. Restarted, they resume."""
     timeout = 12
     common, out = [*options(data, "ffcv", epochs=20), "--timeout", timeout], tmp_path / "out"
     expected = whole(*common)
@@ -155,7 +155,7 @@ def test_two_machines_that_lose_each_other(data, whole, two_machines, tmp_path):
         assert time.monotonic() - before < timeout + 10
         for rank, job in enumerate(jobs):
             assert any(line.startswith(f"rank {rank}: error: ") for line in job.output.splitlines()), job.output
-        # torchrun of the second machine asks the first one, which it cannot reach, what it should do
+        # torchrun on the second machine still waits for the first one, which it cannot reach
         for job in jobs:
             job.end()
         ip("-n", two_machines[1], "link", "set", "cable", "up")

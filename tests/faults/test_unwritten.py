@@ -1,4 +1,4 @@
-"""No pixel comes from memory that nothing was written to, whatever the sampling of a JPEG."""
+"""No pixel comes from uninitialised memory, whatever the chroma sampling of a JPEG."""
 
 import itertools
 import os
@@ -15,14 +15,15 @@ from tests import jpegs
 from tests.fuzz.inputs import EXACT, FLIP, FLOATS, RAW, native_input
 
 PROGRAM = Path(__file__).parents[1] / "fuzz" / "native_input.cpp"
-SIZE = (150, 210)  # of the images that valgrind sees: it takes 50 times as long
+SIZE = (150, 210)  # of the images under valgrind, which is 50 times as slow
 BOXES = [(0, 0, 150, 210), (5, 60, 144, 144), (1, 3, 144, 146), (6, 50, 40, 36), (149, 209, 1, 1)]
 
-# valgrind knows no AVX-512, so the program is compiled without -march=native; and it takes each product of libjpeg's
-# pmaddwd for one of two pixels, so libjpeg has to do without vectors. The test of two processes has them.
+# valgrind does not know AVX-512, so the program is compiled without -march=native. For valgrind each result of
+# libjpeg's pmaddwd depends on two pixels, so libjpeg runs without vector instructions here. The test of two processes
+# uses vectors.
 ENVIRONMENT = {**os.environ, "JSIMD_FORCENONE": "1"}
 
-# Renders the JPEGs in the file argv[1] and writes the pixels to argv[2], in a process of its own for its environment.
+# Renders the JPEGs in the file argv[1] and writes the pixels to argv[2]; a process of its own, with its environment.
 RENDER = """
 import pickle, sys
 from pathlib import Path
@@ -40,7 +41,7 @@ Path(sys.argv[2]).write_bytes(b"".join(pixels))
 
 
 def every_sampling():
-    """Those of these factors that libjpeg writes."""
+    """All combinations of these sampling factors that libjpeg can write."""
     factors = list(itertools.product((1, 2, 3, 4), (1, 2, 3, 4)))
     chroma = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
     for sampling in itertools.product(factors, chroma, chroma[:4]):
@@ -52,7 +53,7 @@ def every_sampling():
 
 
 def test_the_same_pixels_whatever_memory_held_before(tmp_path, root):
-    """Every sampling at every scale, columns cut away on either side or not; fresh memory is filled with two values."""
+    """Every sampling at every scale, with and without columns cut away; new memory holds one of two values."""
     work = []
     for sampling in every_sampling():
         data = jpegs.write(jpegs.smooth(300, 420), sampling)
@@ -71,7 +72,7 @@ def test_the_same_pixels_whatever_memory_held_before(tmp_path, root):
 
 @pytest.fixture(scope="module")
 def valgrind(tmp_path_factory):
-    """A function that runs `native.cpp` under valgrind on inputs, and returns what it reports."""
+    """A function that runs `native.cpp` under valgrind on inputs, and returns valgrind's report."""
     if shutil.which("valgrind") is None:
         pytest.fail("no valgrind on this machine: apt-get install valgrind")
     folder = tmp_path_factory.mktemp("valgrind")

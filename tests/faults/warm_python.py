@@ -1,12 +1,12 @@
-"""A Python that has imported what train_dist.py imports, and forks itself into runs of it: a start costs no seconds.
+"""A Python that has imported what train_dist.py imports, and forks itself for each run, to save seconds.
 
-    python warm_python.py ROOT        a request a line on standard input, its answer a line on standard output, in JSON
+    python warm_python.py ROOT        JSON lines: requests on standard input, their answers on standard output
 
 {"start": arguments, "env": {name: value}, "output": file}    ->  the process id of a new `train_dist.py arguments`
-{"poll": process id}                                          ->  its exit code (-N after signal N), or null: it runs
+{"poll": process id}                                          ->  its exit code (-N after signal N), null before
 
-The fork happens before any thread or process group exists, and the run ends as every Python ends, by its interpreter's
-finalisation, so what is tested is what `python train_dist.py` does.
+The fork happens before any thread or process group exists, and the run ends with the normal finalisation of Python. So
+a run behaves like `python train_dist.py`.
 """
 
 import importlib
@@ -32,13 +32,13 @@ MODULES = (
 
 
 def warm_up() -> None:
-    """Import what runs import, at their start or later, and start nothing."""
+    """Import what runs import, at their start or later, without starting threads."""
     for name in MODULES:
         importlib.import_module(name)
 
 
 def serve() -> list[str]:
-    """Answer requests to the end of the input; in a forked process, return the arguments of its run."""
+    """Answer requests until the input ends; in a forked process, return the arguments of its run."""
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:
@@ -55,7 +55,7 @@ def serve() -> list[str]:
 
 
 def become(env: dict[str, str], output: str) -> None:
-    """Take the environment and the output of a run, in a process group of its own."""
+    """Set the environment and the output of a run, in a new process group."""
     os.setpgid(0, 0)
     os.environ.update(env)
     nothing, file = os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

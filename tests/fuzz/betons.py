@@ -1,4 +1,4 @@
-"""A fuzzer of `BetonSource`: of files that are changed at random it opens each or raises a DataError."""
+"""Fuzz `BetonSource`: it must open each randomly changed file or raise a DataError."""
 
 import json
 import time
@@ -13,14 +13,14 @@ from pipelines.sources.errors import DataError
 from tests import jpegs
 from tests.betons import PAGES, Beton
 
-# Numbers whose sums and products wrap around, and those next to places in the file
+# Numbers whose sums and products overflow, and numbers next to offsets in the file
 NUMBERS = [0, 1, 2, 3, 12, 24, 2**15, 2**16 - 1, 2**31, 2**32 - 1, 2**61, 2**63 - 1, 2**63, 2**64 - 24, 2**64 - 1]
 NUMBERS += [PAGES + step for step in (-1, 0, 1, 11, 12, 13, 24, 36, 37)]
 CHECKSUMS = "val.checksums.npy"
 
 
 def write_seed(folder: Path) -> dict[str, bytes]:
-    """Two raw images and a JPEG, with the record of our own converter: the contents of the three files by name."""
+    """Write two raw images and a JPEG, with the record of our converter. Returns {name: content} of the three files."""
     beton = Beton()
     jpeg = jpegs.write(np.zeros((2, 2, 3), np.uint8)).tobytes()
     beton.pages = beton.pages[:24] + jpeg
@@ -43,9 +43,9 @@ def write_seed(folder: Path) -> dict[str, bytes]:
 
 
 def changed(data: bytes, draw: np.random.Generator) -> bytes:
-    """One to four changes: a number, a byte, a part that is cut, doubled or moved."""
+    """Make one to four changes: another number, random bytes, a part removed, doubled or moved."""
     for _ in range(draw.integers(1, 5)):
-        # The fields are 2 KB in which little matters: most changes are to go to what is before and behind them.
+        # Most bytes of the 2 KB of fields have no effect, so most changes go before and after them.
         places = [draw.integers(24), draw.integers(-160, 0) + len(data), draw.integers(len(data) + 1)]
         places.append(PAGES - draw.integers(1, 80))
         at = int(np.clip(draw.choice(places), 0, len(data)))
@@ -66,7 +66,7 @@ def changed(data: bytes, draw: np.random.Generator) -> bytes:
 
 
 def use(path: Path) -> bool:
-    """Open a file and do all that a loader does; whether that went well. Raises what is not to be."""
+    """Open a file and do all that a loader does. Returns whether it opened; raises on any wrong behaviour."""
     try:
         source = BetonSource(path)
     except DataError as error:
@@ -91,14 +91,14 @@ def use(path: Path) -> bool:
 
 
 def fuzz(folder: Path, seconds: float, seed: int = 0) -> tuple[int, int]:
-    """(files, how many of them opened) in `seconds`. Raises what is not to be; the file then lies in `folder`."""
+    """Returns (files, files that opened) in `seconds`. Raises on wrong behaviour; the file is then in `folder`."""
     draw = np.random.default_rng(seed)
     contents, stop = write_seed(folder), time.monotonic() + seconds
     count = opened = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         while time.monotonic() < stop:
-            recorded = count % 4 == 0  # with the record, which would notice each change of the file itself
+            recorded = count % 4 == 0  # with the record, by which any change of the .beton file is noticed
             change = list(contents)[draw.integers(1, 3)] if recorded else "val.beton"
             for name, data in contents.items():
                 if name == change:

@@ -1,4 +1,4 @@
-"""Inputs of `native_input.cpp`, and the first ones of the fuzzer."""
+"""Inputs of `native_input.cpp`, and the seeds of the fuzzer."""
 
 import io
 import struct
@@ -20,13 +20,13 @@ def native_input(
     count: int = 1,
     size: tuple[int, int] = (1, 1),
 ) -> bytes:
-    """An image's bytes with what is to be done: `Choice` of native_input.cpp.
+    """The bytes of an image after the operation on it: `Choice` of native_input.cpp.
 
     Args:
         box: (top, left, height, width) inside the image.
-        flags: those above, added up.
-        side: of the result, 1 to 64. count: how often the image is in the batch, on as many threads; 1 or 2.
-        size: height and width that are claimed with RAW or WRONG_SIZE; else the header's are.
+        flags: sum of the constants above.
+        side: of the result, 1 to 64. count: copies of the image in the batch and number of threads; 1 or 2.
+        size: height and width to claim with RAW or WRONG_SIZE; otherwise those of the header are used.
     """
     top, left, height, width = box
     sizes = [size[0] - 1, size[1] - 1, top, left, height - 1, width - 1]
@@ -44,7 +44,7 @@ def with_header(data: bytes, **changes: int) -> bytes:
 
 
 def seeds() -> dict[str, bytes]:
-    """What the fuzzer of native.cpp starts from: each kind of file, of 40×56 pixels, with something to do."""
+    """The first inputs of the fuzzer of native.cpp: each kind of file, of 40×56 pixels, with an operation."""
     pixels = jpegs.smooth(*SIZE, step=8)
     inks = np.concatenate([pixels, pixels[..., :1]], 2)
     whole, progressive = jpegs.write(pixels).tobytes(), jpegs.write(pixels, progressive=True).tobytes()

@@ -1,10 +1,10 @@
-"""Fuzz what reads files of others: JPEGs and raw images by `native.cpp`, .beton files by `BetonSource`.
+"""Fuzz the readers of foreign files: `native.cpp` for JPEGs and raw images, `BetonSource` for .beton files.
 
     python -m tests.fuzz.run --seconds 60
 
-The first is libFuzzer's work, with AddressSanitizer and UBSan; a quarter of the time goes to the second. What is found
-stays in FOLDER/findings (the .beton file in FOLDER/betons), and the exit code is 1. A later run goes on with the corpus
-in FOLDER.
+libFuzzer tests the first, with AddressSanitizer and UBSan; the second gets a quarter of the time. A file that fails
+is kept in FOLDER/findings (a .beton file in FOLDER/betons), and the exit code is 1. A later run continues with the
+corpus in FOLDER.
 """
 
 import shutil
@@ -24,7 +24,7 @@ PACKAGES = "clang libclang-rt-14-dev"  # by Debian 12's names
 
 
 def build(folder: Path) -> Path:
-    """The fuzzer of native.cpp, compiled."""
+    """Compile the fuzzer of native.cpp. Returns its path."""
     if shutil.which("clang++") is None:
         sys.exit(f"error: no clang++, whose libFuzzer this needs: apt-get install {PACKAGES}")
     program = folder / "native_input"
@@ -36,7 +36,7 @@ def build(folder: Path) -> Path:
 
 
 def fuzz_native(folder: Path, seconds: int) -> int:
-    """The exit code of libFuzzer: 0 if it has found nothing. At most 10 s and 2 GiB an input."""
+    """Run libFuzzer; each input may take 10 s and 2 GiB. Returns its exit code: 0 if it has found nothing."""
     program = build(folder)
     corpus, findings = folder / "corpus", folder / "findings"
     corpus.mkdir(exist_ok=True), findings.mkdir(exist_ok=True)
@@ -52,17 +52,17 @@ def main(seconds: int = 60, folder: Path = Path("out/fuzz")) -> None:
 
     Args:
         seconds: how long, at least 4.
-        folder: where the program, the corpus and what is found are kept.
+        folder: for the program, the corpus and the files that fail.
     """
     (folder / "betons").mkdir(parents=True, exist_ok=True)
     code = fuzz_native(folder, seconds * 3 // 4)
     if code:
-        sys.exit(f"error: found a file that native.cpp does not stand: {folder / 'findings'}")
+        sys.exit(f"error: found a file that breaks native.cpp: {folder / 'findings'}")
     try:
         count, opened = betons.fuzz(folder / "betons", seconds // 4)
     except Exception:
         traceback.print_exc()
-        sys.exit(f"error: found a file that BetonSource does not stand: {folder / 'betons'}")
+        sys.exit(f"error: found a file that breaks BetonSource: {folder / 'betons'}")
     print(f"{count:,} .beton files, of which {opened:,} opened")
 
 
