@@ -386,10 +386,10 @@ def main(
         epochs: counted epochs of each row.
         batch_size: images in a batch.
         size: side of the images in pixels.
-        workers: threads or processes of each loader; by default one for each core.
+        workers: threads or processes of each loader; at most, and by default, one for each core.
         device: where the batches end, cpu or cuda.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = DataConfig(workers=workers or None).machine_workers  # ours has no more than cores; nor may the others
     try:
         with tempfile.TemporaryDirectory(dir=data.parent) as temporary:
             raw = Path(temporary, "raw")

@@ -43,7 +43,7 @@ class Evaluator:
         Returns:
             the same numbers on every rank, or None when the ranks have agreed to stop meanwhile.
         """
-        model = model or self.model
+        model = self.model if model is None else model
         share_buffers(model)
         model.eval()
         forward = self._compiled if model is self.model else model
