@@ -1,15 +1,15 @@
 """The small matrices of a dynamic layer for inference, with all batch norms folded into them.
 
-    (34)  y = s ⊙ (W₀ ∗ x) + P (M (Q ∗ x) + e) + t
+    (32)  y = s ⊙ (W₀ ∗ x) + P (M (Q ∗ x) + e) + t
 
 In evaluation a batch norm multiplies by one constant and adds another. With those of the layer and the one behind it,
 the equation of `reference.py` takes this form: s = Λ(x); M = diag(a) Φ(x) + I and e = M c + d, where a and d are the
 scale and the shift of bn2, and c is the shift of bn1, whose scale is in the rows of Q; t is the shift of the batch norm
 behind the layer, whose scale is in the rows of W₀ and P. So it has the two forms of `fused.py`, without constants in q:
 
-    (35)  q = Q ∗ x,    read_out = (P M)ᵀ,    bias = P e + t
-    (36)  y = s ⊙ (W₀ ∗ x) + read_outᵀ q + bias            maps
-    (37)  y = (diag(s) W₀ + read_outᵀ Q) x + bias          kernels, as in `fused_kernels.py`
+    (33)  q = Q ∗ x,    read_out = (P M)ᵀ,    bias = P e + t
+    (34)  y = s ⊙ (W₀ ∗ x) + read_outᵀ q + bias            maps
+    (35)  y = (diag(s) W₀ + read_outᵀ Q) x + bias          kernels, as in `fused_kernels.py`
 
 Legend of the shape comments: B images, O output channels, L latent dimension, D width of the pooled input, S hidden
 width of the coefficient branch.

@@ -5,10 +5,10 @@ To be read in this order; the equations are numbered through:
     reference.py        the layer as the paper has it
     fused_core.py       1 to 7: everything behind proj_in as small matrices
     image_matrices.py   8 to 21: the batch norms among them, and their statistics
-    fused_maps.py       22 to 25: the form "maps"
-    fused_kernels.py    26 to 31: the form "kernels", one kernel for each image
-    triton_*.py         the same equations by kernels for a GPU; 32 and 33 in triton_matrices.py
-    folded.py           34 to 37: all batch norms folded, for inference
+    fused_maps.py       22 to 24: the form "maps"
+    fused_kernels.py    25 to 29: the form "kernels", one kernel for each image
+    triton_*.py         the same equations by kernels for a GPU; 30 and 31 in triton_matrices.py
+    folded.py           32 to 35: all batch norms folded, for inference
 """
 
 from torch import Tensor, float32, float64

@@ -3,21 +3,19 @@
 `fused_core.py` has q and the small matrices of each image. Where the static convolution is 1×1, all of equation 2 is
 affine in x. With q = padded x + offset, padded = [proj_in; 0] and offset = (-centre, 1, 0), it is
 
-    (26)  kernels = diag(channel_scale) static + read_outᵀ padded,    bias = read_outᵀ offset
-    (27)  y = kernels x + bias
-
-The rows of read_out for the cells of the pool are zeros, so q can hold the cells. Then one pass over x gives the
-pooled input, by the rows of the cells, and all that proj_in's gradient needs of x:
-
-    (28)  gathered = 1/N Σ q xᵀ                          Σ is over the N positions of an image
+    (25)  kernels = diag(channel_scale) static + read_outᵀ padded,    bias = read_outᵀ offset
+    (26)  y = kernels x + bias
 
 Backward:
 
-    (29)  d_kernels = Σ d_y xᵀ,    d_bias = Σ d_y
-    (30)  d_scale = row sums of d_kernels ⊙ static,    d_read_out = padded d_kernelsᵀ + offset d_biasᵀ,
-          d_static = Σ diag(channel_scale) d_kernels           summed over the images, as d_padded is:
-          d_padded = Σ (read_out d_kernels + N q_to_d_qᵀ gathered),    d_proj_in = d_padded[:L]
-    (31)  d_x = kernelsᵀ d_y + rightᵀ q,    right = q_to_d_q padded + [0; d_descriptor / N in the rows of the cells; 0]
+    (27)  d_kernels = Σ d_y xᵀ                           Σ is over the N positions of an image
+    (28)  d_scale = row sums of d_kernels ⊙ static,    d_static = diag(channel_scale) d_kernels, summed over the images
+    (29)  d_x = kernelsᵀ d_y + rightᵀ q,    right = q_to_d_q padded + [0; d_descriptor / N in the rows of the cells; 0]
+
+d_read_out is Σ q d_yᵀ as in `fused_maps.py`, d_q and d_proj_in are those of equation 6. (d_read_out and Σ d_q xᵀ are
+also small products with d_kernels. But these are differences of large numbers where x has a mean, and a product of 16
+bits rounds d_kernels too much for that.) The columns of q for the cells of the pool are there for d_x; the rows of
+read_out for them are zeros.
 
 This pays while the kernels are smaller than the maps (`fused.choose_form`).
 
@@ -42,9 +40,7 @@ class SavedKernels(NamedTuple):
 
     x: Tensor  # (B, C, H, W)
     padded: Tensor  # (L⁺, C)
-    offset: Tensor  # (L⁺,)
     q: Tensor  # (B, N, L⁺), with the cells of the pool
-    gathered: Tensor  # (B, L⁺, C)
     kernels: Tensor  # (B, O, C), in the dtype of x
 
 
@@ -56,16 +52,14 @@ class _DynamicKernels(Function):
         padded = core.pad_proj_in(proj_in, settings.pool_size)
         q, offset = core.centred_latent_rows(x, padded, len(proj_in), settings.stride)
         offset = offset.to(static.dtype)
-        cells = core.cell_columns(len(proj_in), settings.pool_size)
-        q[:, :, cells] = core.pool_cells(x, settings.pool_size)
-        gathered = core.mean_product(q, as_rows(x)).to(static.dtype)  # [B, L⁺, C]
-        descriptor = gathered[:, cells].transpose(1, 2).flatten(1)  # [B, C*D]
+        q[:, :, core.cell_columns(len(proj_in), settings.pool_size)] = core.pool_cells(x, settings.pool_size)
+        descriptor = core.pooled(x, settings.pool_size, static.dtype)
         saved, statistics = core.small_matrices(q, offset, descriptor, parameters, settings)
         channel_scale, _, read_out = saved.matrices
         bias = torch.bmm(offset.expand(len(x), 1, -1), read_out).squeeze(1)  # [B, O]
         kernels = settings.implementation.form_kernels(channel_scale, static.flatten(1), read_out, padded, x.dtype)
         y = settings.implementation.project(as_rows(x), kernels, bias)
-        core.save(ctx, SavedKernels(x, padded, offset, q, gathered, kernels), saved)
+        core.save(ctx, SavedKernels(x, padded, q, kernels), saved)
         ctx.settings = settings
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
@@ -73,18 +67,19 @@ class _DynamicKernels(Function):
 
     @staticmethod
     @once_differentiable
+    @core.leaves_autocast
     def backward(ctx, d_y: Tensor, *_):
-        (x, padded, offset, q, gathered, kernels), saved = core.load(ctx)
+        (x, padded, q, kernels), saved = core.load(ctx)
         (static, proj_in, _), (channel_scale, _, read_out), settings = saved.convolutions, saved.matrices, ctx.settings
         positions, d_rows = q.shape[1], as_rows(d_y)  # [B, N, O]
         d_x = torch.bmm(d_rows, kernels)  # [B, N, C]
-        d_scale, d_static, d_read_out, d_padded = settings.implementation.form_kernels_backward(
-            torch.bmm(d_rows.transpose(1, 2), as_rows(x)), channel_scale, static.flatten(1), read_out, padded
+        d_scale, d_static = settings.implementation.form_kernels_backward(
+            torch.bmm(d_rows.transpose(1, 2), as_rows(x)), channel_scale, static.flatten(1)
         )
-        d_read_out.addcmul_(offset.unsqueeze(1), d_rows.sum(1, keepdim=True, dtype=static.dtype))
+        d_read_out = core.exact_product(q.transpose(1, 2), d_rows).to(static.dtype)  # [B, L⁺, O]
         d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, positions, settings)
-        d_padded.baddbmm_(q_to_d_q.transpose(1, 2), gathered, alpha=positions)  # [B, L⁺, C]
-        d_proj_in = as_gradient(d_padded.sum(0)[: len(proj_in)], proj_in)
+        d_q = core.latent_gradient(d_rows, q, read_out, q_to_d_q)
+        d_proj_in = core.proj_in_gradient(d_q, x, settings.stride, proj_in)
         right = q_to_d_q @ padded  # [B, L⁺, C]
         core.add_pool_gradient_(right, d_descriptor, core.cell_columns(len(proj_in), settings.pool_size), positions)
         d_x = as_features(d_x.baddbmm_(q, right.to(x.dtype)), x.shape[2:])
@@ -110,7 +105,7 @@ def infer(x: Tensor, parameters: Parameters, statistics: Statistics, settings: S
 
 
 def form_kernels(channel_scale: Tensor, static: Tensor, read_out: Tensor, padded: Tensor, dtype: torch.dtype) -> Tensor:
-    """The kernels of equation 26, by PyTorch's operations, rounded to dtype.
+    """The kernels of equation 25, by PyTorch's operations, rounded to dtype.
 
     Args:
         channel_scale: (B, O).
@@ -125,19 +120,13 @@ def form_kernels(channel_scale: Tensor, static: Tensor, read_out: Tensor, padded
     return kernels.baddbmm_(read_out.transpose(1, 2), padded.expand(len(read_out), -1, -1)).to(dtype)
 
 
-def form_kernels_backward(
-    d_kernels: Tensor, channel_scale: Tensor, static: Tensor, read_out: Tensor, padded: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Equation 30, but for what comes through bias and q_to_d_q: the gradients of channel_scale, static and read_out,
-    and that of padded by each image (B, L⁺, C). It may write over d_kernels (B, O, C)."""
+def form_kernels_backward(d_kernels: Tensor, channel_scale: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:
+    """Equation 28: the gradients of channel_scale and of static. It may write over d_kernels (B, O, C)."""
     d_kernels = d_kernels.to(static.dtype)
-    d_read_out = torch.bmm(padded.expand(len(read_out), -1, -1), d_kernels.transpose(1, 2))  # [B, L⁺, O]
-    d_padded = torch.bmm(read_out, d_kernels)  # [B, L⁺, C]
     d_scale = (d_kernels * static).sum(2)
-    d_static = d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0)
-    return d_scale, d_static, d_read_out, d_padded
+    return d_scale, d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0)
 
 
 def project(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
-    """Equation 27 on rows, by PyTorch's operations: x (B, N, C), kernels (B, O, C) and bias (B, O) give (B, N, O)."""
+    """Equation 26 on rows, by PyTorch's operations: x (B, N, C), kernels (B, O, C) and bias (B, O) give (B, N, O)."""
     return torch.baddbmm(bias.unsqueeze(1).to(x.dtype), x, kernels.transpose(1, 2))

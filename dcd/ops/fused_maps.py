@@ -7,12 +7,11 @@
 Backward, at each position; Σ is over the N positions of an image:
 
     (23)  d_static_out = channel_scale ⊙ d_y,    d_scale = Σ d_y ⊙ static_out,    d_read_out = Σ q d_yᵀ
-    (24)  d_q = read_out d_y + q_to_d_qᵀ q,    d_padded = Σ d_q xᵀ,    d_proj_in = d_padded[:L], summed over the images
-    (25)  d_x = [that of the convolution, from d_static_out] + rightᵀ left,    left = (d_q, with cells in its columns),
+    (24)  d_x = [that of the convolution, from d_static_out] + rightᵀ left,    left = (d_q, with cells in its columns),
           right = padded + [0; d_descriptor / (H·W) in the rows of the cells; 0]
 
-The product adds what comes through proj_in and through the pool, in place: x's gradient is written once. Where proj_in
-has a stride, d_q is 0 at the positions of x that it does not see.
+d_q and d_proj_in are those of equation 6. The product adds what comes through proj_in and through the pool, in place:
+x's gradient is written once. Where proj_in has a stride, d_q is 0 at the positions of x that it does not see.
 
 Legend of the shape comments: B images, C input and O output channels, H, W of x and H', W' of the output, L latent
 dimension, L⁺ the width of q, N = H'·W' positions of the output.
@@ -58,6 +57,7 @@ class _DynamicMaps(Function):
 
     @staticmethod
     @once_differentiable
+    @core.leaves_autocast
     def backward(ctx, d_y: Tensor, *_):
         maps, saved = core.load(ctx)
         (x, padded, q, _), proj_in, settings = maps, saved.convolutions.proj_in, ctx.settings
@@ -66,10 +66,8 @@ class _DynamicMaps(Function):
         d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(
             saved, d_scale, d_read_out, q.shape[1], settings
         )
-        d_q = torch.bmm(d_rows, saved.matrices.read_out.to(x.dtype).transpose(1, 2))  # [B, N, L⁺]
-        d_q.baddbmm_(q, q_to_d_q.to(q.dtype))
-        d_padded = torch.bmm(d_q.transpose(1, 2), as_rows(_strided(x, settings.stride)))  # [B, L⁺, C]
-        d_proj_in = as_gradient(d_padded.sum(0)[: len(proj_in)], proj_in)
+        d_q = core.latent_gradient(d_rows, q, saved.matrices.read_out, q_to_d_q)
+        d_proj_in = core.proj_in_gradient(d_q, x, settings.stride, proj_in)
         if d_x is not None:
             cells = core.cell_columns(len(proj_in), settings.pool_size)
             left = scatter_strided(d_q, x, settings.stride)  # [B, H*W, L⁺]
@@ -100,8 +98,7 @@ def infer(x: Tensor, parameters: Parameters, statistics: Statistics, settings: S
     """The layer with given statistics, without gradients; arguments and result are as for `train`."""
     static, proj_in, _ = parameters.convolutions
     padded = core.pad_proj_in(proj_in, settings.pool_size).to(x.dtype)
-    one = core.constant_one(len(proj_in), len(padded), x.dtype, x.device)
-    q = core.latent_rows(x, padded, one, settings.stride)
+    q = core.latent_rows(x, padded, core.constant_one(len(proj_in), padded), settings.stride)
     return _apply(x, static, q, core.matrices_by(x, parameters, statistics, settings), settings)[0]
 
 
@@ -131,6 +128,8 @@ def _apply_backward(
     )  # fmt: skip
     if d_x is not None:
         d_x = d_x.contiguous(memory_format=torch.channels_last)
+    if static.shape[2] == 1:  # of a dimension of size 1 oneDNN sets another stride than the weight may have
+        d_static = as_gradient(d_static.flatten(1), static)
     return d_x, d_static.to(static.dtype), d_scale.to(static.dtype), d_read_out.to(static.dtype)
 
 
@@ -155,13 +154,8 @@ def combine_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equation 23, from d_y (B, N, O): the gradients of static_out, channel_scale and read_out."""
     d_static_out = d_y * channel_scale.to(d_y.dtype).unsqueeze(1)
-    d_scale = (d_y * static_out).sum(1, dtype=channel_scale.dtype)
-    return d_static_out, d_scale, torch.bmm(q.transpose(1, 2), d_y)
-
-
-def _strided(x: Tensor, stride: int) -> Tensor:
-    """The positions of x (B, C, H, W) that a 1×1 convolution sees."""
-    return x if stride == 1 else x[:, :, ::stride, ::stride]
+    d_scale = core.sum_over_positions(d_y * static_out)
+    return d_static_out, d_scale, core.exact_product(q.transpose(1, 2), d_y)
 
 
 def scatter_strided(rows: Tensor, x: Tensor, stride: int) -> Tensor:

@@ -8,13 +8,13 @@ The results are those of equations 9 to 21, computed from terms that take large 
 `moments` holds the mean m of proj_in x - centre and, less m mᵀ, its covariance C. With the scale and shift of bn1
 (scale1, and shift1 = bias1 - mean1 scale1, mean1 also that of proj_in x - centre), output j of phi has in this image
 
-    (32)  mean[j] = (phi (scale1 m + shift1))[j],    variance[j] = (crossed diag(scale1) phiᵀ)[j, j],
+    (30)  mean[j] = (phi (scale1 m + shift1))[j],    variance[j] = (crossed diag(scale1) phiᵀ)[j, j],
           crossed = phi diag(scale1) C               the covariance of output j and channel i of proj_in x
 
 Over all images, a mean is the mean of the means, and a variance the mean of the variances plus the variance of the
 means:
 
-    (33)  mean2 = E[mean],    var2 = E[variance + (mean - mean2)²]
+    (31)  mean2 = E[mean],    var2 = E[variance + (mean - mean2)²]
 
 bn1's statistics are found in the same way, from m and diag(C).
 
@@ -24,7 +24,7 @@ rows or columns only the first L + 1 are read. What else the kernels hand on to 
 
     norm1, norm2    (3, L): mean, variance and 1 / standard deviation of what bn1 and bn2 get
     latent          (2, L, B): mean and variance of phi's outputs within each image
-    crossed         (B, L, L): of equation 32, [j, i]
+    crossed         (B, L, L): of equation 30, [j, i]
     d_latent        (L, B): what each image adds to d_weight2 / inv2
     d_first         (2, L, L·R): what each j and block of images adds to d_weight1 and d_bias1
 """
@@ -84,7 +84,7 @@ def _norm1(
     batch, latent_dim, width, eps,
     BATCH: tl.constexpr,
 ):  # fmt: skip
-    """Equation 9, computed like equation 33; a program for each channel."""
+    """Equation 9, computed like equation 31; a program for each channel."""
     i, b = tl.program_id(0), tl.arange(0, BATCH)
     means = tl.load(moments + (b * width + latent_dim) * width + i, b < batch, 0.0)
     squares = tl.load(moments + (b * width + i) * width + i, b < batch, 0.0)
@@ -104,7 +104,7 @@ def _latent(
     batch, latent_dim, width,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Equation 32; a program for each image."""
+    """Equation 30; a program for each image."""
     image, at = tl.program_id(0), tl.arange(0, BLOCK)
     exists = at < latent_dim
     tile, tile_exists = at[:, None] * latent_dim + at[None, :], exists[:, None] & exists[None, :]
@@ -146,7 +146,7 @@ def _fused(
     batch, latent_dim, width, eps,
     BATCH: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Equations 33 and 13; a program for each column j and block of images."""
+    """Equations 31 and 13; a program for each column j and block of images."""
     j, every = tl.program_id(0), tl.arange(0, BATCH)
     means = tl.load(latent + j * batch + every, every < batch, 0.0)
     variances = tl.load(latent + (latent_dim + j) * batch + every, every < batch, 0.0)

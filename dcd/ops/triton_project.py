@@ -1,16 +1,14 @@
 """The form "kernels" on a GPU, by Triton: `form_kernels`, `form_kernels_backward` and `project` of `fused_kernels.py`.
 
-As PyTorch operations the kernels of equation 26 pass through memory five times in float32 until they are rounded, and
-seven times on the way back from their gradients. Here they are written once, and their gradients are read once. Of the
+As PyTorch operations the kernels of equation 25 pass through memory five times in float32 until they are rounded, and
+five times on the way back from their gradients. Here they are written once, and their gradients are read once. Of the
 product, `torch.baddbmm` would copy the bias to all of y first, and read it again from there.
 
 x, the kernels, their gradients and y are of one dtype, float32, float16 or bfloat16, the other matrices of any of
 these; sums are in float32. Legend of the shape comments: B images, N positions, C input and O output channels, L⁺ the
-width of q; S_c, S_o and S_b programs that share the channels, output channels and images of a sum. All pointers are to
+width of q; S_c and S_b programs that share the channels and the images of a sum. All pointers are to
 contiguous tensors; a bias need only be so row by row.
 """
-
-from functools import partial
 
 import torch
 import triton
@@ -36,7 +34,7 @@ def _project(
     positions, channels_div_8, out_channels_div_8, bias_stride,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Equation 27; a program for each block of output channels and of positions of an image."""
+    """Equation 26; a program for each block of output channels and of positions of an image."""
     # A multiple of 8, so that Triton knows that rows can be loaded in vectors.
     channels, out_channels = channels_div_8 * 8, out_channels_div_8 * 8
     # Programs of the same positions are neighbours, so that all but the first find them in the cache.
@@ -61,25 +59,6 @@ def _project(
 
 
 @triton.jit
-def _tiles(
-    static,  # [O, C]
-    padded,  # [L⁺, C]
-    channels, out_channels, width,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """What a program works on: channels, output channels and columns of q; tiles of static and padded, in float32; and
-    which elements of the tiles of static, read_out and padded exist."""
-    c, o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    k = tl.arange(0, BLOCK_K)
-    exists = (o < out_channels)[:, None] & (c < channels)[None, :]
-    r_exists = (k < width)[:, None] & (o < out_channels)[None, :]
-    q_exists = (k < width)[:, None] & (c < channels)[None, :]
-    static_tile = tl.load(static + o[:, None] * channels + c[None, :], exists, 0.0).to(tl.float32)
-    q_tile = tl.load(padded + k[:, None] * channels + c[None, :], q_exists, 0.0).to(tl.float32)
-    return c, o, k, static_tile, q_tile, exists, r_exists, q_exists
-
-
-@triton.jit
 def _form(
     scale,  # [B, O]
     static,  # [O, C]
@@ -89,11 +68,15 @@ def _form(
     batch, channels_div_8, out_channels_div_8, width,
     IMAGES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The kernels of equation 26; a program for a tile of those of some images."""
+    """The kernels of equation 25; a program for a tile of those of some images."""
     channels, out_channels = channels_div_8 * 8, out_channels_div_8 * 8
-    c, o, k, static_tile, q_tile, exists, r_exists, _ = _tiles(
-        static, padded, channels, out_channels, width, BLOCK, BLOCK_K
-    )
+    c, o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.arange(0, BLOCK_K)
+    exists = (o < out_channels)[:, None] & (c < channels)[None, :]
+    r_exists = (k < width)[:, None] & (o < out_channels)[None, :]
+    q_exists = (k < width)[:, None] & (c < channels)[None, :]
+    static_tile = tl.load(static + o[:, None] * channels + c[None, :], exists, 0.0).to(tl.float32)
+    q_tile = tl.load(padded + k[:, None] * channels + c[None, :], q_exists, 0.0).to(tl.float32)
     for step in range(IMAGES):
         image = (tl.program_id(2) * IMAGES + step).to(tl.int64)
         if image < batch:
@@ -110,21 +93,16 @@ def _take_apart(
     d_kernels,  # [B, O, C]
     scale,  # [B, O]
     static,  # [O, C]
-    read_out,  # [B, L⁺, O]
-    padded,  # [L⁺, C]
     d_scale,  # [B, S_c, O], written
     d_static,  # [S_b, O, C], written
-    d_read_out,  # [B, S_c, L⁺, O], written
-    d_padded,  # [B, S_o, L⁺, C], written
-    batch, channels_div_8, out_channels_div_8, width,
-    IMAGES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    batch, channels_div_8, out_channels_div_8,
+    IMAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Equation 30; a program for what a tile of the kernels' gradients of some images adds to each gradient."""
+    """Equation 28; a program for what a tile of the kernels' gradients of some images adds to each gradient."""
     channels, out_channels = channels_div_8 * 8, out_channels_div_8 * 8
-    c, o, k, static_tile, q_tile, exists, r_exists, q_exists = _tiles(
-        static, padded, channels, out_channels, width, BLOCK, BLOCK_K
-    )
-    c_blocks, o_blocks = tl.num_programs(0), tl.num_programs(1)
+    c, o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = (o < out_channels)[:, None] & (c < channels)[None, :]
+    static_tile = tl.load(static + o[:, None] * channels + c[None, :], exists, 0.0).to(tl.float32)
     static_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
     for step in range(IMAGES):
         image = (tl.program_id(2) * IMAGES + step).to(tl.int64)
@@ -133,14 +111,8 @@ def _take_apart(
             tile = tl.load(d_kernels + at, exists, 0.0).to(tl.float32)
             scales = tl.load(scale + image * out_channels + o, o < out_channels, 0.0).to(tl.float32)
             static_sum += tile * scales[:, None]
-            part = image * c_blocks + tl.program_id(0)
+            part = image * tl.num_programs(0) + tl.program_id(0)
             tl.store(d_scale + part * out_channels + o, tl.sum(tile * static_tile, 1), o < out_channels)
-            r_tile = tl.load(read_out + (image * width + k[:, None]) * out_channels + o[None, :], r_exists, 0.0)
-            d_r_tile = tl.dot(q_tile, tl.trans(tile), input_precision="tf32")  # [BLOCK_K, BLOCK]
-            tl.store(d_read_out + (part * width + k[:, None]) * out_channels + o[None, :], d_r_tile, r_exists)
-            d_q_tile = tl.dot(r_tile.to(tl.float32), tile, input_precision="tf32")  # [BLOCK_K, BLOCK]
-            part = image * o_blocks + tl.program_id(1)
-            tl.store(d_padded + (part * width + k[:, None]) * channels + c[None, :], d_q_tile, q_exists)
     part = tl.program_id(2).to(tl.int64)
     tl.store(d_static + (part * out_channels + o[:, None]) * channels + c[None, :], static_sum, exists)
 
@@ -153,39 +125,33 @@ def fits(x: Tensor, static: Tensor, width: int) -> bool:
     return not is_exact(x.dtype) and width <= MAX_WIDTH and static.shape[0] % 8 == 0 and static.shape[1] % 8 == 0
 
 
-def _shares(batch: int, channels: int, out_channels: int, width: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+def _shares(batch: int, channels: int, out_channels: int) -> tuple[tuple[int, int, int], dict[str, int]]:
     """The programs for channels, output channels and images, and their constants."""
     tiles = triton.cdiv(channels, BLOCK), triton.cdiv(out_channels, BLOCK)
     images = triton.cdiv(batch, max(1, MIN_PROGRAMS // (tiles[0] * tiles[1])))
-    constants = {"IMAGES": images, "BLOCK": BLOCK, "BLOCK_K": block_of(width)}
-    return (*tiles, triton.cdiv(batch, images)), constants
+    return (*tiles, triton.cdiv(batch, images)), {"IMAGES": images, "BLOCK": BLOCK, "num_warps": FORMING_WARPS}
 
 
 def form_kernels(channel_scale: Tensor, static: Tensor, read_out: Tensor, padded: Tensor, dtype: torch.dtype) -> Tensor:
     """As `fused_kernels.form_kernels`."""
     (batch, width, out_channels), channels = read_out.shape, padded.shape[1]
     kernels = read_out.new_empty(batch, out_channels, channels, dtype=dtype)
-    grid, constants = _shares(batch, channels, out_channels, width)
+    grid, constants = _shares(batch, channels, out_channels)
     sizes = batch, channels // 8, out_channels // 8, width
-    _form[grid](channel_scale, static, read_out, padded, kernels, *sizes, **constants, num_warps=FORMING_WARPS)
+    _form[grid](channel_scale, static, read_out, padded, kernels, *sizes, BLOCK_K=block_of(width), **constants)
     return kernels
 
 
-def form_kernels_backward(
-    d_kernels: Tensor, channel_scale: Tensor, static: Tensor, read_out: Tensor, padded: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def form_kernels_backward(d_kernels: Tensor, channel_scale: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:
     """As `fused_kernels.form_kernels_backward`, but in float32."""
-    (batch, width, out_channels), channels = read_out.shape, padded.shape[1]
-    (c_blocks, o_blocks, shares), constants = _shares(batch, channels, out_channels, width)
-    new_empty = partial(read_out.new_empty, dtype=torch.float32)
-    d_scale, d_static = new_empty(batch, c_blocks, out_channels), new_empty(shares, out_channels, channels)
-    d_read_out = new_empty(batch, c_blocks, width, out_channels)
-    d_padded = new_empty(batch, o_blocks, width, channels)
+    batch, out_channels, channels = d_kernels.shape
+    (c_blocks, o_blocks, shares), constants = _shares(batch, channels, out_channels)
+    d_scale = d_kernels.new_empty(batch, c_blocks, out_channels, dtype=torch.float32)
+    d_static = d_kernels.new_empty(shares, out_channels, channels, dtype=torch.float32)
     _take_apart[c_blocks, o_blocks, shares](
-        d_kernels, channel_scale, static, read_out, padded, d_scale, d_static, d_read_out, d_padded,
-        batch, channels // 8, out_channels // 8, width, **constants, num_warps=FORMING_WARPS,
-    )  # fmt: skip
-    return sum_of(d_scale, 1), sum_of(d_static, 0), sum_of(d_read_out, 1), sum_of(d_padded, 1)
+        d_kernels, channel_scale, static, d_scale, d_static, batch, channels // 8, out_channels // 8, **constants
+    )
+    return sum_of(d_scale, 1), sum_of(d_static, 0)
 
 
 def project(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def project(dtype: torch.dtype, batch: int, positions: int, channels: int, out_c
     matrices = scale, static, torch.empty(batch, width, out_channels), torch.empty(width, channels)
     kernels = triton_project.form_kernels(*matrices, dtype)
     triton_project.project(torch.empty(batch, positions, channels, dtype=dtype), kernels, scale)
-    triton_project.form_kernels_backward(kernels, *matrices)
+    triton_project.form_kernels_backward(kernels, scale, static)
 
 
 def compiled(case: tuple) -> list[tuple]:

@@ -142,15 +142,14 @@ def test_the_kernels_of_the_images_and_their_gradients(sizes, programs, monkeypa
     scale, static, read_out, padded = matrices
     exact = scale.unsqueeze(2) * static + read_out.transpose(1, 2) @ padded
     d_kernels = torch.randn(exact.shape).to(torch.bfloat16)
-    of_all = torch.autograd.grad(exact, matrices, d_kernels.double(), retain_graph=True)[:3]
-    of_each = torch.stack([r.detach() @ d for r, d in zip(read_out, d_kernels.double(), strict=True)])
+    wanted = torch.autograd.grad(exact, (scale, static), d_kernels.double())
 
     on_device = [matrix.detach().to(DEVICE, torch.float32) for matrix in matrices]
     found = triton_project.form_kernels(*on_device, torch.bfloat16)
     assert found.dtype == torch.bfloat16 and error(found.cpu().double(), exact) < torch.finfo(torch.bfloat16).eps
-    gradients = triton_project.form_kernels_backward(d_kernels.to(DEVICE), *on_device)
-    for gradient, wanted in zip(gradients, (*of_all, of_each), strict=True):
-        assert gradient.dtype == torch.float32 and error(gradient.cpu().double(), wanted) < 1e-3
+    gradients = triton_project.form_kernels_backward(d_kernels.to(DEVICE), *on_device[:2])
+    for gradient, value in zip(gradients, wanted, strict=True):
+        assert gradient.dtype == torch.float32 and error(gradient.cpu().double(), value) < 1e-3
 
 
 def test_exact_products_and_odd_widths_are_left_to_pytorch(monkeypatch):
@@ -188,7 +187,7 @@ class Started(TorchDispatchMode):
         self.in_triton = False
 
 
-@pytest.mark.parametrize("kernel_size, most", [(1, 65), (3, 68)])
+@pytest.mark.parametrize("kernel_size, most", [(1, 74), (3, 70)])
 def test_a_training_step_starts_few_kernels(kernel_size, most, monkeypatch):
     """In a network of 50 layers, whose kernels take 2 µs at least, 10 more of them are a millisecond."""
     layer = create_layer(16, 24, kernel_size, 1, 8, 1).to(DEVICE)
@@ -201,7 +200,7 @@ def test_a_training_step_starts_few_kernels(kernel_size, most, monkeypatch):
             y = layer(x)
         torch.autograd.grad(y, [x, *layer.parameters()], d_y)
 
-    step()  # keeps the cells of the pool
+    step()  # keeps the constants
     with Started(monkeypatch) as started:
         step()
     assert len(started.names) <= most, started.names
