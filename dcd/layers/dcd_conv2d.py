@@ -18,7 +18,7 @@ from dcd.ops.image_matrices import Norms, Statistics
 # Triton needs a C compiler at run time, for the stub that launches a kernel.
 HAS_TRITON = find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
 # Ways to compute the same equation: "reference" is plain PyTorch, "fused" makes few passes over the maps, "triton" does
-# so by kernels for the GPU. "auto" is the last one that the device can run, and "reference" under torch.compile.
+# so by kernels for the GPU. "auto" is the last one that the device can run.
 PATHS = ("reference", "fused", "triton")
 # How the faster paths use the small matrices of an image (see `dcd.ops.fused`).
 FORMS = tuple(fused.FORMS)
@@ -67,9 +67,7 @@ class DCDConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C, H, W) to (B, O, H', W') with H' and W' of the static convolution; keeps channels_last."""
-        path = self.path
-        if path == "auto":
-            path = "reference" if torch.compiler.is_compiling() else available_paths(x.device)[-1]
+        path = available_paths(x.device)[-1] if self.path == "auto" else self.path
         # Only the reference has gradients where running statistics are used, and only it trains weights of 16 bits.
         has_frozen_norms = not self.bn1.training and self._needs_gradients(x)
         trains_16_bits = self.bn1.training and self.static_conv.weight.element_size() < 4

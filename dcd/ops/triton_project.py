@@ -23,6 +23,7 @@ BLOCK = 64  # channels and output channels of a kernel that one program holds
 MIN_PROGRAMS = 528  # to share the images of a tile out among: four for each multiprocessor of an H100
 FORMING_WARPS = 8
 MAX_WIDTH = 64
+INTERPRETED = triton.knobs.runtime.interpret  # read once: torch.compile cannot trace the reading
 
 
 @triton.jit
@@ -160,7 +161,7 @@ def project(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
     step = 128 // x.element_size()  # a line of the cache
     y = x.new_empty(batch, positions, out_channels)
     block_o = min(BLOCK_O, block_of(out_channels))
-    widen = triton.knobs.runtime.interpret and x.dtype == torch.bfloat16  # Triton's interpreter cannot multiply these
+    widen = INTERPRETED and x.dtype == torch.bfloat16  # which Triton's interpreter cannot multiply
     grid = triton.cdiv(out_channels, block_o), triton.cdiv(positions, BLOCK_N), batch
     _project[grid](
         x, kernels, bias, y, positions, channels // 8, out_channels // 8, bias.stride(0),
