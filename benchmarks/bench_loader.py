@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
-import tyro
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -391,7 +390,7 @@ def plot(found: list[Row], path: Path, title: str) -> None:
 
 
 def main(
-    data: tyro.conf.Positional[Path],
+    data: Path,
     beton: Path | None = None,
     out: Path = Path("runs/loaders"),
     only: tuple[str, ...] = (),

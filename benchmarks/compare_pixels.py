@@ -18,7 +18,6 @@ from typing import IO, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from torch import Tensor
 
@@ -116,7 +115,7 @@ def compare_samplings(folder: Path, images: int) -> str:
 
 
 def main(
-    data: tyro.conf.Positional[Path],
+    data: Path,
     images: int = 1024,
     sizes: tuple[int, ...] = (224, 160, 112),
     backends: tuple[Backend, ...] = ("ffcv", "dali", "torchvision"),

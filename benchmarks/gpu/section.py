@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,11 +83,19 @@ class Section:
     def target(self, what: str, wanted: float, found: float | None, at_most: bool = False) -> None:
         self.found.targets.append(Target(what, wanted, found, at_most))
 
-    def run(self, what: str, command: list[str], **environment: str) -> tuple[int | None, str]:
-        """The exit code, None if it was cut off or not even started, and the output of a command."""
-        seconds = self.deadline - time.monotonic()
-        if seconds < LEAST_S:
-            self.skip(what, "out of time")
+    def has_time(self, what: str, seconds: float) -> bool:
+        """Whether so much is left; if not, the report names what is skipped."""
+        if self.deadline - time.monotonic() >= seconds:
+            return True
+        self.skip(what, "out of time")
+        return False
+
+    def run(self, what: str, command: list[str], optional: bool = False, **environment: str) -> tuple[int | None, str]:
+        """The exit code of a command, None if it was cut off or not even started, and its output.
+
+        optional: that it takes longer than there is time is no failure.
+        """
+        if not self.has_time(what, LEAST_S):
             return None, ""
         print(f"{self.found.title}: {what}", file=sys.stderr, flush=True)
         environment = {**os.environ, **ENVIRONMENT, **environment}
@@ -95,10 +103,10 @@ class Section:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
         self._running.append(process)
         try:
-            output, _ = process.communicate(timeout=seconds - LEAST_S)
+            output, _ = process.communicate(timeout=max(0.1, self.deadline - LEAST_S - time.monotonic()))
             return process.returncode, output
         except subprocess.TimeoutExpired:
-            self.fail(what, "cut off at its time limit")
+            (self.skip if optional else self.fail)(what, "cut off at its time limit")
             process.send_signal(signal.SIGINT)  # pytest then reports the finished tests
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return None, process.communicate(timeout=LEAST_S - 1)[0]
@@ -107,45 +115,42 @@ class Section:
             kill(process)
             self._running.remove(process)
 
-    def succeeds(self, what: str, command: list[str]) -> bool:
-        """Run a command; if it fails, or lacks a package, the report says so."""
-        code, output = self.run(what, command)
+    def judge(self, what: str, code: int | None, output: str, failures: Iterable[str] = ()) -> bool:
+        """Whether a program has succeeded; if not, the report says why: as it says by itself, or by its last line."""
         last = (output.strip().splitlines() or ["no output"])[-1]
+        for failure in failures:  # memory that does not suffice is no failure
+            (self.skip if "OutOfMemoryError" in failure else self.fail)(what, failure)
         if code and (missing := re.match(r"ModuleNotFoundError: No module named '(\w+)", last)):
             self.skip(what, f"{missing[1]} is not installed here")
-        elif code:
+        elif code and not failures:
             self.fail(what, last.removeprefix("error: ") if code > 0 else f"ended by signal {-code}: {last}")
         return code == 0
 
-    def measure(
-        self, what: str, program: str, call: str = "main", out: str = "out", show: bool = False, **options: object
-    ) -> dict:
+    def measure(self, what: str, program: str, call: str = "main", show: bool = False, **options: object) -> dict:
         """What a program of ours writes to OUT.json, as far as it came; empty if nothing.
 
-        Its function is called: a command line would need tyro. out: the option that names the file. show: OUT.md is a
-        part of the report, but for the description of the machine.
+        Its function is called: a command line would need tyro. show: what is in OUT.md is a part of the report, but for
+        the description of the machine. options: of the function, to which `out` is added; `optional` as in `run`.
         """
-        path = self.folder / re.sub(r"\W+", "_", what)
-        options[out] = path if out == "out" else path.with_suffix(".json")
-        code = f"from pathlib import PosixPath; from {program} import *; {call}(**{options!r})"
-        failed = len(self.found.failed)
-        ended = self.succeeds(what, [sys.executable, "-c", code])
-        file = path.with_suffix(".json")
+        out, optional = self.folder / re.sub(r"\W+", "_", what), bool(options.pop("optional", False))
+        code = f"from pathlib import PosixPath; from {program} import *; {call}(**{ {**options, 'out': out}!r})"
+        ended, output = self.run(what, [sys.executable, "-c", code], optional)
+        file = out.with_suffix(".json")
         figures = self.found.figures[what] = json.loads(file.read_text()) if file.exists() else {}
-        if each := figures.get("failures"):  # rather than the one that ended the program
-            self.found.failed[failed:] = [f"{what}: {failure}" for failure in each]
-        if show and ended:
-            self.found.text.append(path.with_suffix(".md").read_text().partition("\n\n")[2].strip())
+        if self.judge(what, ended, output, figures.get("failures", ())) and show:
+            self.say(out.with_suffix(".md").read_text().partition("\n\n")[2].strip())
         return figures
 
     def at_the_same_time(self, *jobs: Callable[[], None]) -> None:
         with ThreadPoolExecutor(len(jobs)) as pool:
             try:
-                for done in [pool.submit(job) for job in jobs]:
+                for done in as_completed([pool.submit(job) for job in jobs]):
                     done.result()
-            finally:
-                for process in list(self._running):  # of the others, after an error or Ctrl-C
+            except BaseException:  # an error, or Ctrl-C: the others end, too
+                self.deadline = 0.0
+                for process in list(self._running):
                     kill(process)
+                raise
 
 
 def kill(process: subprocess.Popen) -> None:

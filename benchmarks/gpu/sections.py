@@ -72,7 +72,7 @@ def sanitize(section: Section) -> None:
         return
     command = [program, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-m", "pytest", *SANITIZED]
     # Without PyTorch's cache each tensor is an allocation of its own, with known bounds.
-    code, output = section.run("compute-sanitizer", command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    code, output = section.run("compute-sanitizer", command, optional=True, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     words = ("ERROR SUMMARY", "passed", "Error")
     lines = [line.strip("= ") for line in output.splitlines() if any(word in line for word in words)]
     if code:
@@ -127,7 +127,7 @@ def way_of(row: SimpleNamespace) -> str:
 
 def compile_networks(section: Section) -> None:
     """How long torch.compile takes. Its cache is kept for the section that times the networks."""
-    once, rows = {**COMPILED, "rounds": 1, "window_s": 0.0}, []
+    once, rows = {**COMPILED, "rounds": 1, "window_s": 0.0, "optional": True}, []
     for network in (RESNET50, MOBILENET)[: 1 if section.rehearsal else 2]:
         rows += profile(section, f"compiling {network['models'][0]}", **network, **once)
     section.table("Compilation, beside the tests", rows, NETWORK | columns_of("first step s"))
@@ -138,12 +138,19 @@ def networks(section: Section) -> None:
     rows, plan = [], list(PLAN.items())[: 3 if section.rehearsal else None]
     while plan:
         what, options = plan.pop(0)
+        if not section.rehearsal and not section.has_time(what, seconds_of(options)):
+            continue
         rows += profile(section, what, **options)
         if any("OutOfMemoryError" in why for why in section.found.figures[what].get("failures", ())):
             size = options.get("batch_size", MEASURED["batch_size"]) // 2
             plan.insert(0, (f"{what}, {size} images", {**options, "batch_size": size}))
     section.table("Networks: three windows of 1 s; peak memory of a step after the first", rows, NETWORK | RATES)
     report_targets(section, rows)
+
+
+def seconds_of(options: dict) -> float:
+    """A rough guess of how long a run takes on a GPU: a variant is compiled, searched and timed."""
+    return 10 + len(options["models"]) * (1 + len(options["variants"])) * (16 if "compiled" in str(options) else 8)
 
 
 def report_targets(section: Section, rows: list[SimpleNamespace]) -> None:
@@ -221,7 +228,7 @@ def make_images(section: Section) -> Path:
     if not images.exists():
         counts = ("96", "16") if section.rehearsal else ("6144", "512")
         made = ["benchmarks.make_fake_imagenet", str(images), "--train-images", counts[0], "--val-images", counts[1]]
-        section.succeeds("fake ImageNet", [sys.executable, "-m", *made])
+        section.judge("fake ImageNet", *section.run("fake ImageNet", [sys.executable, "-m", *made]))
     return images
 
 
@@ -276,16 +283,14 @@ def train_from(section: Section, images: Path, name: str, options: dict) -> tupl
     """Images/s of the loader alone, the model alone and both together, by tools.profile_throughput."""
     root = images
     if options["backend"] == "ffcv":
-        root = section.folder / "beton"
-        converted = [sys.executable, "-m", "tools.make_dataset", str(images), str(root)]
-        if not root.exists() and not section.succeeds("images for FFCV", converted):
-            return None
+        root = section.folder / "images_for_FFCV"
+        section.measure("images for FFCV", "tools.make_dataset", src=images)
     sizes = {"arch": "resnet50_dcd", "windows": 3, "window_steps": 10}
     if section.rehearsal:
         sizes = {"arch": "mobilenetv2_dcd", "batch_size": 8, "input_size": 64, "windows": 1, "window_steps": 2}
     options = {**options, **sizes, "data": root, "device": section.device, "num_classes": 1000}
-    call = "(lambda **options: report(ThroughputConfig().with_options(**options)))"
-    found = section.measure(f"training from {name}", "tools.profile_throughput", call, "json", **options)
+    call = "(lambda out, **options: report(ThroughputConfig().with_options(json=out.with_suffix('.json'), **options)))"
+    found = section.measure(f"training from {name}", "tools.profile_throughput", call, **options)
     if not found:
         return None
     section.say(f"Training from {name}: {found['verdict']}")

@@ -24,12 +24,33 @@ def python(code: str) -> list[str]:
 
 
 def test_a_program_that_fails_or_lacks_a_package_stops_no_other(section):
-    assert not section.succeeds("loader", python("import no_such_package"))
-    assert not section.succeeds("model", python("import sys; sys.exit('error: out of paper')"))
-    assert not section.succeeds("decoder", python("import os; os.abort()"))
-    assert section.succeeds("printer", python("print('it went on')"))
+    programs = {
+        "loader": "import no_such_package",
+        "model": "import sys; sys.exit('error: out of paper')",
+        "decoder": "import os; os.abort()",
+        "printer": "print('it went on')",
+    }
+    done = [section.judge(what, *section.run(what, python(code))) for what, code in programs.items()]
+    assert done == [False, False, False, True]
     assert section.found.skipped == ["loader: no_such_package is not installed here"]
     assert section.found.failed == ["model: out of paper", "decoder: ended by signal 6: no output"]
+
+
+def test_a_program_that_lists_its_failures_is_not_said_to_have_failed_once_more(section):
+    listed = ["static: OutOfMemoryError: too large", "ours: RuntimeError: no"]
+    assert not section.judge("eager", 1, "error: not everything could be measured", listed)
+    assert section.found.skipped == ["eager: static: OutOfMemoryError: too large"]
+    assert section.found.failed == ["eager: ours: RuntimeError: no"]
+
+
+def test_after_an_error_beside_others_no_program_goes_on(section):
+    def fail():
+        time.sleep(1)
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        section.at_the_same_time(lambda: [section.run("long", python("import time; time.sleep(99)"))] * 2, fail)
+    assert section.run("more", python("")) == (None, "")
 
 
 def test_what_there_is_no_time_for_is_named(section):
