@@ -120,7 +120,7 @@ class Section:
         last = (output.strip().splitlines() or ["no output"])[-1]
         for failure in failures:  # memory that does not suffice is no failure
             (self.skip if "OutOfMemoryError" in failure else self.fail)(what, failure)
-        if code and (missing := re.match(r"ModuleNotFoundError: No module named '(\w+)", last)):
+        if code and (missing := re.search(r"No module named '(\w+)", last)):
             self.skip(what, f"{missing[1]} is not installed here")
         elif code and not failures:
             self.fail(what, last.removeprefix("error: ") if code > 0 else f"ended by signal {-code}: {last}")

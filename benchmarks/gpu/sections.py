@@ -232,6 +232,14 @@ def make_images(section: Section) -> Path:
     return images
 
 
+def convert_images(section: Section, images: Path) -> Path:
+    """The same for FFCV, made once."""
+    folder = section.folder / "images_for_FFCV"
+    if not folder.exists():
+        section.measure("images for FFCV", "tools.make_dataset", src=images)
+    return folder
+
+
 def ways_to_load(section: Section) -> dict[str, dict[str, dict]]:
     """{backend: {row of benchmarks.bench_loader: options of the trainer}}, of those that can be measured here."""
     ways = {"torchvision": {"torchvision executor, folder": {}}, "ffcv": {"FFCV executor": {}}, "dali": {DALI: {}}}
@@ -263,6 +271,7 @@ def loaders(section: Section) -> None:
     for backend, ways in ways_to_load(section).items() if images.exists() else ():
         options_of |= {name: {"backend": backend, **options} for name, options in ways.items()}
         options = {"data": images, "only": tuple(ways), "device": section.device, "pictures": False, **amount}
+        options |= {"beton": convert_images(section, images)} if backend == "ffcv" else {}
         figures = section.measure(f"loader {backend}", "benchmarks.bench_loader", show=True, **options)
         rows += figures.get("rows", [])
     for row in rows:
@@ -274,17 +283,14 @@ def loaders(section: Section) -> None:
     found = [train_from(section, images, name, options_of[name]) for name in best.values()]
     together = [rates for rates in found if rates]
     heads = ("images/s, trained from", "loader alone", "model alone", "together", "to the smaller of both")
-    section.say(markdown_table(heads, together) if together else "")
+    section.found.text += [markdown_table(heads, together)] if together else []
     quotients = (rates[-1] for rates in together)
     section.target("end to end, to the smaller of loader and model, best loader", 0.97, max(quotients, default=None))
 
 
 def train_from(section: Section, images: Path, name: str, options: dict) -> tuple | None:
     """Images/s of the loader alone, the model alone and both together, by tools.profile_throughput."""
-    root = images
-    if options["backend"] == "ffcv":
-        root = section.folder / "images_for_FFCV"
-        section.measure("images for FFCV", "tools.make_dataset", src=images)
+    root = convert_images(section, images) if options["backend"] == "ffcv" else images
     sizes = {"arch": "resnet50_dcd", "windows": 3, "window_steps": 10}
     if section.rehearsal:
         sizes = {"arch": "mobilenetv2_dcd", "batch_size": 8, "input_size": 64, "windows": 1, "window_steps": 2}
