@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import tyro
 from torchvision.datasets import ImageFolder
 
 from pipelines.sources.errors import DataError
@@ -60,7 +59,7 @@ def rate(convert: Callable[[Path], int], out: Path) -> float:
     return images / seconds
 
 
-def main(src: tyro.conf.Positional[Path], workers: int | None = None, rounds: int = 3, folder: Path | None = None):
+def main(src: Path, workers: int | None = None, rounds: int = 3, folder: Path | None = None):
     """Print images/s of four conversions as a Markdown table.
 
     Args:

@@ -16,8 +16,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
-import tyro
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -45,6 +44,8 @@ from tools.profiling.report import show, table_of, write_report
 from tools.profiling.timing import in_turns, wait
 from training.command_line import parse
 
+WHOLE = "DALI executor, folder, whole images, hardware share"  # the share that the GPU's JPEG decoder takes
+SHARES = (0.0, 0.5, 0.75, 0.9, 1.0)
 RAW_SIDE = 256  # longest side in pixels of the images that are stored as pixels
 
 # Batches at the start of an epoch that are not counted: DALI's iterator makes them during the end of the last epoch.
@@ -99,17 +100,10 @@ class Row:
         return statistics.median(self.rates) if self.rates else math.nan
 
 
-def ours(setting: Setting, backend: str, form: str = "beton", size: int | None = None, exact: bool = False) -> Epochs:
-    """One of our executors, float32 and normalised. form: the field of the setting that it reads."""
-    config = DataConfig(
-        root=getattr(setting, form),
-        backend=backend,
-        batch_size=setting.batch_size,
-        workers=setting.workers,
-        input_size=size or setting.size,
-        exact_decode=exact,
-        synthetic_images=4096,
-    )
+def ours(setting: Setting, root: Path, **options: Any) -> Epochs:
+    """One of our executors, float32 and normalised. options: of `DataConfig`."""
+    usual = {"batch_size": setting.batch_size, "workers": setting.workers, "input_size": setting.size}
+    config = DataConfig(root, **{**usual, **options})
     loader = build_loader(config, "train", Place(device=torch.device(setting.device)))
     epochs = iter(range(10**6))
 
@@ -121,7 +115,7 @@ def ours(setting: Setting, backend: str, form: str = "beton", size: int | None =
     return epoch
 
 
-def stock_torchvision(setting: Setting) -> Epochs:
+def stock_torchvision(setting: Setting, root: Path) -> Epochs:
     """The ImageNet example of PyTorch: ImageFolder, Pillow, ToTensor, Normalize, DataLoader."""
     ways = transforms.Compose(
         [
@@ -132,7 +126,7 @@ def stock_torchvision(setting: Setting) -> Epochs:
         ]
     )
     loader = DataLoader(
-        ImageFolder(setting.folder / "train", ways),
+        ImageFolder(root / "train", ways),
         setting.batch_size,
         shuffle=True,
         drop_last=True,
@@ -143,7 +137,7 @@ def stock_torchvision(setting: Setting) -> Epochs:
     return lambda: (len(images.to(setting.device)) for images, _ in loader)
 
 
-def stock_ffcv(setting: Setting, normalised: bool, form: str = "beton") -> Epochs:
+def stock_ffcv(setting: Setting, root: Path, normalised: bool) -> Epochs:
     """FFCV's Loader with its own random crop; uint8, or normalised to float32."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -153,7 +147,7 @@ def stock_ffcv(setting: Setting, normalised: bool, form: str = "beton") -> Epoch
     if normalised:
         ways.append(NormalizeImage(np.array(MEAN), np.array(STD), np.float32))
     loader = Loader(
-        str(getattr(setting, form) / "train.beton"),
+        str(root / "train.beton"),
         batch_size=setting.batch_size,
         num_workers=setting.workers,
         order=OrderOption.RANDOM,
@@ -164,7 +158,7 @@ def stock_ffcv(setting: Setting, normalised: bool, form: str = "beton") -> Epoch
     return lambda: (len(labels) for _, labels in loader)
 
 
-def stock_dali(setting: Setting) -> Epochs:
+def stock_dali(setting: Setting, root: Path) -> Epochs:
     """NVIDIA's ImageNet example: readers.file, decoders.image_random_crop, resize, crop_mirror_normalize."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.base_iterator import LastBatchPolicy
@@ -175,7 +169,7 @@ def stock_dali(setting: Setting) -> Epochs:
     @pipeline_def(batch_size=setting.batch_size, num_threads=setting.workers, device_id=0 if on_gpu else None, seed=0)
     def pipeline() -> Any:
         encoded, labels = fn.readers.file(
-            file_root=str(setting.folder / "train"), random_shuffle=True, pad_last_batch=True, name="reader"
+            file_root=str(root / "train"), random_shuffle=True, pad_last_batch=True, name="reader"
         )
         images = fn.decoders.image_random_crop(
             encoded,
@@ -197,45 +191,62 @@ def stock_dali(setting: Setting) -> Epochs:
     return lambda: (len(batch[0]["data"]) for batch in loader)
 
 
-def full_decode(setting: Setting, by_libjpeg_alone: bool) -> Epochs:
+def full_decode(setting: Setting, root: Path, by_libjpeg: bool) -> Epochs:
     """Decode every image whole and exactly, on all cores, and do nothing else."""
-    source = BetonSource(setting.beton / "train.beton")
+    source = BetonSource(root / "train.beton")
     pool = ThreadPoolExecutor(setting.workers)
     memory = local()
 
     def decode(indices: range) -> int:
         if not hasattr(memory, "pixels"):
             memory.pixels = np.empty(int(source.sizes.astype(np.int64).prod(1).max()) * 3, np.uint8)
-        return sum(
-            native.decode_jpeg(source.read(index), memory.pixels, by_libjpeg_alone).size > 0 for index in indices
-        )
+        return sum(native.decode_jpeg(source.read(index), memory.pixels, by_libjpeg).size > 0 for index in indices)
 
     parts = [range(start, min(start + 64, len(source))) for start in range(0, len(source), 64)]
     return lambda: iter(pool.map(decode, parts))
 
 
-def loaders(setting: Setting) -> dict[str, tuple[str, str, Callable[[Setting], Epochs]]]:
-    """{name: (kind, note, function that opens it)}"""
+class Loader(NamedTuple):
+    """kind: "ours", "stock" or "limit". reads: a folder of the setting, which `open` gets. note: for the table."""
+
+    kind: str
+    reads: str
+    note: str
+    open: Callable[[Setting, Path], Epochs]
+
+
+def loaders(setting: Setting) -> dict[str, Loader]:
+    """All rows by their names."""
     half, raw = setting.size // 2, f".beton of pixels, longest side {RAW_SIDE}"
-    at_half = partial(ours, backend="ffcv", size=half)
-    return {
-        "FFCV executor": ("ours", ".beton", partial(ours, backend="ffcv")),
-        "DALI executor": ("ours", ".beton", partial(ours, backend="dali")),
-        "DALI executor, folder": ("ours", "", partial(ours, backend="dali", form="folder")),
-        "torchvision executor": ("ours", ".beton", partial(ours, backend="torchvision")),
-        "torchvision executor, folder": ("ours", "", partial(ours, backend="torchvision", form="folder")),
-        "FFCV Loader, uint8": ("stock", "not normalised", partial(stock_ffcv, normalised=False)),
-        "FFCV Loader": ("stock", "", partial(stock_ffcv, normalised=True)),
-        "DALI image_random_crop": ("stock", "", stock_dali),
-        "torchvision DataLoader": ("stock", "Pillow", stock_torchvision),
-        "full decode": ("limit", "libjpeg-turbo, no resize", partial(full_decode, by_libjpeg_alone=True)),
-        "full decode, our codes": ("ours", "no resize", partial(full_decode, by_libjpeg_alone=False)),
-        f"FFCV executor, {half} pixels": ("ours", "decoded at half size where that is enough", at_half),
-        f"FFCV executor, {half} pixels, exact": ("ours", "--exact-decode", partial(at_half, exact=True)),
-        "FFCV executor, raw": ("ours", raw, partial(ours, backend="ffcv", form="raw")),
-        "FFCV Loader, raw": ("stock", raw, partial(stock_ffcv, normalised=True, form="raw")),
-        "synthetic": ("ours", "reads nothing", partial(ours, backend="synthetic")),
+    ffcv, dali, torchvision, synthetic = (
+        partial(ours, backend=name) for name in ("ffcv", "dali", "torchvision", "synthetic")
+    )
+    at_half, reduced = partial(ffcv, input_size=half), "decoded at half size where that is enough"
+    rows = {
+        "FFCV executor": Loader("ours", "beton", ".beton", ffcv),
+        "DALI executor": Loader("ours", "beton", ".beton", dali),
+        "DALI executor, folder": Loader("ours", "folder", "", dali),
+        "torchvision executor": Loader("ours", "beton", ".beton", torchvision),
+        "torchvision executor, folder": Loader("ours", "folder", "", torchvision),
+        "FFCV Loader, uint8": Loader("stock", "beton", "not normalised", partial(stock_ffcv, normalised=False)),
+        "FFCV Loader": Loader("stock", "beton", "", partial(stock_ffcv, normalised=True)),
+        "DALI image_random_crop": Loader("stock", "folder", "", stock_dali),
+        "torchvision DataLoader": Loader("stock", "folder", "Pillow", stock_torchvision),
+        "full decode": Loader("limit", "beton", "libjpeg-turbo, no resize", partial(full_decode, by_libjpeg=True)),
+        "full decode, our codes": Loader("ours", "beton", "no resize", partial(full_decode, by_libjpeg=False)),
+        f"FFCV executor, {half} pixels": Loader("ours", "beton", reduced, at_half),
+        f"FFCV executor, {half} pixels, exact": Loader(
+            "ours", "beton", "--exact-decode", partial(at_half, exact_decode=True)
+        ),
+        "FFCV executor, raw": Loader("ours", "raw", raw, ffcv),
+        "FFCV Loader, raw": Loader("stock", "raw", raw, partial(stock_ffcv, normalised=True)),
+        "synthetic": Loader("ours", "folder", "reads nothing", partial(synthetic, synthetic_images=4096)),
     }
+    if setting.device == "cuda":
+        for share in SHARES:
+            whole = partial(dali, dali_full_decode=share)
+            rows[f"{WHOLE} {share}"] = Loader("ours", "folder", f"--dali-full-decode {share}", whole)
+    return rows
 
 
 @cache
@@ -243,7 +254,8 @@ def opened(name: str, setting: Setting) -> Epochs:
     """The loader of that name, opened once in the process of its row."""
     multiprocessing.set_start_method("fork", force=True)  # as in a program that a user starts
     torch.set_num_threads(setting.workers)
-    return loaders(setting)[name][2](setting)
+    row = loaders(setting)[name]
+    return row.open(setting, getattr(setting, row.reads))
 
 
 def one_epoch(name: str, setting: Setting) -> Epoch:
@@ -269,23 +281,35 @@ def cpu_seconds() -> float:
 
 def measure(setting: Setting, names: Iterable[str], epochs: int) -> list[Row]:
     """Every named row: one epoch to warm up, then `epochs` epochs, the rows in turn."""
+    found = loaders(setting)
+    rows = {name: Row(name, found[name].kind, found[name].note) for name in names}
+    pools = {name: ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for name in rows}
     with ExitStack() as stack:
-        rows: dict[str, Row] = {}
-        pools: dict[str, ProcessPoolExecutor] = {}
-        for name in names:
-            rows[name] = Row(name, *loaders(setting)[name][:2])
-            pools[name] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-            stack.enter_context(pools[name])
-            stack.callback(pools[name].submit, opened.cache_clear)  # ends the processes of the loader
-            warm_up(pools[name], rows[name], setting)
+        processes = {}
+        for name, pool in pools.items():  # all start at the same time
+            stack.enter_context(pool)
+            stack.callback(close, pool)
+            processes[name] = pool.submit(process_id)
+        for name, row in rows.items():
+            warm_up(pools[name], psutil.Process(processes[name].result()), row, setting)
         turns = {name: partial(count_epoch, pools[name], row, setting) for name, row in rows.items()}
         in_turns(turns, epochs)
     return list(rows.values())
 
 
-def warm_up(pool: ProcessPoolExecutor, row: Row, setting: Setting) -> None:
+def process_id() -> int:
+    """Of this process, which has imported this file by then."""
+    return os.getpid()
+
+
+def close(pool: ProcessPoolExecutor) -> None:
+    """End the processes that a row's loader has started."""
+    with suppress(BrokenExecutor):  # it has crashed
+        pool.submit(opened.cache_clear)
+
+
+def warm_up(pool: ProcessPoolExecutor, process: psutil.Process, row: Row, setting: Setting) -> None:
     """The first epoch, whose rate is not counted."""
-    process = psutil.Process(pool.submit(os.getpid).result())
     epoch, highest = pool.submit(one_epoch, row.name, setting), 0.0
     while not epoch.done():
         futures.wait([epoch], timeout=0.2)
@@ -366,7 +390,7 @@ def plot(found: list[Row], path: Path, title: str) -> None:
 
 
 def main(
-    data: tyro.conf.Positional[Path],
+    data: Path,
     beton: Path | None = None,
     out: Path = Path("runs/loaders"),
     only: tuple[str, ...] = (),
@@ -375,6 +399,7 @@ def main(
     size: int = 224,
     workers: int | None = None,
     device: str = "cpu",
+    pictures: bool = True,
 ) -> None:
     """Measure every loader on DATA/train.
 
@@ -387,7 +412,8 @@ def main(
         batch_size: images in a batch.
         size: side of the images in pixels.
         workers: threads or processes of each loader; at most, and by default, one for each core.
-        device: where the batches end, cpu or cuda.
+        device: where the batches end, cpu or cuda; on cuda there are rows of DALI that decode whole images, too.
+        pictures: draw OUT.png.
     """
     workers = DataConfig(workers=workers or None).machine_workers  # ours has no more than cores; nor may the others
     try:
@@ -398,12 +424,13 @@ def main(
             unknown = [name for name in names if name not in loaders(setting)]
             if unknown:
                 raise DataError(f"no row {unknown[0]!r}: the rows are {', '.join(loaders(setting))}")
-            if beton is None:
+            read = {loaders(setting)[name].reads for name in names}
+            if "beton" in read and beton is None:
                 run_program("tools.make_dataset", data, setting.beton, "--workers", workers)
-            if any(name.endswith(", raw") for name in names):
+            if "raw" in read:
                 pixels = ("--mode", "reencode", "--max-size", RAW_SIDE, "--jpeg-fraction", 0)
                 run_program("tools.make_dataset", data, raw, *pixels, "--workers", workers)
-            images = len(BetonSource(setting.beton / "train.beton"))
+            images = len(ImageFolder(data / "train"))
             found = measure(setting, names, epochs)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -411,7 +438,8 @@ def main(
     settings = describe_machine(torch.device(device))
     sections = [f"{what}; median of {epochs} epochs.", table(found), "\n".join(ratios(found))]
     write_report(out, settings, sections, setting=what, rows=found)
-    plot(found, out.with_name(f"{out.name}.png"), what)
+    if pictures:
+        plot(found, out.with_name(f"{out.name}.png"), what)
 
 
 if __name__ == "__main__":

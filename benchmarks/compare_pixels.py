@@ -1,6 +1,7 @@
 """Compare each executor's pixels with a float reference. Markdown tables by executor and by chroma sampling.
 
     python -m benchmarks.compare_pixels DATA --images 1024
+    python -m benchmarks.compare_pixels DATA --backends dali torchvision --device cuda
 
 The reference: Pillow decodes the whole image (libjpeg-turbo, accurate inverse DCT), and PyTorch resizes the plan's box
 in float32, antialiased bilinear. Errors are |pixel - reference| over all pixels, in steps of 1/255. For the second
@@ -12,33 +13,37 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from torch import Tensor
 
 from benchmarks.programs import run_program
 from pipelines import native
-from pipelines.batch import MEAN, STD
+from pipelines.batch import MEAN, STD, Place
 from pipelines.build import build_loader
-from pipelines.config import DataConfig
+from pipelines.config import Backend, DataConfig
 from pipelines.plan import EpochPlan, RandomCrop
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
-from tools.profiling.report import markdown_table
+from tools.profiling.machine import describe_machine
+from tools.profiling.report import markdown_table, write_report
 from training.command_line import parse
 
 ROWS = (
-    ("FFCV, exact", "ffcv", True),
-    ("FFCV, fast: half size where that is enough", "ffcv", False),
-    ("DALI", "dali", True),
-    ("torchvision", "torchvision", True),
+    ("FFCV, exact", "ffcv", {"exact_decode": True}),
+    ("FFCV, fast: half size where that is enough", "ffcv", {}),
+    ("DALI", "dali", {}),
+    ("torchvision", "torchvision", {}),
 )
+ROWS_ON_A_GPU = (  # whole images, decoded by its multiprocessors or by its JPEG decoder
+    ("DALI, whole images, hardware share 0", "dali", {"dali_full_decode": 0.0}),
+    ("DALI, whole images, hardware share 1", "dali", {"dali_full_decode": 1.0}),
+)
+HEADS = ("executor", "pixels", "mean", "99.9th percentile", "highest")
 SAMPLINGS = ("4:4:4", "4:2:0", "4:2:2", "4:4:0", "4:1:1")
 SCALES = (2, 4, 8)
 
@@ -62,12 +67,12 @@ def references(folder: Path, config: DataConfig, steps: int) -> Iterator[Tensor]
         yield torch.stack([reference(source.path(i), box, flip, config.input_size) for i, box, flip in images])
 
 
-def errors(folder: Path, config: DataConfig, steps: int) -> np.ndarray:
+def errors(folder: Path, config: DataConfig, steps: int, device: str) -> np.ndarray:
     """|pixel - reference| of the first `steps` batches, flat, in [0, 255]."""
-    loader = build_loader(config, "train")
+    loader = build_loader(config, "train", Place(device=torch.device(device)))
     std, mean = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1)
     batches = zip(loader, references(folder, config, steps), strict=False)
-    found = [(batch.images * std + mean - wanted).abs().flatten().numpy() for batch, wanted in batches]
+    found = [(batch.images.cpu() * std + mean - wanted).abs().flatten().numpy() for batch, wanted in batches]
     loader.close()
     return np.concatenate(found)
 
@@ -80,6 +85,8 @@ def random_colours(seed: int) -> np.ndarray:
 
 def scaled_errors(pixels: np.ndarray, sampling: str, scale: int) -> np.ndarray:
     """|pixel - reference| of `pixels` (H, W, 3) as a JPEG, decoded at 1 / `scale` of its size; flat, in [0, 255]."""
+    import cv2
+
     factor = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{sampling.replace(':', '')}")
     options = [cv2.IMWRITE_JPEG_QUALITY, 94, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor]
     jpeg = cv2.imencode(".jpg", np.ascontiguousarray(pixels[..., ::-1]), options)[1]
@@ -91,8 +98,8 @@ def scaled_errors(pixels: np.ndarray, sampling: str, scale: int) -> np.ndarray:
     return np.abs(images[0] - wanted.permute(1, 2, 0).numpy()).ravel()
 
 
-def compare_samplings(folder: Path, images: int) -> None:
-    """Print the table by sampling for the first `images` of `folder` and as many images of random colours."""
+def compare_samplings(folder: Path, images: int) -> str:
+    """The table by sampling for the first `images` of `folder` and as many images of random colours."""
     source = FolderSource(folder)
     photos = [source.decode(i).permute(1, 2, 0).numpy() for i in range(min(images, len(source)))]
     colours = [random_colours(seed) for seed in range(len(photos))]
@@ -104,28 +111,41 @@ def compare_samplings(folder: Path, images: int) -> None:
             rows.append(
                 (name, sampling, *(cell for each in found for cell in (each.mean(), np.percentile(each, 99.9))))
             )
-    print(markdown_table(("images", "sampling", *heads), rows))
+    return markdown_table(("images", "sampling", *heads), rows)
 
 
-def main(data: tyro.conf.Positional[Path], images: int = 1024, sizes: tuple[int, ...] = (224, 160, 112)) -> None:
+def main(
+    data: Path,
+    images: int = 1024,
+    sizes: tuple[int, ...] = (224, 160, 112),
+    backends: tuple[Backend, ...] = ("ffcv", "dali", "torchvision"),
+    device: Literal["cpu", "cuda"] = "cpu",
+    out: Path | None = None,
+) -> None:
     """Compare every executor with the reference on DATA/train, and FFCV's fast decoding by chroma sampling.
 
     Args:
         data: a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG.
         images: how many are compared; a quarter of them in the table by sampling.
         sizes: sides of the resized images in pixels.
+        backends: those whose executors are compared; without ffcv there is no table by sampling.
+        device: where the batches end, and where DALI and torchvision decode.
+        out: write the report to OUT.md and OUT.json.
     """
-    batch_size, rows = min(64, images), []
+    batch_size, rows, by_ffcv = min(64, images), [], "ffcv" in backends
     try:
         with tempfile.TemporaryDirectory(dir=data.parent) as beton:
-            run_program("tools.make_dataset", data, beton, "--workers", 2)
-            for name, backend, exact in ROWS:
-                for size in sizes:
-                    config = DataConfig(Path(beton), backend, batch_size, 2, input_size=size, exact_decode=exact)
-                    found = errors(data, config, images // batch_size)
-                    rows.append((name, size, found.mean(), np.percentile(found, 99.9), found.max()))
-        print(markdown_table(("executor", "pixels", "mean", "99.9th percentile", "highest"), rows), end="\n\n")
-        compare_samplings(data / "train", images // 4)
+            if by_ffcv:
+                run_program("tools.make_dataset", data, beton, "--workers", 2)
+            for name, backend, options in ROWS + ROWS_ON_A_GPU if device == "cuda" else ROWS:
+                for size in sizes if backend in backends else ():
+                    root = Path(beton) if backend == "ffcv" else data
+                    config = DataConfig(root, backend, batch_size, 2, input_size=size, **options)
+                    found = errors(data, config, images // batch_size, device)
+                    cells = (found.mean(), np.percentile(found, 99.9), found.max())
+                    rows.append((name, size, *map(float, cells)))
+        sections = [markdown_table(HEADS, rows), *([compare_samplings(data / "train", images // 4)] if by_ffcv else [])]
+        write_report(out, describe_machine(torch.device(device)), sections, heads=HEADS, rows=rows)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -5,98 +5,49 @@
 
 It needs PyTorch with CUDA, torchvision, Triton and pytest, but no installation of this project. If anything else is
 missing, its rows are skipped, and the report says so. The results are OUT/gpu_check.md, to be read, and
-OUT/gpu_check.json, the same with all digits; both are rewritten after each section. Each section has a process of its
-own and a time limit, so a section that hangs or crashes does not stop the others.
+OUT/gpu_check.json, with all that the programs wrote; both are rewritten after each section. A section has a time limit,
+and each program that it runs a process of its own, so one that hangs or crashes does not stop the others.
 
 The exit code is 1 if a test or a measurement failed; a target that was missed is not a failure.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.record import Findings
+from benchmarks.gpu import sections
+from benchmarks.gpu.section import Findings, Section
 from tools.profiling.machine import describe_machine
 from tools.profiling.report import markdown_table
 from training.command_line import path
 
-ROOT = Path(__file__).parents[1]
-TITLES = {
-    "correctness": "Correctness",
-    "compiling": "Compilation",
-    "networks": "Models",
-    "layers": "Roofline of the layers",
-    "loaders": "Loaders",
-    "timeline": "Where the time goes",
+LIMIT_S = 530  # for all sections
+# {section: (title, seconds that are kept for it)}. What one leaves over, the next may use.
+SECTIONS = {
+    "correctness": ("Correctness", 125),
+    "networks": ("Models", 195),
+    "layers": ("Roofline of the layers", 50),
+    "loaders": ("Loaders", 130),
+    "timeline": ("Where the time goes", 30),
 }
-# Time limits in seconds; sections on one line run at the same time.
-SECTIONS = (
-    {"correctness": 130, "compiling": 130},
-    {"networks": 240},
-    {"layers": 45},
-    {"loaders": 80},
-    {"timeline": 30},
-)
-LIMIT_S = 530  # for all of them
 
 
-class Section:
-    """A section that is running in a process group of its own."""
-
-    def __init__(self, name: str, folder: Path, seconds: float, rehearsal: bool):
-        self.name, self._file = name, folder / f"{name}.json"
-        self._deadline = time.monotonic() + seconds
-        # The section stops itself a little earlier, so that its findings are complete.
-        command = [sys.executable, "-m", "benchmarks.gpu", name, TITLES[name], str(self._file), str(seconds - 5)]
-        command += ["--rehearse"] if rehearsal else []
-        self._process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-
-    def findings(self) -> Findings:
-        """The findings, after waiting for the end of the section or its time limit."""
-        why = None
-        try:
-            code = self._process.wait(max(0.1, self._deadline - time.monotonic()))
-            why = f"ended with exit code {code}" if code else None
-        except subprocess.TimeoutExpired:
-            why = "cut off at its time limit"
-        self.stop()
-        found = Findings.read(self._file) if self._file.exists() else Findings(self.name)
-        if why:
-            found.failed.append(f"{self.name}: {why}")
-        return found
-
-    def stop(self) -> None:
-        """Kill the section and all processes that it has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-def check(names: list[str], rehearsal: bool) -> Iterator[Findings]:
-    """Yield the findings of each named section when it is done."""
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        for beside in SECTIONS:
-            left = LIMIT_S - (time.monotonic() - start)
-            limits = {name: min(seconds, left) for name, seconds in beside.items() if name in names}
-            running = [Section(name, Path(folder), seconds, rehearsal) for name, seconds in limits.items()]
-            try:
-                for section in running:
-                    yield section.findings()
-            finally:
-                for section in running:
-                    section.stop()
+def check(name: str, folder: Path, deadline: float, rehearsal: bool) -> Findings:
+    """What one section finds, however far it comes."""
+    start, section = time.monotonic(), Section(SECTIONS[name][0], folder, deadline, rehearsal)
+    try:
+        getattr(sections, name)(section)
+    except Exception as error:
+        section.fail(name, f"{type(error).__name__}: {error}".splitlines()[0])
+    section.found.seconds = time.monotonic() - start
+    return section.found
 
 
 def report(machine: dict[str, str], found: list[Findings], seconds: float, rehearsal: bool) -> str:
@@ -112,10 +63,7 @@ def report(machine: dict[str, str], found: list[Findings], seconds: float, rehea
     failed = [what for section in found for what in section.failed]
     parts.append("\n".join(["**Failed:**", "", *(f"- {what}" for what in failed)]) if failed else "Nothing failed.")
     for section in found:
-        parts += [f"## {section.title}", *section.sentences]
-        for table in section.tables:
-            if table.rows:
-                parts += [f"**{table.title}**", markdown_table(table.columns, table.rows)]
+        parts += [f"## {section.title}", *section.text]
         notes = [*(f"- skipped: {what}" for what in section.skipped), *(f"- failed: {what}" for what in section.failed)]
         parts += ["\n".join(notes)] if notes else []
         parts.append(f"({section.seconds:.0f} s)")
@@ -123,10 +71,10 @@ def report(machine: dict[str, str], found: list[Findings], seconds: float, rehea
 
 
 def main() -> None:
-    known = [name for beside in SECTIONS for name in beside]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=path, help="folder for gpu_check.md and gpu_check.json")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on a CPU: whether it works")
+    known = list(SECTIONS)
     parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="SECTION", help=", ".join(known))
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
@@ -135,17 +83,20 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"error: {error}: name a folder that can be written to")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no section outlives this process
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no program outlives this one
     start, machine = time.monotonic(), describe_machine(torch.device("cpu" if options.rehearse else "cuda"))
     found: list[Findings] = []
-    for findings in check(options.only, options.rehearse):
-        found.append(findings)
-        seconds = time.monotonic() - start
-        text = report(machine, found, seconds, options.rehearse)
-        sections = [asdict(section) for section in found]
-        content = {"machine": machine, "rehearsal": options.rehearse, "seconds": seconds, "sections": sections}
-        (options.out / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n")
-        (options.out / "gpu_check.md").write_text(text)
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = [name for name in SECTIONS if name in options.only]
+        for number, name in enumerate(chosen, 1):
+            deadline = start + LIMIT_S - sum(SECTIONS[later][1] for later in chosen[number:])
+            found.append(check(name, Path(folder), deadline, options.rehearse))
+            seconds = time.monotonic() - start
+            text = report(machine, found, seconds, options.rehearse)
+            parts = [asdict(section) for section in found]
+            content = {"machine": machine, "rehearsal": options.rehearse, "seconds": seconds, "sections": parts}
+            (options.out / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n")
+            (options.out / "gpu_check.md").write_text(text)
     print(text, end="")
     if any(section.failed for section in found):
         sys.exit("error: something failed, see above")

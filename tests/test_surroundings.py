@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tyro
 
 from pipelines.cache import _usable, cache_folder
 from tests.helpers import SMALL, command, error_lines
@@ -141,7 +140,7 @@ def test_every_path_that_is_given_may_begin_with_the_home(monkeypatch, tmp_path)
     with pytest.raises(ConfigError, match="~nobodyatall/run: no home folder is known for it"):
         parse_config(["-c", "~nobodyatall/run"], RECIPES, Config())
 
-    def tool(src: tyro.conf.Positional[Path], out: Path | None = None) -> tuple[Path, Path | None]:
+    def tool(src: Path, out: Path | None = None) -> tuple[Path, Path | None]:
         return src, out
 
     assert parse(tool, args=["~/src", "--out", "~"]) == (tmp_path / "src", tmp_path)

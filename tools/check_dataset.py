@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -251,7 +250,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def main(
-    data: tyro.conf.Positional[Path],
+    data: Path,
     html: Path | None = None,
     json_file: Path | None = None,
     workers: int | None = None,

@@ -13,8 +13,6 @@ lies in OUT/.partial. An interrupted conversion leaves nothing else, and the nex
 A part is a shard of train, a shard of val, and until the join a record, part-00003-of-00016.json.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -275,8 +273,8 @@ def _stop(number: int, _: object) -> None:
 
 
 def main(
-    src: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
+    src: Path,
+    out: Path,
     mode: Literal["verbatim", "reencode"] = "verbatim",
     max_size: int = 500,
     quality: int = 90,
@@ -342,8 +340,6 @@ def main(
 
 
 if __name__ == "__main__":
-    import tyro  # which the annotations name
-
     from training.command_line import parse
 
     parse(main)

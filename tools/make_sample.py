@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tyro
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -46,7 +45,7 @@ def make_sample(out: Path) -> None:
     print(f"wrote {len(digits.images)} images to {out}")
 
 
-def main(out: tyro.conf.Positional[Path]) -> None:
+def main(out: Path) -> None:
     """Write the sample dataset below OUT."""
     try:
         make_sample(out)

@@ -2,13 +2,13 @@
 
     python -m tools.profile_layers                          the layers of ResNet-50, and three whole networks
     python -m tools.profile_layers --models --layers --shapes 64x256k1s1@56 256x256k3s1@14
-    python -m tools.profile_layers --models resnet50 --variants odconv "dcd fused" --amp off bf16 --compile
+    python -m tools.profile_layers --models resnet50 --variants odconv "dcd fused" --amp off bf16 --modes eager compiled
     python -m tools.profile_layers --layers --variants "dcd auto" --fold --amp auto       as `make bench-model`
 
-Variants: static, the layers of `dcd.layers.rivals`, and DCD by each of its paths. They take turns, step
-by step, so that whatever else the machine does falls on all of them. OUT.md has tables of times, rates, memory and
-multiply-adds, OUT.json the same and the time of every round, OUT_networks.png the networks' rates over their
-parameters, OUT_parts.png the time by part of the DCD layers.
+Variants: static, the layers of `dcd.layers.rivals`, and DCD by each of its paths. They take turns, step by step or
+window by window, so that whatever else the machine does falls on all of them. OUT.md has tables of times, rates, memory
+and multiply-adds, OUT.json the same and the time of every round (also where the program is cut off, of what was done),
+OUT_networks.png the networks' rates over their parameters, OUT_parts.png the time by part of the DCD layers.
 """
 
 import sys
@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from tools.profiling.layer_report import plot_networks, plot_parts, tables
 from tools.profiling.machine import describe_machine
 from tools.profiling.measure import Extent, Row, Subject, measure
 from tools.profiling.parts import PartTime, time_by_part
-from tools.profiling.report import write_report
+from tools.profiling.report import write_figures, write_report
 from tools.profiling.runner import DTYPES, Setting
 from tools.profiling.shapes import Shape, ShapeError, parse_shape, shapes_of
 from tools.profiling.variants import (
@@ -34,6 +33,7 @@ from tools.profiling.variants import (
     all_variants,
     create_layer,
     create_model,
+    has_layer,
     has_model,
     other_variants,
 )
@@ -41,10 +41,16 @@ from training.command_line import parse
 from training.cpu_memory import keep_freed_memory
 from training.precision import autocast_dtype
 
+Mode = Literal["eager", "compiled", "CUDA graph", "compiled, CUDA graph", "DataParallel"]
+
 
 def layer_subject(network: str, shape: Shape, count: int) -> Subject:
     input_shape = (shape.in_channels, shape.size, shape.size)
-    return Subject(network, str(shape), count, input_shape, partial(create_layer, shape))
+    return Subject(network, str(shape), count, input_shape, partial(create_layer, shape), partial(has_layer, shape))
+
+
+def network_subject(network: str, size: int) -> Subject:
+    return Subject(network, "", 1, (3, size, size), partial(create_model, network), partial(has_model, network))
 
 
 def main(
@@ -58,8 +64,14 @@ def main(
     device: Literal["auto", "cuda", "cpu"] = "auto",
     memory_formats: tuple[Literal["channels_last", "nchw"], ...] = ("channels_last",),
     amp: tuple[Literal["auto", "bf16", "fp16", "off"], ...] = ("off",),
+    modes: tuple[Mode, ...] = ("eager",),
+    compiler: str = "inductor",
+    matmul_precision: Literal["highest", "high"] = "high",
+    window_s: float = 0.0,
+    inference: bool = True,
     fold: bool = False,
-    compile: bool = False,
+    floor: bool = False,
+    pictures: bool = True,
     out: Path = Path("runs/layers"),
 ) -> None:
     """Measure the variants of layers and networks.
@@ -72,12 +84,19 @@ def main(
             by default all of these. Also "dcd auto", the path that training takes, and "dcd PATH FORM".
         batch_size: images in a batch; by default 64 on a GPU (a GPU's share in the published trainings) and 4 on a CPU.
         size: side of the images in pixels.
-        rounds: timed steps of each variant.
+        rounds: timed steps, or windows, of each variant.
         device: auto takes the GPU where there is one.
         memory_formats: memory formats of models and images.
         amp: the precisions: off is fp32; auto is bf16 where the device computes in it, else fp32.
+        modes: how they are run: compiled by torch.compile, which takes minutes on a CPU; as a CUDA graph, without the
+            cost of launching kernels one by one; in DataParallel of one GPU. Graphs and DataParallel need a GPU.
+        compiler: the backend of torch.compile.
+        matmul_precision: of float32 on a GPU: high multiplies in TF32, as in training; highest is PyTorch's default.
+        window_s: time windows of about so many seconds of whole steps; by default single steps, by their parts.
+        inference: measure inference, too.
         fold: measure inference with the batch norms folded into the weights, too.
-        compile: measure what torch.compile makes beside eager; compiling takes minutes on a CPU.
+        floor: compare the training of each layer with the least time that memory and matrix units allow.
+        pictures: draw them.
         out: where OUT.md, OUT.json, OUT_networks.png and OUT_parts.png are written.
     """
     gpu = torch.cuda.is_available()
@@ -98,46 +117,44 @@ def main(
     except (ShapeError, OSError) as error:
         sys.exit(f"error: {error}")
     found = {network: shapes_of(network, size) for network in layers}
-    subjects = [Subject(network, "", 1, (3, size, size), partial(create_model, network)) for network in models]
+    subjects = [network_subject(network, size) for network in models]
     subjects += [layer_subject(network, *item) for network in layers for item in found[network].items()]
     subjects += [layer_subject("", shape, 1) for shape in given]
     names = {dtype: name for name, dtype in DTYPES.items()}
     precisions = dict.fromkeys(names[autocast_dtype(each, where) or torch.float32] for each in amp)
-    settings = [Setting(*each) for each in product(memory_formats, precisions, ("eager", "compiled")[: 1 + compile])]
+    settings = [Setting(*each, compiler) for each in product(memory_formats, precisions, modes)]
     if not subjects or not settings:
-        sys.exit("error: nothing to measure: name --models, --layers or --shapes, and --memory-formats and --amp")
+        sys.exit("error: nothing to measure: name --models, --layers or --shapes, --memory-formats, --amp and --modes")
 
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # as in training
+    torch.set_float32_matmul_precision(matmul_precision)
     if where.type == "cpu":
         keep_freed_memory()
     chosen = [name for name in (*known, *others) if name in (STATIC, *(variants or known))]
-    extent = Extent(where, batch_size, rounds, fold=fold)
-    rows, failures = measure_all(subjects, settings, chosen, extent)
+    extent = Extent(where, batch_size, rounds, window_s, inference, fold, floor)
+    machine = {**describe_machine(where), "batch_size": batch_size, "size": size, "rounds": rounds}
+    machine |= {"window_s": window_s, "matmul_precision": matmul_precision}
+    rows: list[Row] = []
+    failures: list[str] = []
+    for number, (setting, subject) in enumerate(product(settings, subjects), 1):
+        what = " ".join(part for part in (subject.network, subject.layer) if part)
+        print(f"{number} of {len(settings) * len(subjects)}: {what}, {setting}", file=sys.stderr)
+        measured, failed = measure(subject, tuple(filter(subject.has, chosen)), setting, extent)
+        rows += measured
+        failures += failed
+        write_figures(out, machine, rows=rows, failures=failures)
     times = [
         time
         for setting, network in product((setting for setting in settings if setting.mode == "eager"), layers)
         for shape, count in found[network].items()
+        if not window_s
         for time in time_by_part(network, shape, count, setting, extent)
     ]
-    machine = {**describe_machine(where), "batch_size": batch_size, "size": size, "rounds": rounds}
     write_report(out, machine, tables(rows, times, failures), rows=rows, parts=times, failures=failures)
-    plot(rows, times, out, f"batches of {batch_size}, networks at {size} pixels")
+    if pictures:
+        plot(rows, times, out, f"batches of {batch_size}, networks at {size} pixels")
     if failures:
         sys.exit(f"error: not everything could be measured: {failures[0]}")
-
-
-def measure_all(
-    subjects: list[Subject], settings: list[Setting], variants: list[str], extent: Extent
-) -> tuple[list[Row], list[str]]:
-    """Every subject in every setting; see `measure`."""
-    rows, failures = [], []
-    for setting, subject in tqdm(list(product(settings, subjects)), disable=not sys.stderr.isatty(), leave=False):
-        forms = tuple(name for name in variants if subject.layer or has_model(subject.network, name))
-        measured, failed = measure(subject, forms, setting, extent)
-        rows += measured
-        failures += failed
-    return rows, failures
 
 
 def plot(rows: list[Row], times: list[PartTime], out: Path, what: str) -> None:

@@ -76,10 +76,13 @@ def measure(trainer: Trainer) -> tuple[dict[str, list[Rates]], StepTimes]:
 
 
 def main(argv: list[str]) -> None:
-    """Parse, measure, report on rank 0."""
-    config = parse_config(argv, RECIPES, ThroughputConfig(), "python -m tools.profile_throughput")
-    config = config.with_options(evaluate=False, **ENDLESS)
-    with open_trainer(config, write_log=False) as trainer:
+    """Measure the run that the command line describes."""
+    report(parse_config(argv, RECIPES, ThroughputConfig(), "python -m tools.profile_throughput"))
+
+
+def report(config: ThroughputConfig) -> None:
+    """Measure, and report on rank 0."""
+    with open_trainer(config.with_options(evaluate=False, **ENDLESS), write_log=False) as trainer:
         config, ranks = trainer.config, trainer.ranks
         turns, times = measure(trainer)
         if not ranks.is_first:

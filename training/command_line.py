@@ -80,7 +80,8 @@ def parse(program: Callable[..., Any] | type, **options: Any) -> Any:
 def read_options(program: Callable[..., Any] | type, **options: Any) -> Any:
     """`tyro.cli`, where a `Path` may begin with `~`, and strings beside the types of a dataclass are flags.
 
-    Dataclasses in a dataclass are groups of the help; their options have no prefix.
+    What has no default has no flag, but its place. Dataclasses in a dataclass are groups of the help; their options
+    have no prefix.
 
     Raises:
         OptionError: the command line can't be read.
@@ -130,7 +131,8 @@ def read_options(program: Callable[..., Any] | type, **options: Any) -> Any:
     print_any_name()
     name_the_user()
     with registry, _errors.on_parse_error(refuse):
-        return tyro.cli(program, config=(tyro.conf.OmitArgPrefixes,), **options)
+        usual = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
+        return tyro.cli(program, config=usual, **options)
 
 
 def _in_words(error: Any) -> str:

@@ -1,8 +1,11 @@
 """`make bench-loader`: rows in processes of their own, which take turns, end, and fail alone."""
 
 import math
+import os
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from multiprocessing import get_context
 
-from benchmarks.bench_loader import Setting, measure, ratios, table
+from benchmarks.bench_loader import Setting, close, measure, ratios, table
 
 
 def test_rows_take_turns_and_one_that_fails_stops_no_other(tmp_path, digits):
@@ -21,3 +24,9 @@ def test_rows_take_turns_and_one_that_fails_stops_no_other(tmp_path, digits):
     lines = table([ours, stock, broken]).splitlines()
     assert len(lines) == 5 and f"| {broken.error} |" in lines[-1]
     assert [line.split(" | ")[-1] for line in lines[2:]] == 3 * ["– |"]  # there is no full decode to compare with
+
+
+def test_the_end_of_a_row_that_has_crashed_stops_no_other():
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        assert isinstance(pool.submit(os.abort).exception(), BrokenExecutor)
+        close(pool)

@@ -1,63 +1,82 @@
 """`make gpu-check` on a machine without a GPU: what it reports, and that its sections run (tiny, on the CPU)."""
 
 import json
-import re
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.gpu import correctness, layers, networks, timeline
-from benchmarks.gpu.record import Findings, Record, Table, Target
-from tools.profiling.measure import Extent, Row, Subject
-from tools.profiling.runner import Setting
-from tools.profiling.shapes import parse_shape
-
-CPU = torch.device("cpu")
+from benchmarks.gpu import sections, timeline
+from benchmarks.gpu.section import Findings, Section, Target
 
 
 @pytest.fixture
-def record(tmp_path) -> Record:
-    return Record("A section", tmp_path / "section.json", 1000)
+def section(tmp_path) -> Section:
+    return Section("A section", tmp_path, time.monotonic() + 100, rehearsal=True)
 
 
-def saved(tmp_path) -> Findings:
-    return Findings.read(tmp_path / "section.json")
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
 
 
-def test_a_part_that_fails_or_lacks_a_package_stops_no_other(record, tmp_path):
-    with record.part("loader"):
-        import no_such_package  # noqa: F401
-    with record.part("model"):
-        raise RuntimeError("out of\npaper")
-    record.say("It went on.")
-    found = saved(tmp_path)
-    assert found.skipped == ["loader: no_such_package is not installed here"]
-    assert found.failed == ["model: RuntimeError: out of"]
-    assert found.sentences == ["It went on."]
+def test_a_program_that_fails_or_lacks_a_package_stops_no_other(section):
+    programs = {
+        "loader": "import no_such_package",
+        "model": "import sys; sys.exit('error: out of paper')",
+        "decoder": "import os; os.abort()",
+        "printer": "print('it went on')",
+    }
+    done = [section.judge(what, *section.run(what, python(code))) for what, code in programs.items()]
+    assert done == [False, False, False, True]
+    assert section.found.skipped == ["loader: no_such_package is not installed here"]
+    assert section.found.failed == ["model: out of paper", "decoder: ended by signal 6: no output"]
 
 
-def test_every_row_is_saved_when_it_is_added(record, tmp_path):
-    table = record.table("Rates", "form", "images/s")
-    record.add(table, "static", 2500.0)
-    assert saved(tmp_path).tables == [Table("Rates", ["form", "images/s"], [["static", 2500.0]])]
-    record.add(table, "ours", None)
-    assert saved(tmp_path).tables[0].rows == [["static", 2500.0], ["ours", None]]
+def test_a_program_that_lists_its_failures_is_not_said_to_have_failed_once_more(section):
+    listed = ["static: OutOfMemoryError: too large", "ours: RuntimeError: no"]
+    assert not section.judge("eager", 1, "error: not everything could be measured", listed)
+    assert section.found.skipped == ["eager: static: OutOfMemoryError: too large"]
+    assert section.found.failed == ["eager: ours: RuntimeError: no"]
 
 
-def test_what_there_is_no_time_for_is_named(tmp_path):
-    record = Record("A section", tmp_path / "section.json", 10)
-    assert record.has_time("this", 5)
-    assert not record.has_time("that", 50)
-    assert saved(tmp_path).skipped == ["that: out of time"]
+def test_after_an_error_beside_others_no_program_goes_on(section):
+    def fail():
+        time.sleep(1)
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        section.at_the_same_time(lambda: [section.run("long", python("import time; time.sleep(99)"))] * 2, fail)
+    assert section.run("more", python("")) == (None, "")
+
+
+def test_what_there_is_no_time_for_is_named(section):
+    section.deadline = time.monotonic() + 6
+    script = "import time\nwhile True:\n    try: time.sleep(9)\n    except KeyboardInterrupt: print('so far'); raise"
+    code, output = section.run("this", python(script))
+    assert code is None and output.startswith("so far")
+    assert section.run("that", python("")) == (None, "")
+    assert section.found.failed == ["this: cut off at its time limit"]
+    assert section.found.skipped == ["that: out of time"]
+
+
+def test_what_a_program_wrote_before_it_failed_is_kept(section):
+    measured = {**sections.MEASURED, **sections.TINY, "device": "cpu", "layers": ("resnet18",), "size": 31}
+    assert section.measure("too small", "tools.profile_layers", **measured) == {}
+    assert section.found.failed == ["too small: --size 31: must be at least 32"]
+    (section.folder / "cut_off.json").write_text('{"rows": [1], "failures": ["first", "second"]}')
+    found = section.measure("cut off", "tools.profile_layers", **measured)
+    assert found == section.found.figures["cut off"] == {"rows": [1], "failures": ["first", "second"]}
+    assert section.found.failed[1:] == ["cut off: first", "cut off: second"]
 
 
 def test_the_report_says_what_was_reached_missed_and_not_measured():
     section = Findings(
         "Models",
-        tables=[Table("Rates", ["form", "images/s"], [["ours", 2512.4]]), Table("Empty", ["a"])],
+        text=["**Rates**", "| ours | 2,512 |"],
         targets=[
             Target("rate", 2500.0, 2512.4),
             Target("ratio", 0.9, 0.85),
@@ -79,12 +98,12 @@ def test_the_report_says_what_was_reached_missed_and_not_measured():
         "gpu one; 100 s.",
     ):
         assert line in text.splitlines(), text
-    assert "Empty" not in text and "rehearsal" not in text
+    assert "rehearsal" not in text
     assert "no figure below means anything" in gpu_check.report({}, [], 1, rehearsal=True)
 
 
 def test_the_sections_fit_into_nine_minutes():
-    assert sum(max(beside.values()) for beside in gpu_check.SECTIONS) <= gpu_check.LIMIT_S < 9 * 60
+    assert sum(seconds for _, seconds in gpu_check.SECTIONS.values()) <= gpu_check.LIMIT_S < 9 * 60
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -121,29 +140,52 @@ def bare_machine(tmp_path, monkeypatch):
 
 def test_it_needs_pytorch_torchvision_and_pytest_alone(bare_machine, tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_check", tmp_path / "out", "--rehearse", "--only"]
-    command += ["correctness", "layers", "timeline"]
+    command += ["networks", "layers", "loaders", "timeline"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     content = json.loads((tmp_path / "out/gpu_check.json").read_text())
-    correctness_, layers_, timeline_ = content["sections"]
-    assert correctness_["sentences"] and layers_["tables"][0]["rows"]
-    assert timeline_["skipped"] == ["timeline: tqdm is not installed here"]
+    networks, layers, loaders, last = content["sections"]
+    for found in (networks, layers):
+        assert found["failed"] == found["skipped"] == []
+    rows = [row for what in sections.PLAN for row in networks["figures"].get(what, {}).get("rows", [])]
+    assert [(row["variant"], sections.way_of(SimpleNamespace(**row))) for row in rows] == [
+        ("static", "eager"),
+        ("dcd auto", "eager"),
+        ("static", "DataParallel"),
+        ("dcd reference", "DataParallel"),
+        ("static", "compiled"),
+        ("dcd reference", "compiled"),
+        ("dcd fused", "compiled, fast path"),
+    ]
+    assert len(networks["text"][1].splitlines()) == 2 + len(rows)
+    assert {target["found"] for target in networks["targets"]} == {None}, "no figure is of this network"
+    assert len(layers["figures"]["layers"]["rows"]) == 2 * 5
+    assert "2 static ones" in layers["text"][2] and "0 other shapes" in layers["text"][3]
+    assert loaders["skipped"] == ["fake ImageNet: sklearn is not installed here"]
+    assert last["skipped"] == ["time line: tqdm is not installed here"]
 
 
 def test_a_section_that_takes_too_long_is_cut_off_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "SECTIONS", ({"networks": 0.5}, {"correctness": 100}))
+    monkeypatch.setattr(gpu_check, "LIMIT_S", 100)
+    monkeypatch.setattr(gpu_check, "SECTIONS", {"networks": ("Models", 6), "layers": ("Layers", 93)})
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path / "out"), "--rehearse"])
     with pytest.raises(SystemExit, match="error: something failed"):
         gpu_check.main()
     content = json.loads((tmp_path / "out/gpu_check.json").read_text())
     cut, after = content["sections"]
-    assert cut["failed"] == ["networks: cut off at its time limit"]
-    assert after["failed"] == []
-    assert re.search(r"^Tests marked gpu: [1-9]\d* passed", after["sentences"][0])
+    assert cut["failed"] == ["eager: cut off at its time limit"]
+    assert cut["skipped"] == ["official: out of time", "compiled: out of time"]
+    assert after["failed"] == [] and after["text"]
     assert (tmp_path / "out/gpu_check.md").read_text() == capsys.readouterr().out
 
 
-def test_pytests_summary_is_read(record, tmp_path):
+def test_a_section_whose_own_code_fails_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(sections, "layers", lambda section: section.say("It began.") or 1 / 0)
+    found = gpu_check.check("layers", tmp_path, time.monotonic() + 100, True)
+    assert found.text == ["It began."] and found.failed == ["layers: ZeroDivisionError: division by zero"]
+
+
+def test_pytests_summary_is_read(section, tmp_path):
     test = tmp_path / "test_three.py"
     test.write_text(
         "import pytest\n"
@@ -152,134 +194,87 @@ def test_pytests_summary_is_read(record, tmp_path):
         "def test_none(): pytest.skip('needs a moon')\n"
     )
     (tmp_path / "test_four.py").write_text("import no_such_package\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *correctness.SUMMARY, tmp_path]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sections.SUMMARY, tmp_path]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    correctness.read_summary(record, done.stdout)
-    found = saved(tmp_path)
-    assert found.sentences[0].startswith("Tests marked gpu: 1 failed, 1 passed, 1 skipped, 1 error in ")
+    sections.read_summary(section, done.stdout)
+    found = section.found
+    assert found.text[0].startswith("Tests marked gpu: 1 failed, 1 passed, 1 skipped, 1 error in ")
     assert found.skipped == ["tests: [1] test_three.py:4: needs a moon"]
     assert found.failed[0] == "test_three.py::test_bad: AssertionError: no"
     assert found.failed[1].startswith("test_four.py") and len(found.failed) == 2
 
 
-def test_that_no_test_passed_is_a_failure(record, tmp_path):
-    correctness.read_summary(record, "ERROR: file not found\n")
-    assert saved(tmp_path).failed == ["tests marked gpu: none passed: ERROR: file not found"]
+def test_that_no_test_passed_is_a_failure(section):
+    sections.read_summary(section, "ERROR: file not found\n")
+    assert section.found.failed == ["tests marked gpu: none passed: ERROR: file not found"]
 
 
-def test_the_union_of_intervals():
-    assert timeline.busy_us([(0, 10), (5, 12), (20, 25), (21, 22)]) == 17
+def test_the_tests_run(section):
+    sections.run_tests(section)
+    assert section.found.failed == [] and section.found.text[0].startswith("Tests marked gpu: 4 passed")
 
 
-def test_gaps_and_kinds_of_a_time_line(record, tmp_path):
-    """Two streams; the device has nothing to do from 80 to 100."""
+def test_gaps_and_kinds_of_a_time_line():
+    """Two streams; the device has nothing to do from 80 to 100, and for a moment before the last kernel."""
     trace = {
         "traceEvents": [
             {"cat": "kernel", "name": "sm90_xmma_fprop_implicit_gemm", "ts": 0, "dur": 60},
             {"cat": "kernel", "name": "void at::native::batch_norm_backward", "ts": 40, "dur": 40},
             {"cat": "gpu_memcpy", "name": "Memcpy DtoD", "ts": 100, "dur": 2},
-            {"cat": "kernel", "name": "vectorized_elementwise_kernel", "ts": 102, "dur": 98},
+            {"cat": "kernel", "name": "vectorized_elementwise_kernel", "ts": 106, "dur": 94},
             {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 500},
             {"cat": "kernel", "name": "begins only", "ts": 0},
         ]
     }
     events = timeline.device_events(trace, ("kernel", "gpu_memcpy"))
-    timeline.summarise(record, events, steps=1)
-    found = saved(tmp_path)
-    assert found.sentences[0].startswith("1 steps of 0.2 ms: the GPU works for 90.0 % of them, on 4 kernels a step")
-    kinds = {row[0]: row[3] for row in found.tables[0].rows}
-    assert kinds == {"element by element": 1, "convolutions": 1, "batch norm": 1, "copies": 1}
-    assert found.targets == [Target(found.targets[0].what, 3.0, pytest.approx(10), at_most=True)]
-    assert found.sentences[0].endswith(" 1 of the kernels take less than 3 µs.")
+    assert timeline.gaps_us(events) == [20, 4]
+    (sentence, kinds, most), gaps = timeline.summarise(events, steps=1)
+    assert gaps == pytest.approx(10)
+    assert sentence.startswith("1 steps of 0.2 ms: the GPU works for 88.0 % of them, on 4 kernels a step; ")
+    assert "gaps of more than 5 µs take 10.0 %, the shorter ones between kernels 2.0 %." in sentence
+    assert sentence.endswith(" 1 of the kernels take less than 3 µs.")
+    calls = {line.split(" | ")[0]: line.split(" | ")[3] for line in kinds.splitlines()[2:]}
+    assert calls == {f"| {kind}": "1" for kind in ("element by element", "convolutions", "batch norm", "copies")}
+    assert most.splitlines()[-1] == "| the 0 others | 0 |"
     assert timeline.kind_of("_combine_forward") == "our kernels"
     assert timeline.kind_of("triton_poi_fused_add_1") == "compiled"
 
 
-def test_the_floor_of_a_layer():
-    """Counted by hand: x (2, 64, 56, 56) three times, y (2, 256, 28, 28) twice, in two bytes; weights in eight."""
-    shape = parse_shape("64x256k1s2@56")
-    assert layers.floor_bytes(shape, 100, 2) == 2 * (3 * 2 * 64 * 56**2 + 2 * 2 * 256 * 28**2) + 8 * 100
-    conv = layers.create_layer(shape, "static")
-    assert layers.floor_operations(conv, shape, 2) == 2 * 3 * 2 * (64 * 256 * 28**2)
-
-
 @pytest.mark.parametrize("text, usual", [("64x256k1s1@56", "dcd fused kernels"), ("512x64k1s1@7", "dcd fused maps")])
 def test_a_layers_own_way_is_known(text, usual):
-    shape, strided = parse_shape(text), parse_shape("64x64k3s2@56")
-    assert layers.ways_of(shape, CPU) == ["static", "dcd fused kernels", "dcd fused maps"]
-    assert layers.usual_way(shape, CPU) == usual
-    assert layers.ways_of(strided, CPU) == ["static", layers.usual_way(strided, CPU)] == ["static", "dcd fused maps"]
+    assert sections.usual_variant(text, "fused") == usual
+    assert sections.usual_variant("64x64k3s2@56", "fused") == "dcd fused maps"
 
 
-def test_layers_are_measured_in_both_ways(record, tmp_path):
-    layers.run(record, CPU, rehearsal=True)
-    found = saved(tmp_path)
-    assert found.failed == found.skipped == []
-    rows = [dict(zip(found.tables[0].columns, row, strict=True)) for row in found.tables[0].rows]
-    assert [row["way"] for row in rows] == 2 * ["static", "dcd fused kernels", "dcd fused maps"]
-    for row in rows:
-        assert row["to floor"] == pytest.approx(row["kernels ms"] / row["floor ms"]) and row["kernels ms"] > 0
-    assert found.sentences[1].startswith("These layers, each as often as ResNet-50 has it: static ")
-    assert "ours" in found.sentences[1]
+def row(network: str, variant: str, mode: str, rate: float, to_static: float) -> SimpleNamespace:
+    figures = {"training_images_per_sec": rate, "training_to_static": to_static}
+    return SimpleNamespace(network=network, variant=variant, mode=mode, **figures)
 
 
-def test_networks_are_measured_beside_the_static_one(record, tmp_path):
-    networks.run(record, CPU, rehearsal=True)
-    found = saved(tmp_path)
-    assert found.failed == found.skipped == []
-    (table,) = found.tables
-    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    assert [(row["variant"], row["way"]) for row in rows] == [
-        ("static", "eager"),
-        ("dcd auto", "eager"),
-        ("static", "DataParallel"),
-        ("dcd reference", "DataParallel"),
-        ("static", "compiled"),
+def test_figures_are_compared_with_their_own_kind(section):
+    rows = [
+        row("resnet50", "dcd auto", "eager", 2400, 0.85),
+        row("resnet50", "dcd auto", "CUDA graph", 2600, 0.93),
+        row("resnet50", "dcd reference", "DataParallel", 800, 0.3),
+        row("resnet50", "dcd reference", "compiled", 2500, 0.8),
+        row("resnet50", "dcd fused", "compiled", 2700, 0.9),
+        row("resnet50", "static", "compiled", 3000, 1.0),
+        row("mobilenetv2", "dcd auto", "eager", 4000, 0.71),
     ]
-    for row in rows:
-        assert row["network"] == "resnet18" and row["inference images/s"] > 0
-        assert row["ms a step"] == pytest.approx(1000 * row["batch"] / row["training images/s"])
-        assert (row["folded images/s"] is not None) == (row["way"] == "eager")
-    for static, dynamic in (rows[:2], rows[2:4]):  # of one round
-        assert dynamic["to static"] == pytest.approx(dynamic["training images/s"] / static["training images/s"])
-        assert static["to static"] == 1
-    assert {target.found for target in found.targets} == {None}, "no figure is of this network"
+    sections.report_targets(section, rows)
+    assert [target.found for target in section.found.targets] == [0.85, 0.9, 3.0, 2700, 0.71]
 
 
-def row(name: str, variant: str, mode: str, rate: float, to_static: float) -> tuple[tuple[str, str, str], Row]:
-    rates = (1000 / rate, rate, to_static)
-    what = (name, "", 1, variant, "channels_last", "bf16", mode, 256)
-    return (name, variant, mode), Row(*what, 1, 1, 1.0, None, {}, *rates, *rates)
+def test_a_network_that_does_not_fit_gets_half_the_batch(section, monkeypatch):
+    tried = []
 
+    def profile(section, what, **options):
+        tried.append((what, options.get("batch_size")))
+        failures = ["resnet50 static: OutOfMemoryError: too large"] if len(tried) < 3 else []
+        section.found.figures[what] = {"failures": failures}
+        return []
 
-def test_figures_are_compared_with_their_own_kind(record, tmp_path):
-    found = dict(
-        [
-            row("resnet50", "dcd auto", "eager", 2400, 0.85),
-            row("resnet50", "dcd auto", "CUDA graph", 2600, 0.93),
-            row("resnet50", "dcd reference", "DataParallel", 800, 0.3),
-            row("resnet50", "dcd auto", "compiled", 2700, 0.9),
-            row("resnet50", "static", "compiled", 3000, 1.0),
-            row("mobilenetv2", "dcd auto", "eager", 4000, 0.71),
-        ]
-    )
-    networks.report_targets(record, found)
-    assert [target.found for target in saved(tmp_path).targets] == [0.85, 0.9, 3.0, 2700, 0.71]
-
-
-def test_a_network_that_does_not_fit_gets_half_the_batch(record):
-    class Large(torch.nn.Module):
-        def forward(self, x):
-            if len(x) > 2:
-                raise torch.OutOfMemoryError("too large")
-            return x.flatten(1) @ self.weight
-
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(12, 2))
-
-    subject = Subject("large", "", 1, (3, 2, 2), lambda variant: Large())
-    group = networks.Group("large", Setting(), ("static",))
-    rows = networks.measure_what_fits(record, subject, group, Extent(CPU, 8, 1, 0.001))
-    assert [found.batch_size for found in rows] == [2] and record.findings.failed == []
-    assert len(record.findings.sentences) == 2
+    monkeypatch.setattr(sections, "profile", profile)
+    sections.networks(section)
+    assert [size for _, size in tried[:4]] == [None, 128, 64, None]
+    assert [what for what, _ in tried[1:4]] == ["eager, 128 images", "eager, 128 images, 64 images", "official"]

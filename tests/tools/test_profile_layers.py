@@ -318,8 +318,8 @@ def test_the_tables_show_the_record(out, record):
     row = record["rows"][1]
     cells = f"| mobilenetv2 | {row['variant']} | {row['parameters'] / 1e6:.3g} | {row['multiply_adds'] / 1e6:.3g} |"
     (line,) = [line for line in text.splitlines() if line.startswith(cells)]
-    assert line.split(" | ")[8] == f"{row['training_to_static']:.3g}"
-    assert line.endswith("| – |")  # no peak memory on a CPU
+    assert line.split(" | ")[9] == f"{row['training_to_static']:.3g}"
+    assert "peak memory MiB" not in text  # there is none on a CPU
     pool = [time for time in record["parts"] if time["part"] == "pool"]
     sums = [sum(time["count"] * time[name] for time in pool) for name in ("forward_ms", "backward_ms")]
     assert f"\n| pool | {sums[0]:.3g} | {sums[1]:.3g} |" in text
@@ -363,6 +363,38 @@ def test_the_parts_of_a_layer_in_mixed_precision():
     setting = Setting("channels_last", "bf16", "eager")
     times = time_by_part("resnet50", parse_shape("16x16k1s1@5"), 2, setting, Extent(CPU, 2, 1))
     assert len(times) == 6 and {(time.count, time.precision) for time in times} == {(2, "bf16")}
+
+
+def test_windows_in_other_modes_beside_the_floor(tmp_path, capsys):
+    main(
+        models=(),
+        layers=(),
+        shapes=("16x16k1s1@5", "16x32k3s2@9"),
+        variants=("dcd fused maps", "dcd fused kernels"),
+        batch_size=4,
+        rounds=2,
+        device="cpu",
+        modes=("eager", "CUDA graph"),
+        window_s=0.01,
+        inference=False,
+        floor=True,
+        out=tmp_path / "wide",
+    )
+    rows = json.loads((tmp_path / "wide.json").read_text())["rows"]
+    names = [STATIC, "dcd fused maps", "dcd fused kernels"]
+    found = [(row["mode"], row["layer"], row["variant"]) for row in rows]
+    layers = [("16x16k1s1@5", name) for name in names] + [("16x32k3s2@9", name) for name in names[:2]]
+    assert found == [(mode, *layer) for mode in ("eager", "CUDA graph") for layer in layers]
+    static = rows[3]
+    # x (4, 16, 9, 9) three times and y (4, 32, 5, 5) twice, and each weight seven times
+    moved = 4 * (3 * 4 * 16 * 9**2 + 2 * 4 * 32 * 5**2 + 7 * 32 * 16 * 3**2)
+    assert static["floor"]["mb"] == pytest.approx(moved / 1e6)
+    assert static["floor"]["gflop"] == pytest.approx(2 * 3 * 4 * 5**2 * 32 * 16 * 3**2 / 1e9)
+    for row in rows:
+        assert len(row["rounds_ms"]["training"]) == 2 and row["inference_ms"] is row["forward_ms"] is None
+        assert row["training_ms"] > 0 and row["floor"]["ms"] > 0 and row["first_step_s"] > 0
+    text = capsys.readouterr().out
+    assert "| training to floor |" in text and "inference" not in text.partition("\n## ")[2]
 
 
 # Bad input

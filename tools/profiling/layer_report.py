@@ -1,17 +1,18 @@
 """The figures of layers and networks as Markdown tables and as plots."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from tools.profiling.measure import Row
 from tools.profiling.parts import PartTime
-from tools.profiling.report import groups, markdown_table, table_of
+from tools.profiling.report import Columns, groups, markdown_table, table_of
 
 NOTES = """\
 Times are medians over the rounds in ms for a batch. Training is forward, backward and update (SGD). "to static" is the
 rate relative to the static variant's: the median over the rounds of the quotients, where the variants took turns.
-Folded is inference with the batch norms folded into the weights, beside the static variant folded.
+Folded is inference with the batch norms folded into the weights, beside the static variant folded. "first step" is the
+first of training, with all that is compiled and searched.
 Multiply-adds are those of convolutions and matrix products for one image. "saved for backward" is the memory that
 forward keeps for backward, without the module's own parameters and buffers. "peak memory" is the highest allocation on
 the GPU in a step of training, of this variant alone; it does not exist on a CPU."""
@@ -20,7 +21,7 @@ Sums over the layers, each as often as the network has it. Each part is timed by
 and to wait for it; the rest is the whole layer minus the parts. Where layers are small the parts' own starts weigh more
 than what joins them, and the rest is negative."""
 
-COLUMNS: dict[str, Callable[[Row], object]] = {
+COLUMNS: Columns[Row] = {
     "what": lambda row: f"{row.layer} (×{row.count})" if row.layer else row.network,
     "variant": lambda row: row.variant,
     "parameters M": lambda row: row.parameters / 1e6,
@@ -28,6 +29,7 @@ COLUMNS: dict[str, Callable[[Row], object]] = {
     "forward ms": lambda row: row.forward_ms,
     "backward ms": lambda row: row.backward_ms,
     "update ms": lambda row: row.update_ms,
+    "training ms": lambda row: row.training_ms,
     "training images/s": lambda row: row.training_images_per_sec,
     "training to static": lambda row: row.training_to_static,
     "inference ms": lambda row: row.inference_ms,
@@ -37,29 +39,40 @@ COLUMNS: dict[str, Callable[[Row], object]] = {
     "folded to static": lambda row: row.folded_to_static,
     "saved for backward MiB": lambda row: row.saved_mib,
     "peak memory MiB": lambda row: row.peak_mib,
+    "first step s": lambda row: row.first_step_s,
+    "MB": lambda row: row.floor and row.floor.mb,
+    "GFLOP": lambda row: row.floor and row.floor.gflop,
+    "floor ms": lambda row: row.floor and row.floor.ms,
+    "bound by": lambda row: row.floor and row.floor.bound_by,
+    "training to floor": lambda row: row.floor and row.training_ms / row.floor.ms,
+    "launches": lambda row: row.launches,
 }
-SUMMED = ("multiply_adds", "forward_ms", "backward_ms", "update_ms", "inference_ms", "saved_mib")
-SUM_HEADS = ("variant", "multiply-adds M", "forward ms", "backward ms", "update ms", "training to static")
-SUM_HEADS += ("inference ms", "inference to static", "saved for backward MiB")
+SUMMED = ("multiply_adds", "forward_ms", "backward_ms", "update_ms", "training_ms", "inference_ms", "saved_mib")
+SUM_HEADS = ("variant", "multiply-adds M", "forward ms", "backward ms", "update ms", "training ms")
+SUM_HEADS += ("training to static", "inference ms", "inference to static", "saved for backward MiB")
 
 
-def measured_table(rows: list[Row]) -> str:
-    """Everything about each row; inference folded where it was measured."""
-    folded = any(row.folded_ms is not None for row in rows)
-    return table_of(rows, {head: cell for head, cell in COLUMNS.items() if folded or not head.startswith("folded")})
+def columns_of(*heads: str) -> Columns[Row]:
+    return {head: COLUMNS[head] for head in heads}
+
+
+def measured_table(rows: list[Row], columns: Columns[Row] = COLUMNS) -> str:
+    """These columns of the rows, without those in which nothing was measured."""
+    return table_of(rows, {h: cell for h, cell in columns.items() if any(cell(row) is not None for row in rows)})
 
 
 def layer_sums(rows: Iterable[Row]) -> str:
     """For each variant the sums over a network's layers, each as often as the network has it."""
     sums: list[Row] = []
     for found in groups(rows, lambda row: row.variant).values():
-        total = {name: sum(row.count * getattr(row, name) for row in found) for name in SUMMED}
-        total["training_ms"] = total["forward_ms"] + total["backward_ms"] + total["update_ms"]
+        measured = [name for name in SUMMED if getattr(found[0], name) is not None]
+        total = {name: sum(row.count * getattr(row, name) for row in found) for name in measured}
         static = vars(sums[0]) if sums else total
         for mode in ("training", "inference"):
-            total[f"{mode}_to_static"] = static[f"{mode}_ms"] / total[f"{mode}_ms"]
+            if f"{mode}_ms" in total:
+                total[f"{mode}_to_static"] = static[f"{mode}_ms"] / total[f"{mode}_ms"]
         sums.append(replace(found[0], **total))
-    return table_of(sums, {head: COLUMNS[head] for head in SUM_HEADS})
+    return measured_table(sums, columns_of(*SUM_HEADS))
 
 
 def part_sums(times: Iterable[PartTime]) -> list[tuple[str, float, float]]:
@@ -123,7 +136,8 @@ def plot_networks(rows: list[Row], path: Path, title: str) -> None:
             for row in (row for row in found if row.network == network):
                 colour, millions = f"C{variants.index(row.variant)}", row.parameters / 1e6
                 axes.plot(millions, row.training_to_static, "o", color=colour)
-                axes.plot(millions, row.inference_to_static, "o", color=colour, markerfacecolor="none")
+                if row.inference_to_static:
+                    axes.plot(millions, row.inference_to_static, "o", color=colour, markerfacecolor="none")
             axes.set_title(f"{network}\n{setting}", fontsize=9)
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)

@@ -5,10 +5,13 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config
 
+from tools.profiling.floor import Floor, floor_of
 from tools.profiling.runner import DTYPES, PARTS, Runner, Setting, multiply_adds
 from tools.profiling.timing import WARM_UP, in_turns, median_ratio, step_seconds, window_seconds
 
@@ -17,7 +20,7 @@ from tools.profiling.timing import WARM_UP, in_turns, median_ratio, step_seconds
 class Subject:
     """A whole network (`layer` is empty), or a layer: of a network, `count` times in it, or given by a user.
 
-    build makes it in the form of a variant, in training mode. input_shape is (C, H, W).
+    build makes it in the form of a variant, in training mode; has says whether there is one. input_shape is (C, H, W).
     """
 
     network: str
@@ -25,19 +28,27 @@ class Subject:
     count: int
     input_shape: tuple[int, int, int]
     build: Callable[[str], nn.Module]
+    has: Callable[[str], bool] = lambda _: True
 
 
 @dataclass(frozen=True)
 class Extent:
     """How much is measured: `rounds` turns of each variant, on batches of one size. A turn is one step, or a window of
-    about window_s seconds of whole steps, which hides what it costs to start them. fold: inference folded as well.
+    about window_s seconds of whole steps, which hides what it costs to start them. inference: beside training. fold:
+    inference folded as well. floor: that of each layer, and its launches.
     """
 
     device: torch.device
     batch_size: int
     rounds: int
     window_s: float = 0.0
+    inference: bool = True
     fold: bool = False
+    floor: bool = False
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return ("training", *self.inference * ("inference",), *self.fold * ("folded",))
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,9 @@ class Row:
     Times are medians over the rounds, in ms for a batch, rates in images/s; the rounds' own times are in rounds_ms. A
     step of training is forward, backward and update, which windows do not tell apart. "to_static" is the rate relative
     to the static variant's: the median over the rounds of the quotients. multiply_adds are those of an image. saved_mib
-    is what forward keeps for backward, peak_mib the highest allocation on a GPU in a step of training. Folded is
-    inference by `dcd.deploy.fold`, beside the static variant folded.
+    is what forward keeps for backward, peak_mib the highest allocation on a GPU in a step of training after the first.
+    first_step_s is the time of that, which includes what is compiled and searched. Folded is inference by
+    `dcd.deploy.fold`, beside the static variant folded.
     """
 
     network: str
@@ -63,13 +75,16 @@ class Row:
     multiply_adds: int
     saved_mib: float
     peak_mib: float | None
+    first_step_s: float
+    floor: Floor | None
+    launches: int | None
     rounds_ms: dict[str, list[float]]
     training_ms: float
     training_images_per_sec: float
     training_to_static: float
-    inference_ms: float
-    inference_images_per_sec: float
-    inference_to_static: float
+    inference_ms: float | None = None
+    inference_images_per_sec: float | None = None
+    inference_to_static: float | None = None
     folded_ms: float | None = None
     folded_images_per_sec: float | None = None
     folded_to_static: float | None = None
@@ -99,20 +114,28 @@ def measure(
     # The variants share code, which is compiled for each: past its usual limit the compiler would fall back to eager.
     limits = {"recompile_limit": 64 * len(variants), "fail_on_recompile_limit_hit": True}
     runners: dict[str, Runner] = {}
-    memory: dict[str, dict[str, float | None]] = {}
+    memory: dict[str, dict[str, Any]] = {}
     failures = []
-    with torch._dynamo.config.patch(limits):
+    # A compiled backward runs outside of autocast, as the trainer's: PyTorch would compile it for the inside.
+    with torch._dynamo.config.patch(limits), config.patch(backward_pass_autocast="off"):
         for variant in variants:
             try:
                 runner = Runner(subject.build(variant), x, setting)
-                runner.train()
+                first_step_s = step_seconds(runner.train, extent.device)
+                parameters = sum(p.numel() for p in runner.module.parameters())
+                needed = multiply_adds(runner.module, x[:1].detach().float())
+                of_a_layer = extent.floor and subject.layer
                 memory[variant] = {
-                    "parameters": sum(p.numel() for p in runner.module.parameters()),
-                    "multiply_adds": multiply_adds(runner.module, x[:1].detach().float()),
+                    "parameters": parameters,
+                    "multiply_adds": needed,
                     "saved_mib": runner.saved_mib(),
                     "peak_mib": runner.peak_mib(),
+                    "first_step_s": first_step_s,
+                    "floor": floor_of(x, runner.gradient, parameters, needed) if of_a_layer else None,
+                    "launches": runner.launches() if of_a_layer else None,
                 }
-                runner.step("inference")()
+                if extent.inference:
+                    runner.step("inference")()
                 runners[variant] = runner
             except Exception as error:  # reported: the other variants go on
                 what = " ".join(part for part in (subject.network, subject.layer, variant) if part)
@@ -140,7 +163,7 @@ def time_in_turns(runners: dict[str, Runner], extent: Extent) -> dict[str, dict[
     found: dict[str, dict[str, list[float]]] = {variant: {} for variant in runners}
     by_steps = not extent.window_s
     take = step_seconds if by_steps else partial(window_seconds, seconds=extent.window_s)
-    for mode in ("training", "inference", "folded")[: 2 + extent.fold]:
+    for mode in extent.passes:
         steps = {
             (variant, name): partial(take, step, extent.device)
             for variant, runner in runners.items()

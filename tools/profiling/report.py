@@ -52,5 +52,12 @@ def write_report(out: Path | None, settings: Mapping[str, object], sections: Ite
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_name(f"{out.name}.md").write_text(f"{text}\n")
-        record = json.dumps({"machine": settings, **figures}, indent=2, default=asdict)
-        out.with_name(f"{out.name}.json").write_text(f"{record}\n")
+        write_figures(out, settings, **figures)
+
+
+def write_figures(out: Path, settings: Mapping[str, object], **figures: object) -> None:
+    """OUT.json alone, as `write_report` writes it: what is there so far, should the program be cut off."""
+    record = json.dumps({"machine": settings, **figures}, indent=2, default=asdict)
+    temporary = out.with_name(f"{out.name}.json.tmp")
+    temporary.write_text(f"{record}\n")
+    temporary.replace(out.with_name(f"{out.name}.json"))

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import DeviceType, ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcd
 from dcd.layers import set_path
-from tools.profiling.timing import graphed
+from tools.profiling.timing import graphed, wait
 from training.optim import build_optimizer
 from training.options import OptimConfig
 
@@ -84,12 +85,6 @@ class Runner:
         self.optimizer.zero_grad(set_to_none=True)
         self.x.grad = None
 
-    def forward_and_backward(self) -> None:
-        """All gradients made anew."""
-        self.clear()
-        self.forward()
-        self.backward()
-
     def train(self) -> None:
         self.forward()
         self.backward()
@@ -134,7 +129,7 @@ class Runner:
     def peak_mib(self) -> float | None:
         """The highest allocation on the GPU in a step of training, without what others hold there; None on a CPU.
 
-        The libraries' workspaces are not counted once a step has allocated them.
+        A step before it makes the search of cuDNN, and allocates the libraries' workspaces: neither is counted.
         """
         return self._peak_bytes() / MIB if self.x.device.type == "cuda" else None
 
@@ -147,6 +142,15 @@ class Runner:
         before = torch.cuda.memory_allocated()
         self.train()
         return torch.cuda.max_memory_allocated() - before + storage_bytes(own)
+
+    def launches(self) -> int | None:
+        """Kernels, copies and fills that a step of training launches; None on a CPU."""
+        if self.x.device.type != "cuda":
+            return None
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            self.train()
+            wait(self.x.device)
+        return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -10,7 +10,6 @@ import torch
 
 WARM_UP = 4  # rounds of single steps before any is timed: on a CPU the first two or three meet page faults
 STEPS_BEFORE = 2  # steps before each window: they fill the memory that another model has given back
-MOST_STEPS = 200  # in a window
 
 Name = TypeVar("Name", bound=Hashable)
 Figure = TypeVar("Figure")
@@ -40,7 +39,7 @@ def window_seconds(step: Callable[[], object], device: torch.device, seconds: fl
     """The mean time of a step in a window of about `seconds`. The host waits at the window's ends only."""
     for _ in range(STEPS_BEFORE):
         step()
-    steps = min(MOST_STEPS, max(2, math.ceil(seconds / step_seconds(step, device))))
+    steps = max(2, math.ceil(seconds / step_seconds(step, device)))
     return step_seconds(lambda: [step() for _ in range(steps)], device) / steps
 
 

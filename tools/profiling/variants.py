@@ -49,6 +49,11 @@ def create_layer(shape: Shape, variant: str) -> nn.Module:
     return layer
 
 
+def has_layer(shape: Shape, variant: str) -> bool:
+    """Whether a layer of that shape has the variant: the form "kernels" needs 1×1 and stride 1."""
+    return not variant.endswith(" kernels") or shape.kernel_size == shape.stride == 1
+
+
 def model_name(network: str, variant: str) -> str:
     """The registered name of a network in that form."""
     return network if variant == STATIC else f"{network}_{variant.split()[0]}"
