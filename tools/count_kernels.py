@@ -127,9 +127,8 @@ def main(
     variants = VARIANTS if arch != network else VARIANTS[:1]
     found = {variant: count_step(network, variant, batch_size, size, amp) for variant in variants}
     print(f"A training step of {network}, batch {batch_size}, {size} pixels, amp {amp}: counted, not measured.")
-    print(
-        f"Assumed are {copy_rate:g} TB/s, {matrix_rate:g} TFLOP/s and {launch_us:g} µs for a launch, a tiny kernel.\n"
-    )
+    print(f"Assumed are {copy_rate:g} TB/s, {matrix_rate:g} TFLOP/s and {launch_us:g} µs for a launch.")
+    print("A kernel is tiny where its launch takes longer.\n")
     for table in tables(found, rates, layers):
         print(f"{table}\n")
     if json is not None:

@@ -242,7 +242,7 @@ def test_a_run_prints_what_it_writes(tmp_path, capsys):
     main("resnet18_dcd", batch_size=4, size=32, layers=True, json=tmp_path / "kernels.json")
     text = capsys.readouterr().out
     rows = json.loads((tmp_path / "kernels.json").read_text())
-    totals = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines()[5:9]}
+    totals = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines()[6:10]}
     assert list(totals) == ["static", "dcd reference", "dcd fused", "dcd triton"]
     for variant, of_variant in groups(rows, lambda row: row["variant"]).items():
         assert totals[variant][1] == f"{sum(row['launches'] for row in of_variant):,}"
