@@ -1,0 +1,1 @@
+"""What `tools.count_kernels` is made of."""
