@@ -18,6 +18,7 @@ from pipelines.sources.beton_shards import find_betons
 from pipelines.sources.errors import DataError
 from training import distributed
 from training.classes import Classes, fits_classifier, match_by_name
+from training.compiling import compile_blocks
 from training.config import Config
 from training.cpu_memory import keep_freed_memory
 from training.distributed import Ranks
@@ -196,6 +197,8 @@ def build_model(
         if ranks.device.type == "cpu":
             raise ConfigError("--sync-bn works on GPUs only: leave it out on a CPU")
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.precision.compile:
+        compile_blocks(model)
     memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
     return model.to(ranks.device, memory_format=memory_format)
 

@@ -19,7 +19,7 @@ class Evaluator:
 
     Args:
         config: the options, `num_classes` filled in. ranks: this process among the others.
-        model: on the device, in its memory format; it is compiled where the options say so, others are not.
+        model: on the device, in its memory format.
         loader: of the evaluation data, see `pipelines.loader.Loader`.
         lockstep: of the ranks. log: where progress is shown.
     """
@@ -28,7 +28,6 @@ class Evaluator:
         self.config, self.ranks, self.model, self.loader = config, ranks, model, loader
         self.lockstep, self.log = lockstep, log
         self.precision = Precision(config.precision, ranks.device)
-        self._compiled = self.precision.compiled(model)
 
     @torch.no_grad()
     def evaluate(
@@ -46,8 +45,7 @@ class Evaluator:
         model = self.model if model is None else model
         share_buffers(model)
         model.eval()
-        forward = self._compiled if model is self.model else model
-        metrics = Metrics(self.ranks.device)
+        metrics, full = Metrics(self.ranks.device), 0
         if batches is None:
             self.loader.set_epoch(0)
             batches = self.loader
@@ -56,14 +54,13 @@ class Evaluator:
             if batch is None:
                 continue
             images, labels, _ = batch
+            full = max(full, len(images))
+            if self.config.precision.compile and len(images) < full:  # fill it up: it is compiled for full ones
+                images = F.pad(images, (0, 0) * 3 + (0, full - len(images)))
             with self.precision.autocast():
-                logits = forward(self.precision.in_format(images))
+                logits = model(self.precision.in_format(images))[: len(labels)]
             losses = F.cross_entropy(logits.float(), labels, reduction="none")
             metrics.update(losses.double().sum(), logits, labels)
             self.log.advance()
         self.log.end_epoch()
         return None if self.lockstep.stopped else metrics.reduce()
-
-    def close(self) -> None:
-        """Drop what may hold the process group; then the evaluator is of no use."""
-        self._compiled = None

@@ -84,7 +84,7 @@ class PrecisionConfig:
     channels_last: bool = True
     """Memory format of the model; --no-channels-last for NCHW."""
     compile: bool = False
-    """Compile the model with torch.compile: minutes at the start, faster steps."""
+    """Compile the blocks of the model with torch.compile: a minute or more at the start, faster steps."""
     sync_bn: bool = False
     """Batch statistics over all ranks (GPU only)."""
 

@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.options import PrecisionConfig
 
@@ -37,7 +37,3 @@ class Precision:
     def in_format(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) of a loader, channels_last, in the model's memory format."""
         return images if self._config.channels_last else images.contiguous()
-
-    def compiled(self, module: nn.Module) -> nn.Module:
-        """The module to call in place of this one."""
-        return torch.compile(module) if self._config.compile else module

@@ -57,7 +57,6 @@ class TrainStep:
                 broadcast_buffers=False,  # see share_buffers
                 gradient_as_bucket_view=True,
             )
-        self._forward = precision.compiled(self._parallel)
 
     def begin_epoch(self) -> None:
         """Into training mode; the statistics of now are good."""
@@ -92,7 +91,7 @@ class TrainStep:
                 with listener.phase("forward"):
                     mixed, targets = mix(part_images, part_labels, share)
                     with self.precision.autocast():
-                        logits = self._forward(mixed)
+                        logits = self._parallel(mixed)
                     loss = mixed_cross_entropy(logits, targets, optim.label_smoothing)
                 with listener.phase("backward"):
                     self.scaler.scale(loss / parts).backward()
@@ -140,4 +139,4 @@ class TrainStep:
 
     def close(self) -> None:
         """Drop what holds the process group; then the step is of no use."""
-        self._parallel = self._forward = None
+        self._parallel = None

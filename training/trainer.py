@@ -51,7 +51,6 @@ class Trainer:
         """Wait for the last checkpoint, and drop all that holds the process group; then the trainer is of no use."""
         self.saver.wait()
         self.train_step.close()
-        self.evaluator.close()
 
     @property
     def stopped(self) -> bool:

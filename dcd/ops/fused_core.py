@@ -160,6 +160,7 @@ def kept(constant: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def get(*args) -> Tensor:
         return constant(*args) if torch.compiler.is_compiling() else cached(*args)
 
+    get.cache_clear = cached.cache_clear
     return get
 
 
@@ -266,8 +267,10 @@ def proj_in_gradient(d_q: Tensor, x: Tensor, stride: int, proj_in: Tensor) -> Te
 
 
 def _moments(q: Tensor) -> Tensor:
-    """Equation 4 (B, L⁺, L⁺), in float32 or better."""
-    exact = q if q.dtype == torch.float64 else q.float()  # products of bf16 would lose the variance
+    """Equation 4 (B, L⁺, L⁺), in float32 or better: rounded to 16 bits they would lose the variance."""
+    if q.is_cuda and q.element_size() == 2:
+        return exact_product(q.transpose(1, 2), q).mul_(1 / q.shape[1])
+    exact = q if q.dtype == torch.float64 else q.float()
     return mean_product(exact, exact)
 
 
@@ -333,10 +336,15 @@ def add_pool_gradient_(matrix: Tensor, d_descriptor: Tensor, cells: slice, posit
 
 
 def leaves_autocast(backward: Callable) -> Callable:
-    """A backward of an autograd function that computes in the dtypes it gets, wherever `backward()` is called."""
+    """A backward of an autograd function that computes in the dtypes it gets, wherever `backward()` is called.
+
+    torch.compile cannot trace the context. It takes `torch._functorch.config.backward_pass_autocast = "off"` for that.
+    """
 
     @wraps(backward)
     def without_autocast(ctx, d_y: Tensor, *others):
+        if torch.compiler.is_compiling():
+            return backward(ctx, d_y, *others)
         with torch.autocast(d_y.device.type, enabled=False):
             return backward(ctx, d_y, *others)
 

@@ -10,6 +10,7 @@ from statistics import median
 import pytest
 import torch
 from torch import nn
+from torch._functorch import config
 
 import dcd
 from dcd.layers import FORMS, set_form, set_path
@@ -207,6 +208,20 @@ def test_no_break_in_the_graph(form, kernel_size):
     x = torch.randn(2, 6, 4, 4)
     traced = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="eager")
     torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("form, kernel_size", [("maps", 1), ("maps", 3), ("kernels", 1)])
+def test_compiled_under_autocast_it_has_the_same_gradients(form, kernel_size):
+    torch._dynamo.reset()
+    layer = create_layer(6, 6, kernel_size, 1, 4, 2)
+    set_form(layer, form)
+    x, found = torch.randn(2, 6, 4, 4), []
+    for forward in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", torch.bfloat16), config.patch(backward_pass_autocast="off"):  # as the trainer does
+            y = forward(x)
+        found.append(torch.autograd.grad(y.square().mean(), list(layer.parameters())))
+    for compiled, eager in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 def test_one_value_has_no_statistics():

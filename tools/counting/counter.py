@@ -21,7 +21,7 @@ BRANCH, MATRICES, PRODUCTS = "coefficient branch", "small matrices", "convolutio
 # What the functions of dcd.ops work on; the innermost one that is here counts. None: is made once and kept.
 PART_OF_FUNCTION = {
     "_pool_cells": None,
-    "constant_one": None,
+    "_constant_one": None,
     "coefficients": BRANCH,
     "coefficients_backward": BRANCH,
     "fuse": MATRICES,

@@ -56,7 +56,7 @@ def fake_gpu(module: nn.Module, on_launch: OnLaunch, on_node: OnNode) -> Iterato
         "torch.utils._foreach_utils._foreach_supported_types": [Tensor, nn.Parameter, FakeTensor],
         "torch.autograd.backward": lambda output, gradient=None, *_, **options: backward(output, gradient, on_node),
     }
-    caches = fused_core._pool_cells, fused_core.constant_one  # must not hand out fake tensors later, nor real ones now
+    caches = fused_core._pool_cells, fused_core._constant_one  # must not hand out fake tensors later, nor real ones now
     module.to(memory_format=torch.channels_last)
     with ExitStack() as stack:
         for cache in caches:

@@ -149,7 +149,6 @@ TRITON_FLOPS: dict[str, Callable[..., int]] = {
     "_backward": lambda d_y, static_out, scale, q, *_: 2 * d_y.numel() * q.shape[2],
     "_project": lambda x, kernels, *_: 2 * x.numel() * kernels.shape[1],
     "_form": lambda scale, static, read_out, padded, kernels, *_: 2 * kernels.numel() * len(padded),
-    "_take_apart": lambda d_kernels, scale, static, read_out, padded, *_: 4 * d_kernels.numel() * len(padded),
 }
 
 
@@ -161,7 +160,8 @@ def kernels_of(operation: OpOverload, args: tuple, options: dict[str, Any], out:
     rule = RULES.get(name)
     passes = list(rule(out, *args, **options)) if rule else [Pass((args, options), out, True)]
     count = flop_registry.get(getattr(aten, name.removesuffix("_"), None))
-    each = count(*args, **options, out_val=out) // max(1, sum(found.multiplies for found in passes)) if count else 0
+    factors = [value for value in args if not isinstance(value, torch.dtype)]  # a product may name that of its result
+    each = count(*factors, **options, out_val=out) // max(1, sum(found.multiplies for found in passes)) if count else 0
     kernels = [Kernel(moved_by(found.read, found.written), each * found.multiplies) for found in passes]
     return [kernel for kernel in kernels if kernel.moved]  # without elements, nothing is launched
 
