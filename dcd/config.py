@@ -35,6 +35,11 @@ class ModelConfig:
         """Raise ValueError for an option that has no meaning for this model."""
         if self.width_mult != 1.0 and not self._is_mobilenet:
             raise ValueError(f"--width-mult has no meaning for {self.arch}: leave it out")
+        if self.fc_squeeze != ModelConfig.fc_squeeze and self.arch != "mobilenetv2_dcd":
+            raise ValueError(
+                f"--fc-squeeze has no meaning for {self.arch}, only for mobilenetv2_dcd: leave it out, or undo a "
+                f"recipe's by --fc-squeeze {ModelConfig.fc_squeeze}"
+            )
         if self.zero_init_fusion and not self.arch.endswith("_dcd"):
             raise ValueError(
                 f"--zero-init-fusion has no meaning for {self.arch}: leave it out, or undo a recipe's by "

@@ -1,13 +1,11 @@
 """From options to a loader: the source is opened, the backend chosen and imported on use."""
 
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from pipelines.augmentation import PixelAugmentation
 from pipelines.batch import ExecutorOptions, Place, Source
 from pipelines.config import BACKENDS, AugmentationConfig, DataConfig
 from pipelines.loader import Loader
@@ -22,14 +20,12 @@ def build_loader(
     place: Place = HERE,
     augmentation: AugmentationConfig = DEFAULT_AUGMENTATION,
     seed: int = 0,
-    pixel_augmentations: Sequence[PixelAugmentation] = (),
 ) -> Loader:
     """The loader of one split; its backend is imported here, on use.
 
     Args:
         config, augmentation: the options. place: where the batches go, by default to one rank on the CPU.
         seed: the order of the images, their boxes and flips follow from it; at least 0.
-        pixel_augmentations: what is done to the pixels of this split, one after another.
 
     Raises:
         DataError: missing or damaged data, a backend that can't be used, or a batch size that the world size does not
@@ -45,10 +41,10 @@ def build_loader(
     if backend not in BACKENDS:
         raise DataError(f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
     training = split == "train"
-    options = ExecutorOptions(config, training, place, as_bytes=bool(pixel_augmentations))
+    options = ExecutorOptions(config, training, place, as_bytes=bool(augmentation.pixel_augmentations(training)))
     # A backend is a module of this name with a `create_executor`, and its name in `config.Backend`.
     executor = import_module(f"pipelines.executors.{backend}_executor").create_executor(source, options)
-    return Loader(source, executor, training, config, augmentation, place, seed, pixel_augmentations)
+    return Loader(source, executor, training, config, augmentation, place, seed)
 
 
 def _open_source(config: DataConfig, split: str) -> Source:

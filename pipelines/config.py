@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+from pipelines.augmentation import PixelAugmentation
 from pipelines.plan import CenterCrop, RandomCrop
 
 Backend = Literal["auto", "dali", "ffcv", "torchvision", "synthetic"]
@@ -87,7 +88,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """What is cut from an image, and whether it is flipped."""
+    """What is cut from an image, whether it is flipped, and what is done to its pixels."""
 
     crop_area: tuple[float, float] = (0.08, 1.0)
     """Lowest and highest share of the image's area in a training crop."""
@@ -106,3 +107,7 @@ class AugmentationConfig:
     def crop(self, training: bool) -> RandomCrop | CenterCrop:
         """What draws the boxes and flips."""
         return RandomCrop(self.crop_area, self.crop_ratio, self.flip) if training else CenterCrop(self.eval_crop)
+
+    def pixel_augmentations(self, training: bool) -> tuple[PixelAugmentation, ...]:
+        """What is done to the pixels, one after another: none so far."""
+        return ()

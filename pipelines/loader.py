@@ -11,7 +11,6 @@ from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
-from pipelines.augmentation import PixelAugmentation
 from pipelines.batch import Batch, Executor, Place, Source
 from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.fingerprint import fingerprint
@@ -27,11 +26,10 @@ class Loader:
     another goes on from with exactly the images that were left.
 
     Args:
-        source: the images. executor: the backend; it hands out bytes where there are `pixel_augmentations`.
+        source: the images. executor: the backend; it hands out bytes where pixels are augmented.
         training: random crops in shuffled order, in whole batches; else centre crops in order, every image once.
         config, augmentation: the options. seed: of the plan, at least 0.
         place: this process takes slice `rank` of `world_size` of every global batch, on that device.
-        pixel_augmentations: what is done to the pixels, one after another.
     """
 
     def __init__(
@@ -43,10 +41,10 @@ class Loader:
         augmentation: AugmentationConfig,
         place: Place,
         seed: int,
-        pixel_augmentations: Sequence[PixelAugmentation] = (),
     ):
         self._source, self._executor, self._config, self._seed = source, executor, config, seed
-        self._crop, self._stage = augmentation.crop(training), DeviceStage(place, tuple(pixel_augmentations))
+        self._crop = augmentation.crop(training)
+        self._stage = DeviceStage(place, augmentation.pixel_augmentations(training))
         self.training, self.rank, self.world_size = training, place.rank, place.world_size
         self._running: Generator[Batch, None, None] | None = None
         self.classes = source.classes

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from pipelines.batch import MEAN, STD
-from pipelines.config import DataConfig
+from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.plan import CenterCrop, EpochPlan, RandomCrop, random_bits
 from pipelines.sources.folder import FolderSource
 
@@ -85,6 +85,20 @@ class Inverted:
     def apply(self, images, operations):
         bits = 255 * torch.from_numpy(operations).to(images.device, torch.uint8)
         return images ^ bits[:, None, None, None]
+
+
+@dataclass(frozen=True)
+class Augmented(AugmentationConfig):
+    """With these augmentations of pixels, in training and in evaluation."""
+
+    augmentations: tuple = ()
+
+    def pixel_augmentations(self, training: bool) -> tuple:
+        return self.augmentations
+
+
+def augmented(*augmentations) -> AugmentationConfig:
+    return Augmented(augmentations=augmentations)
 
 
 def training_plan(seed, epoch, sizes, batch_size) -> EpochPlan:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pipelines.batch import Place
-from pipelines.config import AugmentationConfig, DataConfig
+from pipelines.config import DataConfig
 from pipelines.executors.ffcv_executor import FfcvExecutor
 from pipelines.loader import Loader
 from pipelines.plan import CenterCrop, EpochPlan, RandomCrop, random_bits
 from pipelines.sources.beton import BetonSource
-from tests.pipelines.helpers import Inverted, pixels_of
+from tests.pipelines.helpers import Inverted, augmented, pixels_of
 
 
 class Darker:
@@ -61,8 +61,8 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_plans_images_are_changed_and_no_others_by_every_executor(small, build, split):
-    plain = build(small, split, pixel_augmentations=[Unchanged()])
-    changed = build(small, split, pixel_augmentations=[Inverted()])
+    plain = build(small, split, augmentation=augmented(Unchanged()))
+    changed = build(small, split, augmentation=augmented(Inverted()))
     for epoch in (0, 1):
         drawn = random_bits(0, epoch, np.arange(12), range(1), "inverted")[:, 0] % 2 == 1
         assert 0 < drawn.sum() < 12
@@ -73,7 +73,7 @@ def test_the_plans_images_are_changed_and_no_others_by_every_executor(small, bui
 
 @pytest.mark.parametrize("done, world_size", [(0, 4), (1, 2), (2, 1)])
 def test_an_augmented_epoch_goes_on_the_same_on_other_ranks_and_workers(small, build, done, world_size):
-    first = build(small, "train", pixel_augmentations=[Inverted()])
+    first = build(small, "train", augmentation=augmented(Inverted()))
     whole = by_image(first, epoch=2)
     first.set_epoch(2)
     batches = iter(first)
@@ -81,7 +81,8 @@ def test_an_augmented_epoch_goes_on_the_same_on_other_ranks_and_workers(small, b
     state = first.state_dict()
     config = replace(small, workers=2)
     loaders = [
-        build(config, "train", Place(rank, world_size), pixel_augmentations=[Inverted()]) for rank in range(world_size)
+        build(config, "train", Place(rank, world_size), augmentation=augmented(Inverted()))
+        for rank in range(world_size)
     ]
     for loader in loaders:
         loader.load_state_dict(state)
@@ -90,7 +91,7 @@ def test_an_augmented_epoch_goes_on_the_same_on_other_ranks_and_workers(small, b
 
 def test_augmentations_follow_each_other_and_draw_apart(small, build):
     darker = Darker()
-    plain = by_image(build(small, "train", pixel_augmentations=[Unchanged()]))
+    plain = by_image(build(small, "train", augmentation=augmented(Unchanged())))
     inverted = Inverted().draw(0, 0, np.arange(12))
     divisor = darker.draw(0, 0, np.arange(12))
     for augmentations in ([Inverted(), darker], [darker, Inverted()]):
@@ -102,7 +103,7 @@ def test_augmentations_follow_each_other_and_draw_apart(small, build):
             if augmentations[1] is darker:
                 image = image // int(divisor[index])
             expected[index] = image
-        assert_same(by_image(build(small, "train", pixel_augmentations=augmentations)), expected)
+        assert_same(by_image(build(small, "train", augmentation=augmented(*augmentations))), expected)
     assert darker.threads and threading.current_thread() not in darker.threads
     assert not any(thread.is_alive() for thread in darker.threads)
 
@@ -113,7 +114,7 @@ ROUNDING = {"ffcv": 0.501, "dali": 1e-4}
 
 
 def test_without_augmentation_pixels_are_the_same_up_to_rounding(small, build):
-    plain, as_bytes = build(small, "train"), build(small, "train", pixel_augmentations=[Unchanged()])
+    plain, as_bytes = build(small, "train"), build(small, "train", augmentation=augmented(Unchanged()))
     for batch, other in zip(plain, as_bytes, strict=True):
         assert torch.equal(batch.indices, other.indices) and torch.equal(batch.labels, other.labels)
         assert other.images.is_contiguous(memory_format=torch.channels_last)
@@ -124,7 +125,7 @@ def test_without_augmentation_pixels_are_the_same_up_to_rounding(small, build):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_augmented_images_are_normalised_in_float32_and_then_rounded(small, build, dtype):
     exact, rounded = (
-        build(small, "train", Place(dtype=kind), pixel_augmentations=[Inverted()]) for kind in (torch.float32, dtype)
+        build(small, "train", Place(dtype=kind), augmentation=augmented(Inverted())) for kind in (torch.float32, dtype)
     )
     for batch, other in zip(exact, rounded, strict=True):
         assert torch.equal(batch.images.to(dtype), other.images)
@@ -132,7 +133,7 @@ def test_augmented_images_are_normalised_in_float32_and_then_rounded(small, buil
 
 def test_synthetic_images_are_augmented(build):
     config = DataConfig(backend="synthetic", batch_size=4, input_size=32, synthetic_images=40)
-    plain = [by_image(build(config, "train", pixel_augmentations=[one])) for one in (Unchanged(), Inverted())]
+    plain = [by_image(build(config, "train", augmentation=augmented(one))) for one in (Unchanged(), Inverted())]
     inverted = Inverted().draw(0, 0, np.arange(40))
     assert_same(plain[1], {index: 255 - image if inverted[index] else image for index, image in plain[0].items()})
 
@@ -143,13 +144,13 @@ def test_an_error_in_an_augmentation_is_raised_where_batches_are_asked_for(small
             raise RuntimeError("no such operation")
 
     with pytest.raises(RuntimeError, match="no such operation"):
-        next(iter(build(small, "train", pixel_augmentations=[Broken()])))
+        next(iter(build(small, "train", augmentation=augmented(Broken()))))
 
 
 def test_an_executor_that_has_normalised_already_is_refused(photos):
     source, cpu = BetonSource(photos.verbatim / "train.beton"), torch.device("cpu")
     config = DataConfig(batch_size=4, input_size=32)
-    options = (True, config, AugmentationConfig(), Place(), 0, [Inverted()])
+    options = (True, config, augmented(Inverted()), Place(), 0)
     for as_bytes in (True, False):
         executor = FfcvExecutor(source, cpu, 1, exact=True, as_bytes=as_bytes)
         loader = Loader(source, executor, *options)

@@ -17,6 +17,7 @@ from pipelines.batch import Place
 from pipelines.build import build_loader
 from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.loader import Loader
+from tests.pipelines import helpers
 
 threads.PATIENCE_S = torchvision_executor.PATIENCE_S = 0.5
 folder, beton = map(Path, sys.argv[1:])
@@ -56,7 +57,7 @@ class Stuck:
         os.read(pipe, 1)
 
 def augmented(config):
-    return build_loader(config, "train", pixel_augmentations=[Stuck()])
+    return build_loader(config, "train", augmentation=helpers.augmented(Stuck()))
 
 def do_nothing():
     pass

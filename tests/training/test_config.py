@@ -82,6 +82,8 @@ def test_official_options_keep_their_meaning():
         ("--ema 1.0", "--ema 1.0"),
         ("--warmup --epochs 5", "--warmup takes 5 epochs"),
         ("-a resnet18 --width-mult 0.5", "--width-mult has no meaning for resnet18"),
+        ("-a resnet18_dcd --fc-squeeze 16", "no meaning for resnet18_dcd, only for mobilenetv2_dcd: leave it out"),
+        ("--recipe mobilenetv2_dcd -a mobilenetv2", "no meaning for mobilenetv2, .* undo a recipe's by --fc-squeeze 8"),
         ("-a resnet18_se --zero-init-fusion", "--zero-init-fusion has no meaning for resnet18_se: leave it out"),
         (
             "--recipe resnet50_dcd_fast -a resnet50",

@@ -1,14 +1,16 @@
 """Learning-rate schedules and the optimizer's groups."""
 
+import copy
 import os
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 import dcd
-from training.optim import build_optimizer, learning_rate
+from training.optim import OPTIMIZERS, build_optimizer, learning_rate
 from training.options import OptimConfig
 from training.precision import autocast_dtype
 
@@ -45,6 +47,36 @@ def test_weight_decay_is_on_all_parameters_or_spares_norms_and_biases():
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert all("bn" in names[p] or names[p].endswith("bias") for p in spared["params"])
     assert not any("bn" in names[p] or names[p].endswith("bias") for p in decayed["params"])
+
+
+def test_every_optimizer_can_be_chosen():
+    assert set(OPTIMIZERS) == set(get_args(get_type_hints(OptimConfig)["optimizer"]))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns_and_goes_on_from_its_state_bit_for_bit(name):
+    torch.manual_seed(0)
+    first, x = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)), torch.randn(64, 8)
+    config = OptimConfig(optimizer=name, lr=0.02)
+    optimizer = build_optimizer(first, config)
+
+    def steps(model, optimizer) -> list[float]:
+        losses = []
+        for _ in range(20):
+            loss = (model(x).squeeze(1) - x.prod(1).tanh()).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    losses = steps(first, optimizer)
+    assert losses[-1] < 0.8 * losses[0]
+    other = copy.deepcopy(first)
+    resumed = build_optimizer(other, config)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert steps(other, resumed) == steps(first, optimizer)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(other.parameters(), first.parameters(), strict=True))
 
 
 def test_precision():
