@@ -7,8 +7,8 @@ LAYERS_ARGS ?=
 # Minutes on a CPU. On GPUs give it the run that is meant, as in THROUGHPUT_ARGS="--recipe resnet50_dcd -j 48"
 THROUGHPUT_ARGS ?= -a resnet18_dcd -b 16 --windows 3 --window-steps 5
 # Whole networks by the path that training takes, in the precision that it takes, and folded for inference
-BENCH_MODEL = --models resnet18 resnet34 resnet50 resnet101 resnet152 mobilenetv2 --layers --variants "dcd auto" \
-	--amp auto --fold --out runs/models
+BENCH_MODEL = --models resnet18 resnet34 resnet50 resnet101 resnet152 mobilenetv2 --layers \
+	--variants "dcd auto" "dcd reference" --amp auto --fold --out runs/models
 
 VENV := .venv
 BIN := $(VENV)/bin

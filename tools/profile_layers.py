@@ -38,7 +38,7 @@ from tools.profiling.variants import (
     other_variants,
 )
 from training.command_line import parse
-from training.cpu_memory import keep_freed_memory
+from training.host_memory import keep_freed_memory, spare_garbage_collector
 from training.precision import autocast_dtype
 
 Mode = Literal["eager", "compiled", "CUDA graph", "compiled, CUDA graph", "DataParallel"]
@@ -128,6 +128,7 @@ def main(
 
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision(matmul_precision)
+    spare_garbage_collector()  # as this
     if where.type == "cpu":
         keep_freed_memory()
     chosen = [name for name in (*known, *others) if name in (STATIC, *(variants or known))]

@@ -20,10 +20,10 @@ from training import distributed
 from training.classes import Classes, fits_classifier, match_by_name
 from training.compiling import compile_blocks
 from training.config import Config
-from training.cpu_memory import keep_freed_memory
 from training.distributed import Ranks
 from training.evaluator import Evaluator
 from training.freezing import freeze_all_but_classifier
+from training.host_memory import keep_freed_memory, spare_garbage_collector
 from training.lockstep import Lockstep
 from training.options import ConfigError
 from training.precision import autocast_dtype
@@ -66,8 +66,8 @@ def open_trainer(config: Config, write_log: bool = True) -> Iterator[Trainer]:
 @contextmanager
 def open_evaluator(config: Config, write_log: bool = True) -> Iterator[Evaluator]:
     """The evaluator of this rank, of --weight or else of the run's own best checkpoint; otherwise as `open_trainer`."""
-    with _open_parts(config, write_log) as parts, closing(parts.evaluator) as evaluator:
-        yield evaluator
+    with _open_parts(config, write_log) as parts:
+        yield parts.evaluator
 
 
 @contextmanager
@@ -75,6 +75,7 @@ def _open_parts(config: Config, write_log: bool) -> Iterator[Parts]:
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     # A hang in training is the watchdog's, which knows more; before it, one rank may read the sizes of all images.
+    spare_garbage_collector()
     timeout = timedelta(seconds=max(SETUP_TIMEOUT_S, config.run.timeout) + 60)
     ranks = distributed.start(config.precision.device, timeout)
     failure = None

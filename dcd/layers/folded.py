@@ -11,7 +11,7 @@ from dcd.layers.dcd_conv2d import DCDConv2d, leave_autocast
 from dcd.layers.dcd_linear import DCDLinear
 from dcd.ops import folded
 from dcd.ops.fused import choose_form
-from dcd.ops.fused_core import as_features, as_rows, round_up
+from dcd.ops.fused_core import as_features, as_rows, pooled, round_up
 from dcd.ops.fused_kernels import form_kernels, project
 
 
@@ -88,7 +88,7 @@ class FoldedDCDConv2d(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         x, dtype = x.contiguous(memory_format=torch.channels_last), x.dtype
-        mixing, offset, scale = self.coefficients(F.adaptive_avg_pool2d(x, self.pool_size).flatten(1))
+        mixing, offset, scale = self.coefficients(pooled(x, self.pool_size, dtype))
         read_out = mixing.transpose(1, 2) @ self.proj_out  # [B, L, O]
         bias = torch.addmm(self.bias, offset, self.proj_out)  # [B, O]
         if choose_form(self.form, x, self.kernel_size, self.stride) == "kernels":

@@ -5,7 +5,7 @@ import sys
 
 PROGRAM = """
 import resource, sys, torch
-from training.cpu_memory import keep_freed_memory
+from training.host_memory import keep_freed_memory
 
 def faults(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
