@@ -17,13 +17,14 @@ PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "nvidia-dali-cuda
 def describe_machine(device: torch.device) -> dict[str, str]:
     """The device, the processor with what it can compute in, versions, commit, command and date."""
     able = torch.cpu.get_capabilities()
-    bf16 = any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    kinds = {"avx512_bf16": "bf16", "amx_bf16": "bf16 matrices (AMX)"}
+    more = [kind for name, kind in kinds.items() if able.get(name, False)]
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     machine = {
         "processor": names[0] if names else platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability() + (" with bf16" if bf16 else ""),
+        "capability": " with ".join([torch.backends.cpu.get_cpu_capability(), *([" and ".join(more)] if more else [])]),
         "cores": str(len(os.sched_getaffinity(0))),
         "threads": str(torch.get_num_threads()),
     }
