@@ -106,10 +106,11 @@ class DCDConv2d(nn.Module):
         if count == 1:
             raise ValueError("a batch norm in training needs more than one value: use larger images or batches")
         bn1, bn2, unbiased = self.bn1, self.bn2, count / (count - 1)
+        var1, var2 = torch._foreach_mul([found.var1, found.var2], unbiased)
         torch._foreach_add_([bn1.num_batches_tracked, bn2.num_batches_tracked], 1)
         torch._foreach_lerp_(
             [bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var],
-            [found.mean1, found.var1 * unbiased, found.mean2, found.var2 * unbiased],
+            [found.mean1, var1, found.mean2, var2],
             [bn1.momentum, bn1.momentum, bn2.momentum, bn2.momentum],
         )
 

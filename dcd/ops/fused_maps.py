@@ -34,6 +34,7 @@ class SavedMaps(NamedTuple):
     """What forward saves besides the core."""
 
     x: Tensor  # (B, C, H, W)
+    weight: Tensor  # static (O, C, k, k), in the dtype of x
     padded: Tensor  # (L⁺, C)
     q: Tensor  # (B, N, L⁺)
     static_out: Tensor  # (B, O, H', W')
@@ -48,8 +49,9 @@ class _DynamicMaps(Function):
         q, offset = core.centred_latent_rows(x, padded, len(proj_in), settings.stride)
         descriptor = core.pooled(x, settings.pool_size, static.dtype)
         saved, statistics = core.small_matrices(q, offset.to(static.dtype), descriptor, parameters, settings)
-        y, static_out = _apply(x, static, q, saved.matrices, settings)
-        core.save(ctx, SavedMaps(x, padded, q, static_out), saved)
+        weight = static.to(x.dtype)
+        y, static_out = _apply(x, weight, q, saved.matrices, settings)
+        core.save(ctx, SavedMaps(x, weight, padded, q, static_out), saved)
         ctx.settings = settings
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
@@ -60,7 +62,7 @@ class _DynamicMaps(Function):
     @core.leaves_autocast
     def backward(ctx, d_y: Tensor, *_):
         maps, saved = core.load(ctx)
-        (x, padded, q, _), proj_in, settings = maps, saved.convolutions.proj_in, ctx.settings
+        (x, _, padded, q, _), proj_in, settings = maps, saved.convolutions.proj_in, ctx.settings
         d_rows = as_rows(d_y)  # [B, N, O]
         d_x, d_static, d_scale, d_read_out = _apply_backward(d_rows, maps, saved, settings, ctx.needs_input_grad[1])
         d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(
@@ -99,12 +101,12 @@ def infer(x: Tensor, parameters: Parameters, statistics: Statistics, settings: S
     static, proj_in, _ = parameters.convolutions
     padded = core.pad_proj_in(proj_in, settings.pool_size).to(x.dtype)
     q = core.latent_rows(x, padded, core.constant_one(len(proj_in), padded), settings.stride)
-    return _apply(x, static, q, core.matrices_by(x, parameters, statistics, settings), settings)[0]
+    return _apply(x, static.to(x.dtype), q, core.matrices_by(x, parameters, statistics, settings), settings)[0]
 
 
-def _apply(x: Tensor, static: Tensor, q: Tensor, matrices: Matrices, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Equation 22: y and static_out (B, O, H', W')."""
-    static_out = F.conv2d(x, static.to(x.dtype), stride=settings.stride, padding=static.shape[2] // 2)
+def _apply(x: Tensor, weight: Tensor, q: Tensor, matrices: Matrices, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Equation 22: y and static_out (B, O, H', W'); weight is static, in the dtype of x."""
+    static_out = F.conv2d(x, weight, stride=settings.stride, padding=weight.shape[2] // 2)
     rows = settings.implementation.combine(as_rows(static_out), matrices.channel_scale, q, matrices.read_out)
     return as_features(rows, static_out.shape[2:]), static_out
 
@@ -117,13 +119,13 @@ def _apply_backward(
     Returns:
         d_x by static alone, channels_last, or None; and in the dtype of static d_static, d_scale and d_read_out.
     """
-    (x, _, q, static_out), static = maps, saved.convolutions.static
+    (x, weight, _, q, static_out), static = maps, saved.convolutions.static
     d_static_out, d_scale, d_read_out = settings.implementation.combine_backward(
         d_rows, as_rows(static_out), saved.matrices.channel_scale, q
     )
     stride, padding = [settings.stride] * 2, [static.shape[2] // 2] * 2
     d_x, d_static, _ = torch.ops.aten.convolution_backward(
-        as_features(d_static_out, static_out.shape[2:]), x, static.to(x.dtype), None, stride, padding, [1, 1], False,
+        as_features(d_static_out, static_out.shape[2:]), x, weight, None, stride, padding, [1, 1], False,
         [0, 0], 1, [d_x_is_wanted, True, False],
     )  # fmt: skip
     if d_x is not None:
