@@ -11,8 +11,8 @@ from dcd.layers.dcd_conv2d import DCDConv2d, leave_autocast
 from dcd.layers.dcd_linear import DCDLinear
 from dcd.ops import folded
 from dcd.ops.fused import choose_form
-from dcd.ops.fused_core import as_features, as_rows, pooled, round_up
 from dcd.ops.fused_kernels import form_kernels, project
+from dcd.ops.rows import as_features, as_rows, pooled, round_up
 
 
 class FoldedCoefficients(nn.Module):

@@ -3,6 +3,7 @@
 To be read in this order; the equations are numbered through:
 
     reference.py        the layer as the paper has it
+    rows.py             feature maps as rows: pool, products, sums
     fused_core.py       1 to 7: everything behind proj_in as small matrices
     image_matrices.py   8 to 21: the batch norms among them, and their statistics
     fused_maps.py       22 to 24: the form "maps"

@@ -39,13 +39,12 @@ depend on it, so its gradient is 0 and the backward pass leaves it out.
 The cells are a row of the pool's matrix (`pool_cells`), such that the mean of cells xᵀ over the positions is the pooled
 input, the descriptor. Their columns of q serve the last term of equation 7; in "maps" they are zeros until then.
 
-A feature map (B, C, H, W) in channels_last is seen as rows (B, H·W, C), which copies nothing. Legend of the shape
-comments: B images, C input and O output channels, L latent dimension, L⁺ the width of q, N positions of the output, D
-cells of the pool.
+Feature maps are seen as rows of channels (`rows.py`). Legend of the shape comments: B images, C input and O output
+channels, L latent dimension, L⁺ the width of q, N positions of the output, D cells of the pool.
 """
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -61,6 +60,7 @@ from dcd.ops.image_matrices import (
     coefficients_backward,
     fuse_by,
 )
+from dcd.ops.rows import as_gradient, as_rows, exact_product, kept, mean_product, pooled, round_up
 
 
 class Convolutions(NamedTuple):
@@ -119,28 +119,6 @@ class SavedCore(NamedTuple):
     fuse: NamedTuple  # SavedFuse, of image_matrices or triton_matrices
 
 
-def as_rows(features: Tensor) -> Tensor:
-    """(B, C, H, W) as (B, H·W, C); a view where the strides are those of channels_last."""
-    return features.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def as_features(rows: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, H·W, C) as (B, C, H, W) with channels_last strides: a view."""
-    return rows.unflatten(1, size).permute(0, 3, 1, 2)
-
-
-def as_gradient(matrix: Tensor, weight: Tensor) -> Tensor:
-    """A matrix (O, C) as the gradient of a weight (O, C, 1, 1), with its strides: DDP warns where they differ."""
-    if weight.stride()[:2] != matrix.stride():
-        return matrix.view(weight.shape)
-    return matrix.as_strided(weight.shape, weight.stride())
-
-
-def round_up(count: int) -> int:
-    """The next multiple of 8: vector units and tensor cores take so many at a time, 18 columns cost more than 24."""
-    return -(-count // 8) * 8
-
-
 def latent_width(latent_dim: int, pool_size: int) -> int:
     """L⁺."""
     return round_up(latent_dim + 1 + pool_size**2)
@@ -149,35 +127,6 @@ def latent_width(latent_dim: int, pool_size: int) -> int:
 def cell_columns(latent_dim: int, pool_size: int) -> slice:
     """The columns of q for the cells of the pool."""
     return slice(latent_dim + 1, latent_dim + 1 + pool_size**2)
-
-
-def kept(constant: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep the constants that a function makes from its arguments; torch.compile makes them part of its graph, and
-    would warn of a cache. They are made on the device: a copy from the host would break a CUDA graph."""
-    cached = lru_cache(maxsize=64)(constant)
-
-    @wraps(constant)
-    def get(*args) -> Tensor:
-        return constant(*args) if torch.compiler.is_compiling() else cached(*args)
-
-    get.cache_clear = cached.cache_clear
-    return get
-
-
-@kept
-def _pool_cells(height: int, width: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if size == 1:
-        return torch.ones(height * width, 1, dtype=dtype, device=device)
-    at = {"dtype": torch.float64, "device": device}
-    rows = F.adaptive_avg_pool1d(torch.eye(height, **at), size)  # [H, size]
-    columns = F.adaptive_avg_pool1d(torch.eye(width, **at), size)  # [W, size]
-    return torch.kron(rows * height, columns * width).to(dtype)
-
-
-def pool_cells(x: Tensor, size: int) -> Tensor:
-    """Adaptive average pooling of x to size × size as a matrix (H·W, size²): the share of each position in each cell,
-    times H·W, by which most of the shares are exact in half precision."""
-    return _pool_cells(*x.shape[2:], size, x.dtype, x.device)
 
 
 def pad_proj_in(proj_in: Tensor, pool_size: int) -> Tensor:
@@ -211,38 +160,6 @@ def centred_latent_rows(x: Tensor, padded: Tensor, latent_dim: int, stride: int)
     row, column = (size // stride // 2 * stride for size in x.shape[2:])
     offset = torch.addmv(constant_one(latent_dim, padded), padded, x[:, :, row, column].mean(0), alpha=-1)
     return latent_rows(x, padded, offset, stride), offset
-
-
-def pooled(x: Tensor, pool_size: int, dtype: torch.dtype) -> Tensor:
-    """The pooled input (B, C·D), channel-major. By a product, which is up to 9 times faster on a CPU than
-    `F.adaptive_avg_pool2d` of 16 bits, and is summed in float32, too."""
-    cells = pool_cells(x, pool_size).expand(len(x), -1, -1)
-    return mean_product(cells, as_rows(x)).transpose(1, 2).flatten(1).to(dtype)  # from [B, D, C]
-
-
-def mean_product(left: Tensor, right: Tensor) -> Tensor:
-    """`leftᵀ right` by the number of rows, inside the product, for in float16 it could overflow before."""
-    ignored = left.new_empty(1, 1, 1)
-    return torch.baddbmm(ignored, left.transpose(1, 2), right, beta=0, alpha=1 / left.shape[1])
-
-
-def exact_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` of images (B, …), in float32 even where their elements have 16 bits."""
-    if left.element_size() > 2:
-        return torch.bmm(left, right)
-    if left.is_cuda:
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    # A CPU rounds the result to 16 bits. What it rounds off comes from the same product once more.
-    rounded = torch.bmm(left, right)
-    return rounded.float().add_(torch.baddbmm(rounded, left, right, beta=-1))
-
-
-def sum_over_positions(rows: Tensor) -> Tensor:
-    """The sums (B, columns) of rows (B, N, columns), in float32. A CPU would copy rows of 16 bits to float32 first,
-    which takes 8 times as long as the sum: there the sums, which are made in float32, are rounded to 16 bits."""
-    if rows.element_size() == 2:
-        return rows.sum(1, dtype=torch.float32) if rows.is_cuda else rows.sum(1).float()
-    return rows.sum(1)
 
 
 def latent_gradient(d_rows: Tensor, q: Tensor, read_out: Tensor, q_to_d_q: Tensor) -> Tensor:

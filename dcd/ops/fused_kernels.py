@@ -31,8 +31,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dcd.ops import fused_core as core
-from dcd.ops.fused_core import Parameters, Settings, as_features, as_gradient, as_rows
+from dcd.ops.fused_core import Parameters, Settings
 from dcd.ops.image_matrices import Statistics
+from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product, pool_cells, pooled
 
 
 class SavedKernels(NamedTuple):
@@ -52,8 +53,8 @@ class _DynamicKernels(Function):
         padded = core.pad_proj_in(proj_in, settings.pool_size)
         q, offset = core.centred_latent_rows(x, padded, len(proj_in), settings.stride)
         offset = offset.to(static.dtype)
-        q[:, :, core.cell_columns(len(proj_in), settings.pool_size)] = core.pool_cells(x, settings.pool_size)
-        descriptor = core.pooled(x, settings.pool_size, static.dtype)
+        q[:, :, core.cell_columns(len(proj_in), settings.pool_size)] = pool_cells(x, settings.pool_size)
+        descriptor = pooled(x, settings.pool_size, static.dtype)
         saved, statistics = core.small_matrices(q, offset, descriptor, parameters, settings)
         channel_scale, _, read_out = saved.matrices
         bias = torch.bmm(offset.expand(len(x), 1, -1), read_out).squeeze(1)  # [B, O]
@@ -76,7 +77,7 @@ class _DynamicKernels(Function):
         d_scale, d_static = settings.implementation.form_kernels_backward(
             torch.bmm(d_rows.transpose(1, 2), as_rows(x)), channel_scale, static.flatten(1)
         )
-        d_read_out = core.exact_product(q.transpose(1, 2), d_rows).to(static.dtype)  # [B, L⁺, O]
+        d_read_out = exact_product(q.transpose(1, 2), d_rows).to(static.dtype)  # [B, L⁺, O]
         d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, positions, settings)
         d_q = core.latent_gradient(d_rows, q, read_out, q_to_d_q)
         d_proj_in = core.proj_in_gradient(d_q, x, settings.stride, proj_in)

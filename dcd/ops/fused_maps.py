@@ -26,8 +26,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dcd.ops import fused_core as core
-from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings, as_features, as_gradient, as_rows
+from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings
 from dcd.ops.image_matrices import Statistics
+from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product, pool_cells, pooled, sum_over_positions
 
 
 class SavedMaps(NamedTuple):
@@ -47,7 +48,7 @@ class _DynamicMaps(Function):
         static, proj_in, _ = parameters.convolutions
         padded = core.pad_proj_in(proj_in, settings.pool_size)
         q, offset = core.centred_latent_rows(x, padded, len(proj_in), settings.stride)
-        descriptor = core.pooled(x, settings.pool_size, static.dtype)
+        descriptor = pooled(x, settings.pool_size, static.dtype)
         saved, statistics = core.small_matrices(q, offset.to(static.dtype), descriptor, parameters, settings)
         weight = static.to(x.dtype)
         y, static_out = _apply(x, weight, q, saved.matrices, settings)
@@ -73,7 +74,7 @@ class _DynamicMaps(Function):
         if d_x is not None:
             cells = core.cell_columns(len(proj_in), settings.pool_size)
             left = scatter_strided(d_q, x, settings.stride)  # [B, H*W, L⁺]
-            left[:, :, cells] = core.pool_cells(x, settings.pool_size)
+            left[:, :, cells] = pool_cells(x, settings.pool_size)
             right = padded.repeat(len(x), 1, 1)  # [B, L⁺, C]
             core.add_pool_gradient_(right, d_descriptor, cells, left.shape[1])
             as_rows(d_x).baddbmm_(left, right.to(x.dtype))
@@ -156,8 +157,8 @@ def combine_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equation 23, from d_y (B, N, O): the gradients of static_out, channel_scale and read_out."""
     d_static_out = d_y * channel_scale.to(d_y.dtype).unsqueeze(1)
-    d_scale = core.sum_over_positions(d_y * static_out)
-    return d_static_out, d_scale, core.exact_product(q.transpose(1, 2), d_y)
+    d_scale = sum_over_positions(d_y * static_out)
+    return d_static_out, d_scale, exact_product(q.transpose(1, 2), d_y)
 
 
 def scatter_strided(rows: Tensor, x: Tensor, stride: int) -> Tensor:

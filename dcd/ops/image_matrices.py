@@ -58,6 +58,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dcd.ops.rows import kept
+
 
 class Branch(NamedTuple):
     """The weights of the coefficient branch, named as in `reference.coefficients`."""
@@ -109,9 +111,14 @@ class SavedFuse(NamedTuple):
     mixed: Tensor  # (B, L⁺, L), with outputs of mean 0
 
 
+@kept
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
+
+
 def coefficients(descriptor: Tensor, branch: Branch) -> tuple[Tensor, Tensor, SavedCoefficients]:
     """Φ (B, L, L) and Λ (B, O) from the pooled input (B, C·D), by the equation of `reference.coefficients`."""
-    one, size = descriptor.new_ones(()), math.isqrt(len(branch.to_phi))
+    one, size = _one(descriptor.dtype, descriptor.device), math.isqrt(len(branch.to_phi))
     squeezed = descriptor @ branch.squeeze.t()  # [B, S]
     # relu6(t + 3) / 3 is clamp(t / 3 + 1, 0, 2), which a product can end with. (F.hardsigmoid rounds to float32.)
     gates = torch.addmm(one, squeezed, branch.gate.t(), alpha=1 / 3).clamp_(0, 2)

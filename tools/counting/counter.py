@@ -22,6 +22,7 @@ BRANCH, MATRICES, PRODUCTS = "coefficient branch", "small matrices", "convolutio
 PART_OF_FUNCTION = {
     "_pool_cells": None,
     "_constant_one": None,
+    "_one": None,
     "coefficients": BRANCH,
     "coefficients_backward": BRANCH,
     "fuse": MATRICES,

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from dcd.ops import fused_core
+from dcd.ops import fused_core, image_matrices, rows
 
 DEVICE = torch.device("cuda", 0)
 
@@ -56,7 +56,8 @@ def fake_gpu(module: nn.Module, on_launch: OnLaunch, on_node: OnNode) -> Iterato
         "torch.utils._foreach_utils._foreach_supported_types": [Tensor, nn.Parameter, FakeTensor],
         "torch.autograd.backward": lambda output, gradient=None, *_, **options: backward(output, gradient, on_node),
     }
-    caches = fused_core._pool_cells, fused_core._constant_one  # must not hand out fake tensors later, nor real ones now
+    # These must not hand out fake tensors later, nor real ones now.
+    caches = rows._pool_cells, fused_core._constant_one, image_matrices._one
     module.to(memory_format=torch.channels_last)
     with ExitStack() as stack:
         for cache in caches:
