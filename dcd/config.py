@@ -6,7 +6,7 @@ from typing import Annotated
 
 from torch import nn
 
-from dcd.registry import create_model
+from dcd.registry import create_model, list_models
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class ModelConfig:
     loaded into a training; an evaluation matches the classes by name."""
 
     def __post_init__(self):
-        """Raise ValueError for an option that has no meaning for this model."""
+        """Raise ValueError for an option that has no meaning for this model; `create` does for an unknown model."""
+        if self.arch not in list_models():
+            return
         if self.width_mult != 1.0 and not self._is_mobilenet:
             raise ValueError(f"--width-mult has no meaning for {self.arch}: leave it out")
         if self.fc_squeeze != ModelConfig.fc_squeeze and self.arch != "mobilenetv2_dcd":

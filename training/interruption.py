@@ -41,6 +41,8 @@ class Interruption:
         read, self._written = os.pipe()
         os.set_blocking(self._written, False)
         signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
+        # A forked process shares the pipe: a signal to it, as at its end, would count as one to this process.
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         Thread(target=_end_at_the_second, args=(read, on_first), daemon=True).start()
         for number in (*SIGNALS, WAKE):
             signal.signal(number, self.request)
