@@ -1,14 +1,14 @@
 """Augmentation on pixels: drawn by the plan, carried out behind every executor alike."""
 
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
 from pipelines.batch import Place
-from pipelines.config import DataConfig
+from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.executors.ffcv_executor import FfcvExecutor
 from pipelines.loader import Loader
 from pipelines.plan import CenterCrop, EpochPlan, RandomCrop, random_bits
@@ -69,6 +69,25 @@ def test_the_plans_images_are_changed_and_no_others_by_every_executor(small, bui
         expected = {i: 255 - image if drawn[i] else image for i, image in by_image(plain, epoch=epoch).items()}
         assert len(expected) == 12
         assert_same(by_image(changed, epoch=epoch), expected)
+
+
+@dataclass(frozen=True)
+class WithNegatives(AugmentationConfig):
+    """What an augmentation adds to the options: one of its own, and here only in training."""
+
+    negatives: bool = False
+
+    def pixel_augmentations(self, training):
+        return (Inverted(),) if training and self.negatives else ()
+
+
+def test_an_option_decides_on_it_and_may_leave_evaluation_alone(small, build):
+    inverted = by_image(build(small, "train", augmentation=augmented(Inverted())))
+    assert_same(by_image(build(small, "train", augmentation=WithNegatives(negatives=True))), inverted)
+    for split, negatives in [("train", False), ("val", True)]:
+        batches = build(small, split, augmentation=WithNegatives(negatives=negatives)), build(small, split)
+        for batch, plain in zip(*batches, strict=True):
+            assert torch.equal(batch.indices, plain.indices) and torch.equal(batch.images, plain.images)
 
 
 @pytest.mark.parametrize("done, world_size", [(0, 4), (1, 2), (2, 1)])
