@@ -6,7 +6,12 @@ from typing import Annotated
 
 from torch import nn
 
-from dcd.registry import create_model, list_models
+from dcd.registry import create_model, list_models, models_with
+
+# The options that only some models take, by what they decide on: the shapes of the weights, or their values at the
+# start. Which models take them is read from the models' constructors, so that a new model needs no line here.
+SHAPE_OPTIONS = ("width_mult", "fc_squeeze")
+START_OPTIONS = ("zero_init_fusion", "zero_init_residual")
 
 
 @dataclass(frozen=True)
@@ -32,26 +37,23 @@ class ModelConfig:
     loaded into a training; an evaluation matches the classes by name."""
 
     def __post_init__(self):
-        """Raise ValueError for an option that has no meaning for this model; `create` does for an unknown model."""
+        """Raise ValueError for an option that this model does not take; a value that is the default passes."""
         if self.arch not in list_models():
-            return
-        if self.width_mult != 1.0 and not self._is_mobilenet:
-            raise ValueError(f"--width-mult has no meaning for {self.arch}: leave it out")
-        if self.fc_squeeze != ModelConfig.fc_squeeze and self.arch != "mobilenetv2_dcd":
-            raise ValueError(
-                f"--fc-squeeze has no meaning for {self.arch}, only for mobilenetv2_dcd: leave it out, or undo a "
-                f"recipe's by --fc-squeeze {ModelConfig.fc_squeeze}"
-            )
-        if self.zero_init_fusion and not self.arch.endswith("_dcd"):
-            raise ValueError(
-                f"--zero-init-fusion has no meaning for {self.arch}: leave it out, or undo a recipe's by "
-                "--no-zero-init-fusion"
-            )
+            return  # `create` names the nearest
+        for option in SHAPE_OPTIONS + START_OPTIONS:
+            default, models = getattr(ModelConfig, option), models_with(option)
+            if getattr(self, option) != default and self.arch not in models:
+                flag = option.replace("_", "-")
+                undo = f"--no-{flag}" if default is False else f"--{flag} {default}"
+                raise ValueError(
+                    f"--{flag} has no meaning for {self.arch}, only for {', '.join(models)}: leave it out, or undo a "
+                    f"recipe's by {undo}"
+                )
 
     @property
     def architecture(self) -> dict[str, str | int | float | None]:
         """What decides on the shapes of the weights: a checkpoint fits where all of it agrees."""
-        return {"arch": self.arch, "num_classes": self.num_classes, **self._widths}
+        return {"arch": self.arch, "num_classes": self.num_classes, **self._taken(SHAPE_OPTIONS)}
 
     def create(self) -> nn.Module:
         """The model with freshly initialised weights, in training mode; `num_classes` must be known.
@@ -59,18 +61,9 @@ class ModelConfig:
         Raises:
             ValueError: as `create_model`.
         """
-        wanted = {"zero_init_fusion": self.zero_init_fusion, "zero_init_residual": self.zero_init_residual}
-        start = {name: True for name, is_wanted in wanted.items() if is_wanted}  # not every model knows them
-        return create_model(self.arch, self.num_classes, self.dropout, **self._widths, **start)
+        options = self._taken(SHAPE_OPTIONS + START_OPTIONS)
+        return create_model(self.arch, self.num_classes, self.dropout, **options)
 
-    @property
-    def _is_mobilenet(self) -> bool:
-        return self.arch.startswith("mobilenetv2")
-
-    @property
-    def _widths(self) -> dict[str, float]:
-        """What the model's family takes for the shapes of its weights."""
-        if not self._is_mobilenet:
-            return {}
-        squeeze = {"fc_squeeze": self.fc_squeeze} if self.arch == "mobilenetv2_dcd" else {}
-        return {"width_mult": self.width_mult, **squeeze}
+    def _taken(self, options: tuple[str, ...]) -> dict[str, int | float | bool]:
+        """The values of those of these options that the model takes."""
+        return {option: getattr(self, option) for option in options if self.arch in models_with(option)}

@@ -12,6 +12,8 @@ _CONSTRUCTORS: dict[str, Callable[..., nn.Module]] = {}
 def register_model(name: str, constructor: Callable[..., nn.Module]) -> None:
     """Make `constructor(num_classes=, dropout=, **options)` available as `create_model(name)`.
 
+    The options that it takes are those of its signature: `models_with` reads them there.
+
     Raises:
         ValueError: the name is taken.
     """
@@ -23,6 +25,11 @@ def register_model(name: str, constructor: Callable[..., nn.Module]) -> None:
 def list_models() -> list[str]:
     """All names that `create_model` takes, sorted."""
     return sorted(_CONSTRUCTORS)
+
+
+def models_with(option: str) -> list[str]:
+    """The names of the models that take this option of `create_model`, sorted."""
+    return [name for name in list_models() if option in inspect.signature(_CONSTRUCTORS[name]).parameters]
 
 
 def create_model(name: str, num_classes: int = 1000, dropout: float | None = None, **kwargs) -> nn.Module:

@@ -90,7 +90,6 @@ class MobileNetV2(nn.Module):
         classifier: makes the last layer from (in_features, num_classes).
         width_mult: multiplies every width; the head stays at 1280 channels up to 1.0.
         dropout: probability before the classifier, or None.
-        zero_init_fusion: `dcd.layers.zero_fusion`; only with dynamic layers.
         zero_init_residual: the last batch norm of each block with a shortcut starts with weight 0.
     """
 
@@ -104,7 +103,6 @@ class MobileNetV2(nn.Module):
         num_classes: int,
         dropout: float | None,
         width_mult: float = 1.0,
-        zero_init_fusion: bool = False,
         zero_init_residual: bool = False,
     ):
         super().__init__()
@@ -137,8 +135,6 @@ class MobileNetV2(nn.Module):
                     nn.init.zeros_(module.bias)
             elif zero_init_residual and isinstance(module, InvertedResidual) and module.has_shortcut:
                 nn.init.zeros_(module.bn3.weight)
-        if zero_init_fusion:
-            zero_fusion(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu6(self.stem_bn(self.stem(images)), inplace=True)
@@ -147,11 +143,28 @@ class MobileNetV2(nn.Module):
         return self.classifier(self.dropout(self.avgpool(x).flatten(1)))
 
 
-def mobilenetv2_dcd(fc_squeeze: int = 8, **kwargs) -> MobileNetV2:
-    """MobileNetV2 with dynamic expanding and projecting layers; `fc_squeeze` divides the coefficient branch."""
+def mobilenetv2_dcd(
+    num_classes: int,
+    dropout: float | None,
+    width_mult: float = 1.0,
+    fc_squeeze: int = 8,
+    zero_init_fusion: bool = False,
+    zero_init_residual: bool = False,
+) -> MobileNetV2:
+    """MobileNetV2 with dynamic expanding and projecting layers, and a dynamic classifier.
+
+    Args:
+        fc_squeeze: divides the width of the coefficient branch, at least 1.
+        zero_init_fusion: `dcd.layers.zero_fusion`.
+        num_classes, dropout, width_mult, zero_init_residual: as `MobileNetV2`.
+    """
     if fc_squeeze < 1:
         raise ValueError(f"fc_squeeze must be at least 1, not {fc_squeeze}")
-    return MobileNetV2(partial(dynamic_pointwise, fc_squeeze=fc_squeeze), DCDLinear, **kwargs)
+    pointwise = partial(dynamic_pointwise, fc_squeeze=fc_squeeze)
+    model = MobileNetV2(pointwise, DCDLinear, num_classes, dropout, width_mult, zero_init_residual)
+    if zero_init_fusion:
+        zero_fusion(model)
+    return model
 
 
 register_model("mobilenetv2", partial(MobileNetV2, static_pointwise, nn.Linear))

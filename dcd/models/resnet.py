@@ -129,7 +129,6 @@ class ResNet(nn.Module):
         shortcut_conv: makes the 1×1 convolutions of the shortcuts.
         recalibrate: makes the module behind the last batch norm of each block, from the number of channels.
         conv_blocks: how many of the last blocks use `conv`; the blocks before them are static. None for all.
-        zero_init_fusion: `dcd.layers.zero_fusion`; only with dynamic layers.
         zero_init_residual: as torchvision's: the last batch norm of each block starts with weight 0.
     """
 
@@ -147,7 +146,6 @@ class ResNet(nn.Module):
         shortcut_conv: ConvFactory = static_conv,
         recalibrate: RecalibrationFactory = nn.Identity,
         conv_blocks: int | None = None,
-        zero_init_fusion: bool = False,
         zero_init_residual: bool = False,
     ):
         super().__init__()
@@ -173,13 +171,34 @@ class ResNet(nn.Module):
             elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
                 _, last_norm = module.conv_norm_pairs[-1]
                 nn.init.zeros_(getattr(module, last_norm).weight)
-        if zero_init_fusion:
-            zero_fusion(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.classifier(self.dropout(self.avgpool(x).flatten(1)))
+
+
+def resnet_dcd(
+    block: type[BasicBlock] | type[Bottleneck],
+    depths: tuple[int, int, int, int],
+    sizes: dict[str, int],
+    num_classes: int,
+    dropout: float | None,
+    zero_init_fusion: bool = False,
+    zero_init_residual: bool = False,
+) -> ResNet:
+    """ResNet with dynamic convolutions in its blocks, and a dynamic classifier.
+
+    Args:
+        sizes: `pool_size` and `min_squeeze` of `dynamic_conv`.
+        zero_init_fusion: `dcd.layers.zero_fusion`.
+        block, depths, num_classes, dropout, zero_init_residual: as `ResNet`.
+    """
+    conv = partial(dynamic_conv, **sizes)
+    model = ResNet(block, depths, conv, DCDLinear, num_classes, dropout, zero_init_residual=zero_init_residual)
+    if zero_init_fusion:
+        zero_fusion(model)
+    return model
 
 
 # block, depths, and the official sizes of the dynamic convolution in that block
@@ -193,7 +212,7 @@ _VARIANTS = {
 
 for _name, (_block, _depths, _sizes) in _VARIANTS.items():
     register_model(_name, partial(ResNet, _block, _depths, static_conv, nn.Linear))
-    register_model(f"{_name}_dcd", partial(ResNet, _block, _depths, partial(dynamic_conv, **_sizes), DCDLinear))
+    register_model(f"{_name}_dcd", partial(resnet_dcd, _block, _depths, _sizes))
 
 for _name in ("resnet18", "resnet50"):
     _block, _depths, _ = _VARIANTS[_name]

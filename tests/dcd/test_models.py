@@ -11,7 +11,7 @@ from torch import nn
 import dcd
 from dcd import registry
 from dcd.config import ModelConfig
-from dcd.layers import DCDConv2d, DCDLinear, set_path
+from dcd.layers import DCDConv2d, DCDLinear, set_path, zero_fusion
 from dcd.layers.rivals import RIVALS
 
 SMALL = {"mobilenetv2": {"width_mult": 0.25}, "mobilenetv2_dcd": {"width_mult": 0.25, "fc_squeeze": 16}}
@@ -237,6 +237,7 @@ def dynamic_layers(model: nn.Module) -> dict[str, nn.Module]:
         ("mobilenetv2_dcd", "zero_init_fusion", 33),
         ("mobilenetv2_dcd", "zero_init_residual", 11),  # of 17 blocks, at this width
         ("resnet50", "zero_init_residual", 16),
+        ("resnet50_dcd", "zero_init_residual", 16),
     ],
 )
 def test_an_initialisation_changes_the_weights_that_it_names(name, option, count):
@@ -252,7 +253,7 @@ def test_an_initialisation_changes_the_weights_that_it_names(name, option, count
     if option == "zero_init_fusion":
         assert set(zeroed) == {f"{layer}.bn2.weight" for layer in dynamic_layers(model)}
     else:
-        block = model.layer1[1] if name == "resnet50" else model.blocks[2]
+        block = model.layer1[1] if name.startswith("resnet50") else model.blocks[2]
         x = torch.rand(2, block.bn3.num_features, 6, 6)
         torch.testing.assert_close(block(x), x)
 
@@ -291,15 +292,28 @@ def test_channel_scale_starts_around_one():
         (("resnet18", 10, 1.0), {}, r"dropout must lie in \[0, 1\)"),
         (("mobilenetv2", 10), {"width_mult": 0.0}, "width_mult must be above 0"),
         (("mobilenetv2_dcd", 10), {"fc_squeeze": 0}, "fc_squeeze must be at least 1"),
-        (("resnet18", 10), {"zero_init_fusion": True}, "zero_init_fusion has no meaning without dynamic layers"),
-        (("resnet18_odconv", 10), {"zero_init_fusion": True}, "zero_init_fusion has no meaning"),
-        (("mobilenetv2", 10), {"zero_init_fusion": True}, "zero_init_fusion has no meaning"),
+        (("resnet18", 10), {"zero_init_fusion": True}, "'resnet18': got an unexpected .* 'zero_init_fusion'"),
+        (("resnet18_odconv", 10), {"zero_init_fusion": True}, "unexpected keyword argument 'zero_init_fusion'"),
+        (("mobilenetv2", 10), {"zero_init_fusion": True}, "unexpected keyword argument 'zero_init_fusion'"),
         (("resnet18", 10), {"width_mult": 0.5}, "model 'resnet18': got an unexpected keyword argument 'width_mult'"),
     ],
 )
 def test_wrong_arguments(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         dcd.create_model(*args, **kwargs)
+
+
+def test_zero_fusion_needs_a_dynamic_layer():
+    with pytest.raises(ValueError, match="no meaning without dynamic layers"):
+        zero_fusion(dcd.create_model("resnet18", 10))
+
+
+def test_models_with_an_option():
+    dynamic = [name for name in dcd.list_models() if name.endswith("_dcd")]
+    assert registry.models_with("width_mult") == ["mobilenetv2", "mobilenetv2_dcd"]
+    assert registry.models_with("fc_squeeze") == ["mobilenetv2_dcd"]
+    assert registry.models_with("zero_init_fusion") == dynamic
+    assert registry.models_with("zero_init_residual") == dcd.list_models()
 
 
 def test_a_model_needs_no_options_and_has_its_own_names(monkeypatch):
@@ -318,8 +332,22 @@ def test_a_model_needs_no_options_and_has_its_own_names(monkeypatch):
     model = ModelConfig("small", num_classes=7).create()
     assert model(images(2, 32)).shape == (2, 7)
     assert dcd.upstream_names(model) == {name: name for name in ("classifier.weight", "classifier.bias")}
-    with pytest.raises(ValueError, match="'small': got an unexpected keyword argument 'zero_init_residual'"):
-        ModelConfig("small", num_classes=7, zero_init_residual=True).create()
+    with pytest.raises(ValueError, match="--zero-init-residual has no meaning for small, only for mobilenetv2, "):
+        ModelConfig("small", num_classes=7, zero_init_residual=True)
+
+
+def test_a_model_takes_the_options_of_its_constructor(monkeypatch):
+    """A new model that takes an option of others needs no line elsewhere."""
+
+    def narrow(num_classes, dropout, width_mult=1.0):
+        return nn.Linear(int(8 * width_mult), num_classes)
+
+    monkeypatch.setitem(registry._CONSTRUCTORS, "narrow", narrow)
+    config = ModelConfig("narrow", num_classes=7, width_mult=0.5)
+    assert config.create().weight.shape == (7, 4)
+    assert config.architecture == {"arch": "narrow", "num_classes": 7, "width_mult": 0.5}
+    with pytest.raises(ValueError, match="--width-mult has no meaning for resnet18, only for .*, narrow: leave it out"):
+        ModelConfig("resnet18", width_mult=0.5)
 
 
 def test_a_name_is_registered_once():

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from dcd import list_models
 from training.config import Config, parse_config
 from training.options import ConfigError
 from training.recipes import RECIPES
@@ -81,13 +83,13 @@ def test_official_options_keep_their_meaning():
         ("--label-smoothing 1.5", "--label-smoothing 1.5"),
         ("--ema 1.0", "--ema 1.0"),
         ("--warmup --epochs 5", "--warmup takes 5 epochs"),
-        ("-a resnet18 --width-mult 0.5", "--width-mult has no meaning for resnet18"),
+        ("-a resnet18 --width-mult 0.5", "for resnet18, only for mobilenetv2, mobilenetv2_dcd: leave it out"),
         ("-a resnet18_dcd --fc-squeeze 16", "no meaning for resnet18_dcd, only for mobilenetv2_dcd: leave it out"),
         ("--recipe mobilenetv2_dcd -a mobilenetv2", "no meaning for mobilenetv2, .* undo a recipe's by --fc-squeeze 8"),
-        ("-a resnet18_se --zero-init-fusion", "--zero-init-fusion has no meaning for resnet18_se: leave it out"),
+        ("-a resnet18_se --zero-init-fusion", "no meaning for resnet18_se, only for mobilenetv2_dcd, resnet101_dcd"),
         (
             "--recipe resnet50_dcd_fast -a resnet50",
-            "no meaning for resnet50: .* undo a recipe's by --no-zero-init-fusion",
+            "no meaning for resnet50, .* undo a recipe's by --no-zero-init-fusion",
         ),
     ],
 )
@@ -95,6 +97,15 @@ def test_one_line_for_what_is_wrong(line, message):
     with pytest.raises(ConfigError, match=message) as error:
         parse(line)
     assert "\n" not in str(error.value) and "│" not in str(error.value)
+
+
+@pytest.mark.parametrize("arch", list_models())
+def test_options_that_a_model_does_not_take_may_stand_at_their_defaults(arch):
+    """As they do in config.json and in the options that a program passes on."""
+    config = Config().with_options(arch=arch, num_classes=3)
+    assert Config().with_options(**config.to_dict()).model == config.model
+    with torch.device("meta"):
+        config.model.create()
 
 
 def test_an_initialisation_reaches_the_model_and_leaves_checkpoints_fitting():
