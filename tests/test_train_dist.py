@@ -167,6 +167,8 @@ def test_a_rank_that_hangs_ends_the_run_with_its_name(tiny, tmp_path):
     output, _ = process.communicate(timeout=60)
     (line,) = error_lines(output)
     assert re.search("no progress for [0-9]+ s .*; rank 1 is silent .step [0-9]+, ", line), line
+    assert re.search(r'train_dist.py", line \d+ in train\n', output), output
+    assert re.search(r'data/_utils/worker.py", line \d+ in _worker_loop\n', output), output
     assert process.returncode != 0
 
 

@@ -1,17 +1,20 @@
-"""Ends a run that makes no progress and names the rank that hangs; tells the ranks when one wants to stop.
+"""Ends a run that makes no progress, names the rank that hangs and shows where; tells the ranks when one wants to stop.
 
 The main thread of each rank notes what it does (`note`). A second thread writes the note into the store of the process
 group every few seconds, and a third one watches the time. A rank that is halted, or whose machine is lost, writes
 nothing more. If all ranks still write, the one that hangs is the one that does not wait for others.
 """
 
+import faulthandler
 import json
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from signal import SIGUSR2
 from threading import Event, Thread
 
 import torch.distributed as dist
@@ -39,7 +42,8 @@ class Watchdog:
 
     Args:
         ranks: this process among the others.
-        timeout: after so many seconds (above 0) without a `note` the process ends with exit code 1 and one line.
+        timeout: after so many seconds (above 0) without a `note` the process ends with exit code 1, one line, and where
+            its threads and its loading processes are.
         on_stop: called by a thread, repeatedly, once another rank has said that all should stop.
     """
 
@@ -99,6 +103,7 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+        _show_where()
         os._exit(1)  # no exception would reach the main thread where it hangs
 
     def _find_culprit(self) -> str:
@@ -134,6 +139,14 @@ class Watchdog:
                     found[rank] = Note(**json.loads(store.get(f"watchdog/{rank}")))
             answers.append(found)
             time.sleep(pause)
+
+
+def _show_where() -> None:
+    """Print the stacks of this process's threads, and have its loading processes print theirs, one after another."""
+    faulthandler.dump_traceback()
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, SIGUSR2)
+        time.sleep(0.2)
 
 
 def _store() -> dist.Store:

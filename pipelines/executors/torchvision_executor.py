@@ -4,10 +4,13 @@
     worker processes:                       one whole rank's batch each: decode (libjpeg-turbo), cut, resize, flip
 
 A worker makes a whole batch in uint8, right in shared memory: one tensor instead of hundreds, a quarter of the bytes.
-The workers live from epoch to epoch. At the end they are killed, for they hold nothing that could be lost.
+The workers are forked as soon as the executor is made, before the model, its memory and most threads are there: what
+another thread has locked at the moment of a fork stays locked in the new process for ever. They live from epoch to
+epoch. At the end they are killed, for they hold nothing that could be lost.
 """
 
 import atexit
+import faulthandler
 import math
 import multiprocessing
 import os
@@ -17,7 +20,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, nullcontext
 from errno import ENOSPC
 from multiprocessing.queues import Queue
-from signal import SIG_DFL, SIG_IGN, SIGCHLD, SIGINT, SIGTERM, SIGUSR1, signal
+from signal import SIG_DFL, SIG_IGN, SIGCHLD, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, signal
 from threading import current_thread, main_thread
 from typing import Any
 
@@ -137,6 +140,7 @@ def _start_worker(worker_id: int) -> None:
     # checkpoint is written.
     for number in (SIGINT, SIGTERM, SIGUSR1):
         signal(number, SIG_IGN)
+    faulthandler.register(SIGUSR2)  # by which a watchdog asks where this process is
     Queue._on_queue_feeder_error = staticmethod(_give_up)
 
 
@@ -185,16 +189,17 @@ class TorchvisionExecutor:
             generator=torch.Generator(),  # for the workers' seeds, which nothing uses: the global one is the trainer's
             worker_init_fn=_start_worker if workers else None,
         )
+        if workers:
+            iter(self._batches)  # starts them; there is no work yet
+            if current_thread() is main_thread():
+                # PyTorch's handler would raise in the middle of a training step. The end of a worker is also noticed
+                # while its batch is waited for.
+                signal(SIGCHLD, SIG_DFL)
 
     def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
         self._work.items = ((step, image_size) for step in steps)
         try:
-            batches = iter(self._batches)
-            if current_thread() is main_thread():
-                # PyTorch's handler would raise in the middle of a training step. The end of a worker is also noticed
-                # here, while its batch is waited for.
-                signal(SIGCHLD, SIG_DFL)
-            for item in batches:
+            for item in self._batches:
                 if isinstance(item, DataError):
                     raise item
                 step, images = item
