@@ -22,8 +22,8 @@ from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 MODEL = "-a mobilenetv2_dcd --width-mult 0.1 --fc-squeeze 16"
-# In float32 wherever it runs: what --amp auto becomes depends on the processor. A run that hangs says where before `run`
-# has had enough.
+# In float32 wherever it runs: what --amp auto becomes depends on the processor. A run that hangs says where, before
+# `run` has had enough.
 SMALL = f"{MODEL} --input-size 32 --lr 0.005 -p 2 -j 2 --amp off --timeout 240".split()
 CPU = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
