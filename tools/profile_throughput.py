@@ -46,6 +46,10 @@ class ThroughputConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.precision.cuda_graphs:
+            raise ConfigError(
+                "--cuda-graphs: a graph has no phases to time: leave it out; train_dist.py logs the images/s with it"
+            )
         for flag, value in (("windows", self.windows), ("window-steps", self.window_steps)):
             if value is not None and value < 1:
                 raise ConfigError(f"--{flag} {value}: must be at least 1")

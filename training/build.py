@@ -216,6 +216,7 @@ def find_setting(config: Config, ranks: Ranks) -> Setting:
         exact_decode=config.data.exact_decode,
         mixed=autocast_dtype(config.precision.amp, ranks.device) is not None,
         compiled=config.precision.compile,
+        graphs=config.precision.cuda_graphs,
     )
 
 

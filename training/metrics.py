@@ -59,6 +59,6 @@ class Metrics:
     def reduce(self) -> Summary:
         """The means over all ranks, on every rank; waits for the device, and starts again from zero."""
         loss, top1, top5, images, not_finite = sum_over_ranks(self._sums).tolist()
-        self._sums = torch.zeros_like(self._sums)
+        self._sums.zero_()
         count = max(1, images)
         return Summary(loss / count, 100 * top1 / count, 100 * top5 / count, int(images), int(not_finite))

@@ -10,11 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Targets:
-    """Labels (N,) int64 and those that are mixed in (N,), with the share of the first, in [0, 1]."""
+    """Labels (N,) int64 and those that are mixed in (N,), with the share of the first, a scalar in [0, 1]; None where
+    nothing is mixed in."""
 
     labels: Tensor
-    mixed_in: Tensor
-    share: float
+    mixed_in: Tensor | None = None
+    share: Tensor | None = None
 
 
 def mixup_share(alpha: float, epoch: int, mixup_epochs: int, seed: int, step: int) -> float:
@@ -26,7 +27,7 @@ def mixup_share(alpha: float, epoch: int, mixup_epochs: int, seed: int, step: in
     return float(np.random.default_rng([seed, epoch, step]).beta(alpha, alpha)) if alpha > 0 else 1.0
 
 
-def mix(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Targets]:
+def mix(images: Tensor, labels: Tensor, share: Tensor) -> tuple[Tensor, Targets]:
     """`share` of each image and `1 - share` of its neighbour, in pairs (0, 1), (2, 3), ...
 
     The batch is shuffled already, so a neighbour is as good as a random partner. Pairs lie within one part of one
@@ -34,13 +35,11 @@ def mix(images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Targets]:
     stays as it is, and then they do.
 
     Args:
-        images: (N, C, H, W). labels: (N,).
+        images: (N, C, H, W). labels: (N,). share: a scalar on their device, rounded to the dtype of the images.
     """
-    if share == 1:
-        return images, Targets(labels, labels, 1.0)
     count = len(images)
     partner = (torch.arange(count, device=images.device) ^ 1).clamp(max=count - 1)
-    mixed = torch.lerp(images[partner], images, share)
+    mixed = torch.lerp(images[partner], images, share.to(images.dtype))
     return mixed, Targets(labels, labels[partner], share)
 
 
@@ -53,8 +52,7 @@ def mixed_cross_entropy(logits: Tensor, targets: Targets, smoothing: float) -> T
     classes = logits.shape[1]
     logits, epsilon = logits.float(), smoothing * classes / max(1, classes - 1)
     loss = F.cross_entropy(logits, targets.labels, label_smoothing=epsilon)
-    if targets.share == 1:
+    if targets.mixed_in is None:
         return loss
-    return targets.share * loss + (1 - targets.share) * F.cross_entropy(
-        logits, targets.mixed_in, label_smoothing=epsilon
-    )
+    mixed_in = F.cross_entropy(logits, targets.mixed_in, label_smoothing=epsilon)
+    return torch.lerp(mixed_in, loss, targets.share.to(loss.dtype))

@@ -23,13 +23,21 @@ class MovingAverage(AveragedModel):
         self.module.load_state_dict(model.state_dict())
         self.n_averaged.fill_(1)
 
-    @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Bring in the model; the first time the average becomes what it is."""
+        self.bring_in(model)
+        self.count()
+
+    def count(self) -> None:
+        """The part of an update that is the host's: `n_averaged` stays on the CPU."""
+        self.n_averaged += 1
+
+    @torch.no_grad()
+    def bring_in(self, model: nn.Module) -> None:
+        """The part of an update that is the device's. It may be recorded, but for the first time."""
         averages = [*self.module.parameters(), *self.module.buffers()]
         values = [*model.parameters(), *model.buffers()]
         share = 1 - self._decay if self.n_averaged else 1.0
-        self.n_averaged += 1  # stays on the CPU
         pairs = list(zip(averages, values, strict=True))
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         counts = [pair for pair in pairs if not pair[0].is_floating_point()]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from training.options import ConfigError, OptimConfig
@@ -34,14 +34,21 @@ def sgd(groups: list[dict], config: OptimConfig) -> SGD:
 OPTIMIZERS: dict[str, Callable[[list[dict], OptimConfig], Optimizer]] = {"sgd": sgd}
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, lr: Tensor | None = None) -> Optimizer:
     """The optimizer of what is not frozen; `--no-norm-decay` takes weight decay from batch norms and biases (one
-    dimension)."""
+    dimension).
+
+    Args:
+        lr: a scalar on the device, float32: what it holds at a step is the learning rate. By default that of `config`.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if config.norm_decay or p.dim() > 1]
     spared = [p for p in trained if not config.norm_decay and p.dim() <= 1]
     groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    return OPTIMIZERS[config.optimizer]([group for group in groups if group["params"]], config)
+    optimizer = OPTIMIZERS[config.optimizer]([group for group in groups if group["params"]], config)
+    for group in optimizer.param_groups if lr is not None else ():
+        group["lr"] = lr
+    return optimizer
 
 
 def learning_rate(config: OptimConfig, epochs_done: float) -> float:

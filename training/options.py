@@ -85,6 +85,8 @@ class PrecisionConfig:
     """Memory format of the model; --no-channels-last for NCHW."""
     compile: bool = False
     """Compile the blocks of the model with torch.compile: a minute or more at the start, faster steps."""
+    cuda_graphs: bool = False
+    """Record a training step once and start its kernels by one call (GPU only): less work for the host."""
     sync_bn: bool = False
     """Batch statistics over all ranks (GPU only)."""
 

@@ -66,6 +66,12 @@ class SafeStep:
         """The step is done, with all that belongs to it."""
         self._begun = self._updating = False
 
+    def forget(self) -> None:
+        """The step that has begun never ran: its recording broke off."""
+        if self._scaler.is_enabled():
+            self._scaler._per_optimizer_states.clear()  # private: it may have noted that gradients are unscaled
+        self.end()
+
     def break_off(self) -> bool:
         """After an error: undo the step that was running. Returns whether that was possible."""
         if self._begun and not self._updating:

@@ -20,7 +20,14 @@ _NOTHING = nullcontext()
 
 
 class StepListener:
-    """Is told by the trainer where it is in a step. This one makes no use of it, and costs next to nothing."""
+    """Is told by the trainer where it is in a step. This one makes no use of it, and costs next to nothing.
+
+    Attributes:
+        listens: whether it makes use of the steps now; they are then not replayed from a CUDA graph, which has no
+            phases.
+    """
+
+    listens = False
 
     def start(self) -> None:
         """The steps of an epoch begin; a step that was not ended is forgotten."""

@@ -1,5 +1,6 @@
 """One optimizer step on one rank's share of a global batch."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,13 @@ from training.config import Config
 from training.distributed import Ranks
 from training.freezing import train_what_is_not_frozen
 from training.metrics import Metrics
-from training.mixup import mix, mixed_cross_entropy, mixup_share
+from training.mixup import Targets, mix, mixed_cross_entropy, mixup_share
 from training.moving_average import MovingAverage
 from training.optim import build_optimizer, learning_rate
 from training.precision import Precision
 from training.progress import Progress
 from training.safe_step import SafeStep
+from training.step_graph import CudaGraph, Recorder, StepGraph, on_stream
 from training.step_listener import NO_LISTENER, StepListener
 
 
@@ -38,25 +40,42 @@ class TrainStep:
     Args:
         config: the options. ranks: this process among the others.
         model: on the device, in its memory format. precision: what it computes in.
+        say: is told in one line where --cuda-graphs can't be had.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, model: nn.Module, precision: Precision):
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        model: nn.Module,
+        precision: Precision,
+        say: Callable[[str], None] = print,
+    ):
         self.model, self.optim, self._seed, self._ranks = model, config.optim, config.run.seed, ranks
         self.precision, device = precision, ranks.device
-        self.optimizer = build_optimizer(model, config.optim)
+        # What changes from step to step lies on the device, where a recorded step reads it.
+        self._lr = torch.full((), config.optim.lr, device=device)
+        self._share = torch.ones((), dtype=precision.dtype or torch.float32, device=device)
+        self.optimizer = build_optimizer(model, config.optim, self._lr)
         self.scaler = GradScaler(device.type, enabled=precision.dtype == torch.float16)
         self.ema = None if config.optim.ema is None else MovingAverage(model, config.optim.ema)
         average = None if self.ema is None else self.ema.module
         self.safe = SafeStep(model, self.optimizer, self.scaler, config.optim.clip_grad, average)
         self.metrics = Metrics(device)
-        self._parallel = model
+        self._parallel, self._graph, stream = model, None, None
+        if config.precision.cuda_graphs and device.type == "cuda":
+            stream = torch.cuda.Stream(device)
+            self.record(lambda: CudaGraph(stream), say, stream)
+        elif config.precision.cuda_graphs:
+            say("--cuda-graphs: there is no GPU here, and no step is recorded")
         if ranks.world_size > 1:
-            self._parallel = DistributedDataParallel(
-                model,
-                device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # see share_buffers
-                gradient_as_bucket_view=True,
-            )
+            with on_stream(stream):
+                self._parallel = DistributedDataParallel(
+                    model,
+                    device_ids=[device] if device.type == "cuda" else None,
+                    broadcast_buffers=False,  # see share_buffers
+                    gradient_as_bucket_view=True,
+                )
 
     def begin_epoch(self) -> None:
         """Into training mode; the statistics of now are good."""
@@ -73,14 +92,25 @@ class TrainStep:
             batch: see `pipelines.batch.Batch`. listener: is told of the phases.
         """
         images, labels, indices = batch
-        optim, parts = self.optim, self.optim.accumulate
+        optim = self.optim
         # One number for (seed, global step, rank): the factors are primes above usual numbers of steps and ranks.
         torch.manual_seed(((self._seed * 1_000_003 + progress.global_step) * 65_537 + self._ranks.rank) % 2**63)
-        share = mixup_share(optim.mixup, progress.epoch, optim.mixup_epochs, self._seed, progress.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(progress.epochs_done)
+        if optim.mixup > 0:
+            self._share.fill_(mixup_share(optim.mixup, progress.epoch, optim.mixup_epochs, self._seed, progress.step))
+        self._lr.fill_(self.learning_rate(progress.epochs_done))
         with listener.phase("copy"):
             images = self.precision.in_format(images)
+        if self._graph is None or listener.listens:
+            finite, skipped = self._compute(images, labels, listener)
+        else:
+            finite, skipped = self._graph(images, labels)
+        if self.ema is not None:
+            self.ema.count()
+        return StepRecord(progress.global_step, indices, finite, skipped)
+
+    def _compute(self, images: Tensor, labels: Tensor, listener: StepListener = NO_LISTENER) -> tuple[Tensor, Tensor]:
+        """All that the device does in a step. Returns `finite` and `skipped` of its record."""
+        optim, parts = self.optim, self.optim.accumulate
         with listener.phase("optimizer"):
             self.optimizer.zero_grad(set_to_none=True)
             self.safe.begin()
@@ -89,7 +119,9 @@ class TrainStep:
             reduce_now = part == parts - 1 or self._parallel is self.model
             with nullcontext() if reduce_now else self._parallel.no_sync():
                 with listener.phase("forward"):
-                    mixed, targets = mix(part_images, part_labels, share)
+                    mixed, targets = part_images, Targets(part_labels)
+                    if optim.mixup > 0:
+                        mixed, targets = mix(part_images, part_labels, self._share)
                     with self.precision.autocast():
                         logits = self._parallel(mixed)
                     loss = mixed_cross_entropy(logits, targets, optim.label_smoothing)
@@ -99,9 +131,15 @@ class TrainStep:
         with listener.phase("optimizer"):
             skipped = self.safe.update()
             if self.ema is not None:
-                self.ema.update_parameters(self.model)
+                self.ema.bring_in(self.model)
             self.safe.end()
-        return StepRecord(progress.global_step, indices, torch.cat(finite), skipped)
+        return torch.cat(finite), skipped
+
+    def record(
+        self, recorder: Callable[[], Recorder], say: Callable[[str], None], stream: torch.cuda.Stream | None = None
+    ) -> None:
+        """Record a step, and replay it from then on, where no listener takes part; see `StepGraph`."""
+        self._graph = StepGraph(self._compute, self.safe.forget, say, stream, recorder)
 
     def state_dict(self) -> dict[str, Any]:
         """All numbers that training goes on from, for a checkpoint."""

@@ -38,7 +38,7 @@ class Trainer:
         self.config, self.ranks, self.model, self.log = config, ranks, model, log
         self.loader, self.evaluator, self.lockstep = loader, evaluator, evaluator.lockstep
         self.progress = Progress(loader.steps_per_epoch)
-        self.train_step = TrainStep(config, ranks, model, evaluator.precision)
+        self.train_step = TrainStep(config, ranks, model, evaluator.precision, log.say)
         classes = Classes(len(evaluator.loader.classes), evaluator.loader.class_names)
         self.saver = Saver(config, ranks, self.train_step, self.progress, classes, loader.fingerprint(), log)
         self.skipped_steps = 0  # whose update was left out, those where fp16 looks for its scale included

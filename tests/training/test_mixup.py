@@ -32,25 +32,33 @@ def test_share_is_keyed_by_seed_epoch_and_step():
 @pytest.mark.parametrize("count", [6, 7])
 def test_neighbours_are_mixed(count):
     images = torch.arange(count, dtype=torch.float).view(-1, 1, 1, 1).expand(count, 3, 2, 2)
-    mixed, targets = mix(images, torch.arange(count), 0.75)
+    mixed, targets = mix(images, torch.arange(count), torch.tensor(0.75))
     partner = [1, 0, 3, 2, 5, 4, 6][:count]
     assert targets.mixed_in.tolist() == partner
     expected = 0.75 * torch.arange(count) + 0.25 * torch.tensor(partner)
     torch.testing.assert_close(mixed[:, 0, 0, 0], expected)
 
 
+def test_a_share_of_1_leaves_images_and_loss_as_they_are():
+    images, labels, one = torch.randn(6, 3, 4, 4), torch.arange(6), torch.ones(())
+    mixed, targets = mix(images, labels, one)
+    logits = torch.randn(6, 10)
+    assert torch.equal(mixed, images)
+    assert mixed_cross_entropy(logits, targets, 0.1) == mixed_cross_entropy(logits, Targets(labels), 0.1)
+
+
 def test_halves_of_a_batch_are_mixed_as_the_whole():
     """Two ranks with half of the batch each see the same images as one rank."""
-    images, labels = torch.randn(8, 3, 4, 4), torch.arange(8)
-    whole, targets = mix(images, labels, 0.3)
-    halves = [mix(images[part], labels[part], 0.3) for part in (slice(0, 4), slice(4, 8))]
+    images, labels, share = torch.randn(8, 3, 4, 4), torch.arange(8), torch.tensor(0.3)
+    whole, targets = mix(images, labels, share)
+    halves = [mix(images[part], labels[part], share) for part in (slice(0, 4), slice(4, 8))]
     assert torch.equal(whole, torch.cat([mixed for mixed, _ in halves]))
     assert torch.equal(targets.mixed_in, torch.cat([found.mixed_in for _, found in halves]))
 
 
 def test_mixing_keeps_channels_last():
     images = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
-    assert mix(images, torch.arange(4), 0.5)[0].is_contiguous(memory_format=torch.channels_last)
+    assert mix(images, torch.arange(4), torch.tensor(0.5))[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
@@ -62,5 +70,5 @@ def test_loss_against_its_definition(smoothing, share):
     target = share * F.one_hot(labels, 10) + (1 - share) * F.one_hot(mixed_in, 10)
     target = target * (1 - smoothing) + (1 - target) * smoothing / 9
     expected = -(target * logits.log_softmax(1)).sum(1).mean()
-    found = mixed_cross_entropy(logits, Targets(labels, mixed_in, share), smoothing)
+    found = mixed_cross_entropy(logits, Targets(labels, mixed_in, torch.tensor(share)), smoothing)
     torch.testing.assert_close(found, expected)

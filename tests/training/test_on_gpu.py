@@ -1,4 +1,4 @@
-"""The trainer on a GPU: going on, waiting for nothing, NCCL, evaluation and torch.compile."""
+"""The trainer on a GPU: going on, waiting for nothing, NCCL, evaluation, torch.compile and CUDA graphs."""
 
 import copy
 import warnings
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten
 
-from training import checkpoint
+from training import checkpoint, step_graph
 from training.build import open_trainer
 from training.config import Config
 from training.distributed import barrier, sum_over_ranks
@@ -169,3 +169,19 @@ def test_the_compiled_trainer_trains_and_evaluates(tmp_path):
         assert len(trainer.log.losses) == 2
         assert trainer.results["eval"].images == trainer.results["eval_ema"].images == 3
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_replayed_steps_have_the_losses_of_ordinary_ones(tmp_path, monkeypatch, amp):
+    """With all that may be in a step; cuDNN's own choices differ from run to run."""
+    monkeypatch.setattr(step_graph, "WARM_UP", 3)
+    losses = {}
+    for graphs in (False, True):
+        with opened(tmp_path, cuda_graphs=graphs, amp=amp, print_freq=1, synthetic_images=16 * 12, **EVERYTHING) as run:
+            run.train_epoch()
+            assert (run.train_step._graph is not None and run.train_step._graph._recorder is not None) == graphs
+            run.evaluate_epoch()
+            losses[graphs] = run.log.losses
+    assert len(losses[True]) == 12
+    assert losses[True][:5] == pytest.approx(losses[False][:5], rel=1e-3 if amp == "off" else 0.05)
+    assert losses[True] == pytest.approx(losses[False], rel=0.2)

@@ -107,7 +107,7 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         options = kwargs or {}
         # has no form for fake tensors, and gives nothing back
-        out = None if operation is torch.ops.aten._fused_sgd_.default else operation(*args, **options)
+        out = None if operation is torch.ops.aten._fused_sgd_.tensor_lr else operation(*args, **options)
         self._add(operation._schema.name.removeprefix("aten::"), kernels_of(operation, args, options, out))
         return out
 

@@ -34,6 +34,10 @@ class RunProfile(StepListener):
         self._stages = self._run_stages()
         self._steps_left = next(self._stages)
 
+    @property
+    def listens(self) -> bool:
+        return self._listener.listens
+
     def start(self) -> None:
         self._listener.start()
 

@@ -92,6 +92,8 @@ class StepTimer(StepListener):
         host_time: returns the time on the host in seconds.
     """
 
+    listens = True
+
     def __init__(self, ranks: Ranks, model: nn.Module, host_time: Callable[[], float] = time.perf_counter):
         self._ranks, self._host_time = ranks, host_time
         self._parameters = [p for p in model.parameters() if p.requires_grad] if ranks.world_size > 1 else []
@@ -201,6 +203,8 @@ class StepTracer(StepListener):
     Args:
         path: the file. device: traced beside the CPU.
     """
+
+    listens = True
 
     def __init__(self, path: Path, device: torch.device):
         gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []

@@ -28,7 +28,8 @@ class Setting:
 
     device: "cpu" or "cuda". workers, cores: loading workers and cores of this machine.
     backend, exact_decode: as given, so backend may be "auto". converted: the data are .beton files.
-    mixed: in mixed precision. compiled: by torch.compile.
+    mixed: in mixed precision. compiled: by torch.compile. graphs: steps are replayed from a CUDA graph, but for those
+        that are timed.
     """
 
     device: str
@@ -40,6 +41,7 @@ class Setting:
     exact_decode: bool
     mixed: bool
     compiled: bool
+    graphs: bool = False
 
 
 class Verdict(NamedTuple):
@@ -91,7 +93,8 @@ def find_bound(times: StepTimes, setting: Setting, rates: Rates | None = None) -
             "the log; what would help: a higher --print-freq, or a larger --batch-size.",
         )
     if setting.device == "cuda" and times.host_lead_s < QUEUED * times.step_time_s:
-        ways = [*_unless(setting.compiled, "--compile"), "a larger --batch-size"]
+        graphs = "the CUDA graph from which the steps behind these are replayed" if setting.graphs else "--cuda-graphs"
+        ways = [graphs, *_unless(setting.compiled, "--compile"), "a larger --batch-size"]
         return Verdict(
             "launching",
             f"Launching kernels limits this run: the GPU ends a step of {1000 * times.step_time_s:.1f} ms only "

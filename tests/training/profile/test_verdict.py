@@ -81,7 +81,9 @@ def test_reduction_bound():
 def test_bound_by_the_rest():
     check(find_bound(times(other=0.3), GPU), "loop", "30 %", "--print-freq")
     check(find_bound(times(optimizer=0.4), GPU), "optimizer", "40 %", "larger --batch-size")
-    check(find_bound(times(host_lead_s=0.004), GPU), "launching", "200.0 ms", "4.0 ms", "--compile")
+    check(find_bound(times(host_lead_s=0.004), GPU), "launching", "200.0 ms", "4.0 ms", "--cuda-graphs")
+    replayed = find_bound(times(host_lead_s=0.004), replace(GPU, graphs=True))
+    check(replayed, "launching", "help: the CUDA graph from which the steps behind these are replayed, --compile")
 
 
 @pytest.mark.parametrize("setting", [GPU, CPU])
