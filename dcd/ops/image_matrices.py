@@ -2,7 +2,7 @@
 
 They cost little arithmetic and many operations, which is what counts on small feature maps and on a GPU. So forward and
 backward are written out, in as few operations as were found. `fused_core.py` has equations 1 to 7 and joins these
-matrices to the maps; `triton_matrices.py` has other versions of `fuse` and `fuse_backward`.
+matrices to the maps; `triton_coefficients.py` and `triton_matrices.py` have other versions.
 
 A matrix A (L⁺, L) makes L outputs Aᵀ q at each position. Element L of q is 1, so row L of A holds their constants. The
 rows behind row L are zeros. `moments` is the mean of q qᵀ over the positions of an image (equation 4). E is the mean

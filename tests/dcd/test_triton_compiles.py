@@ -23,6 +23,8 @@ DTYPES = [(torch.bfloat16, "high"), (torch.float32, "high"), (torch.float32, "hi
 # batch, positions, output channels, width of q: a product with it takes 16, 32 or 64 terms
 COMBINE = [(2, 143, 70, 24), (256, 49, 512, 40)]
 MATRICES = [(1, 1, 8), (256, 22, 24), (4096, 59, 64)]  # batch, latent dimension, width of q
+# batch, width of the descriptor, squeezed width, latent dimension, output channels
+COEFFICIENTS = [(1, 8, 1, 1, 5), (256, 64, 4, 8, 256), (256, 2048, 128, 45, 512)]
 # batch, positions, channels, output channels, width of q
 PROJECT = [(3, 143, 40, 24, 24), (64, 784, 512, 128, 56)]
 
@@ -44,6 +46,17 @@ def matrices(batch: int, latent_dim: int, width: int) -> None:
     moments, phi = torch.empty(batch, width, width), torch.empty(batch, latent_dim, latent_dim)
     fused, _, saved = triton_matrices.fuse(phi, moments, norms, (1e-5, 1e-5))
     triton_matrices.fuse_backward(saved, norms, fused, 49)
+
+
+def coefficients(batch: int, width: int, squeezed_width: int, latent_dim: int, out_channels: int) -> None:
+    from dcd.ops import triton_coefficients
+    from dcd.ops.image_matrices import Branch
+
+    rows = squeezed_width, squeezed_width, latent_dim**2, out_channels
+    columns = width, squeezed_width, squeezed_width, squeezed_width
+    branch = Branch(*map(torch.empty, rows, columns))
+    phi, channel_scale, saved = triton_coefficients.coefficients(torch.empty(batch, width), branch)
+    triton_coefficients.coefficients_backward(saved, branch, phi, channel_scale)
 
 
 def project(dtype: torch.dtype, batch: int, positions: int, channels: int, out_channels: int, width: int) -> None:
@@ -117,6 +130,7 @@ def test_every_kernel_fits_in_the_registers_of_an_h100(tmp_path):
     assert {name for name, *_ in found} == {
         *("_forward", "_backward", "_project", "_form", "_take_apart"),
         *("_norm1", "_latent", "_fused", "_d_latent", "_d_phi", "_d_norm1", "_q_to_d_q"),
+        *("_squeeze", "_outputs", "_d_outputs", "_d_hidden"),
     }
     assert [kernel for kernel in found if kernel[-1]] == []
 
@@ -124,6 +138,7 @@ def test_every_kernel_fits_in_the_registers_of_an_h100(tmp_path):
 if __name__ == "__main__":
     cases = [("combine", precision, dtype, *case) for case in COMBINE for dtype, precision in DTYPES]
     cases += [("matrices", "highest", *case) for case in MATRICES]
+    cases += [("coefficients", "highest", *case) for case in COEFFICIENTS]
     cases += [("project", precision, dtype, *case) for case in PROJECT for dtype, precision in DTYPES[:2]]
     with ProcessPoolExecutor(2) as pool:
         for kernels in pool.map(compiled, cases):
