@@ -24,6 +24,7 @@ PYTORCH = Implementation(
     image_matrices.coefficients_backward,
     image_matrices.fuse,
     image_matrices.fuse_backward,
+    image_matrices.update_running,
     fused_maps.combine,
     fused_maps.combine_backward,
     fused_kernels.form_kernels,
@@ -62,7 +63,11 @@ def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_
             coefficients_backward=triton_coefficients.coefficients_backward,
         )
     if static.dtype == float32 and triton_matrices.fits(len(x), width):
-        chosen = chosen._replace(fuse=triton_matrices.fuse, fuse_backward=triton_matrices.fuse_backward)
+        chosen = chosen._replace(
+            fuse=triton_matrices.fuse,
+            fuse_backward=triton_matrices.fuse_backward,
+            update_running=triton_matrices.update_running,
+        )
     if triton_project.fits(x, static, width):
         chosen = chosen._replace(
             form_kernels=triton_project.form_kernels,

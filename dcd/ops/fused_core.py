@@ -78,6 +78,7 @@ class Implementation(NamedTuple):
     coefficients_backward: Callable
     fuse: Callable  # equations 9 to 13
     fuse_backward: Callable  # equations 15 to 21
+    update_running: Callable  # the running statistics
     combine: Callable  # equation 22
     combine_backward: Callable  # equation 23
     form_kernels: Callable  # equation 25
@@ -192,9 +193,9 @@ def small_matrices(
 
     Args:
         q: (B, N, L⁺).
-        offset: (L⁺,).
+        offset: (L⁺,), of any dtype.
         descriptor: (B, C·D).
-        parameters: of the dtype of offset and descriptor.
+        parameters: of the dtype of descriptor.
         settings: the rest.
 
     Returns:
@@ -202,9 +203,7 @@ def small_matrices(
     """
     (_, _, proj_out), branch, norms = parameters
     phi, channel_scale, saved_coefficients = settings.implementation.coefficients(descriptor, branch)
-    fused, statistics, saved_fuse = settings.implementation.fuse(phi, _moments(q), norms, settings.eps)
-    # of proj_in x: the centre is added again, and offset is -centre
-    statistics = statistics._replace(mean1=statistics.mean1 - offset[: phi.shape[1]])
+    fused, statistics, saved_fuse = settings.implementation.fuse(phi, _moments(q), offset, norms, settings.eps)
     matrices = Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())
     return SavedCore(*parameters, matrices, saved_coefficients, saved_fuse), statistics
 

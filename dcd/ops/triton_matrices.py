@@ -1,4 +1,4 @@
-"""The matrices of the batch norms on a GPU, by Triton: `fuse` and `fuse_backward` of `image_matrices.py`.
+"""The batch norms' matrices on a GPU, by Triton: `fuse`, `fuse_backward`, `update_running` of `image_matrices.py`.
 
 The matrices are a few kB for each image, so what counts is how many kernels are started: three forward and four
 backward. A new one begins where a sum over all images is needed: a kernel writes what it finds in each image, and the
@@ -19,7 +19,8 @@ means:
 bn1's statistics are found in the same way, from m and diag(C).
 
 Products are exact to float32. Legend of the shape comments: B images, L latent dimension, L⁺ the width of q, R blocks
-of images; i is an input and j an output of phi. All pointers are to contiguous tensors of float32. Of a matrix with L⁺
+of images; i is an input and j an output of phi. All pointers are to contiguous tensors of float32, but for the offset
+and the running statistics, which may be of any dtype, and the counts of batches, which are int64. Of a matrix with L⁺
 rows or columns only the first L + 1 are read. What else the kernels hand on to each other is:
 
     norm1, norm2    (3, L): mean, variance and 1 / standard deviation of what bn1 and bn2 get
@@ -80,7 +81,9 @@ def _write(norm, at, latent_dim, mean, variance, inv):
 @triton.jit
 def _norm1(
     moments,  # [B, L⁺, L⁺]
+    offset,  # [L⁺]
     norm1,  # [3, L], written
+    mean1,  # [L], written: of proj_in x, which is without the centre
     batch, latent_dim, width, eps,
     BATCH: tl.constexpr,
 ):  # fmt: skip
@@ -90,6 +93,7 @@ def _norm1(
     squares = tl.load(moments + (b * width + i) * width + i, b < batch, 0.0)
     mean, variance, inv = _over_images(means, squares - means * means, b < batch, batch, eps)
     _write(norm1, i, latent_dim, mean, variance, inv)
+    tl.store(mean1 + i, mean - tl.load(offset + i).to(tl.float32))
 
 
 @triton.jit
@@ -181,15 +185,17 @@ def fits(batch: int, width: int) -> bool:
     return batch <= MAX_BATCH and width <= MAX_WIDTH
 
 
-def fuse(phi: Tensor, moments: Tensor, norms: Norms, eps: tuple[float, float]) -> tuple[Tensor, Statistics, SavedFuse]:
+def fuse(
+    phi: Tensor, moments: Tensor, offset: Tensor, norms: Norms, eps: tuple[float, float]
+) -> tuple[Tensor, Statistics, SavedFuse]:
     """As `image_matrices.fuse`."""
     (batch, latent_dim, _), width = phi.shape, moments.shape[1]
     sizes, every = (batch, latent_dim, width), triton.next_power_of_2(batch)
-    norm1, norm2 = phi.new_empty(3, latent_dim), phi.new_empty(3, latent_dim)
+    norm1, norm2, mean1 = phi.new_empty(3, latent_dim), phi.new_empty(3, latent_dim), phi.new_empty(latent_dim)
     latent, crossed = phi.new_empty(2, latent_dim, batch), torch.empty_like(phi)
     fused = phi.new_empty(batch, width, latent_dim)
     first = norm1, norms.weight1, norms.bias1
-    _norm1[latent_dim,](moments, norm1, *sizes, eps[0], BATCH=every)
+    _norm1[latent_dim,](moments, offset, norm1, mean1, *sizes, eps[0], BATCH=every)
     _latent[batch,](
         phi, moments, *first, latent, crossed, *sizes, BLOCK=block_of(latent_dim), STEP=STEP, num_warps=WARPS
     )
@@ -198,7 +204,7 @@ def fuse(phi: Tensor, moments: Tensor, norms: Norms, eps: tuple[float, float]) -
         BATCH=every, IMAGES=IMAGES, BLOCK=block_of(width),
     )  # fmt: skip
     saved = SavedFuse(phi, moments, norm1, latent, crossed, norm2)
-    return fused, Statistics(norm1[0], norm1[1], norm2[0], norm2[1]), saved
+    return fused, Statistics(mean1, norm1[1], norm2[0], norm2[1]), saved
 
 
 @triton.jit
@@ -371,3 +377,46 @@ def fuse_backward(saved: SavedFuse, norms: Norms, d_fused: Tensor, positions: in
         BLOCK=block_of(width), STEP=STEP, num_warps=WARPS,
     )  # fmt: skip
     return d_phi, q_to_d_q, d_norms
+
+
+@triton.jit
+def _follow(running, found, at, latent_dim, momentum, factor):
+    """Move running statistics by their momentum towards those found, times a factor."""
+    before, now = tl.load(running + at, at < latent_dim, 0.0), tl.load(found + at, at < latent_dim, 0.0)
+    tl.store(running + at, (1 - momentum) * before.to(tl.float32) + momentum * factor * now, at < latent_dim)
+
+
+@triton.jit
+def _update_running(
+    running_mean1,  # [L], also written, like all of the first six
+    running_var1,  # [L]
+    running_mean2,  # [L]
+    running_var2,  # [L]
+    count1,  # []
+    count2,  # []
+    mean1,  # [L]
+    var1,  # [L]
+    mean2,  # [L]
+    var2,  # [L]
+    latent_dim, values, momentum1, momentum2,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for all."""
+    at, unbiased = tl.arange(0, BLOCK), values / (values - 1)
+    _follow(running_mean1, mean1, at, latent_dim, momentum1, 1.0)
+    _follow(running_var1, var1, at, latent_dim, momentum1, unbiased)
+    _follow(running_mean2, mean2, at, latent_dim, momentum2, 1.0)
+    _follow(running_var2, var2, at, latent_dim, momentum2, unbiased)
+    tl.store(count1, tl.load(count1) + 1)
+    tl.store(count2, tl.load(count2) + 1)
+
+
+def update_running(
+    running: Statistics, counts: tuple[Tensor, Tensor], found: Statistics, momenta: tuple[float, float], values: int
+) -> None:
+    """As `image_matrices.update_running`.
+
+    It is a kernel of its own, behind the autograd function: what that one writes in place, torch.compile would not see.
+    """
+    latent_dim = len(found.mean1)
+    _update_running[1,](*running, *counts, *found, latent_dim, values, *momenta, BLOCK=block_of(latent_dim))
