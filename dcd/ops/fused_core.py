@@ -194,8 +194,8 @@ def small_matrices(
     Args:
         q: (B, N, L⁺).
         offset: (L⁺,), of any dtype.
-        descriptor: (B, C·D).
-        parameters: of the dtype of descriptor.
+        descriptor: (B, C·D), of any dtype.
+        parameters: of one dtype.
         settings: the rest.
 
     Returns:
@@ -234,8 +234,8 @@ def small_matrices_backward(
 
 def matrices_by(x: Tensor, parameters: Parameters, statistics: Statistics, settings: Settings) -> Matrices:
     """Equation 3 with given statistics, for a q without a centre."""
-    (static, proj_in, proj_out), branch, norms = parameters
-    descriptor = pooled(x, settings.pool_size, static.dtype)
+    (_, proj_in, proj_out), branch, norms = parameters
+    descriptor = pooled(x, settings.pool_size, x.dtype)
     phi, channel_scale, _ = settings.implementation.coefficients(descriptor, branch)
     fused = fuse_by(phi, statistics, norms, settings.eps, latent_width(len(proj_in), settings.pool_size))
     return Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())

@@ -117,7 +117,9 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def coefficients(descriptor: Tensor, branch: Branch) -> tuple[Tensor, Tensor, SavedCoefficients]:
-    """Φ (B, L, L) and Λ (B, O) from the pooled input (B, C·D), by the equation of `reference.coefficients`."""
+    """Φ (B, L, L) and Λ (B, O) in the weights' dtype from the pooled input (B, C·D) in any, by the equation of
+    `reference.coefficients`."""
+    descriptor = descriptor.to(branch.squeeze.dtype)
     one, size = _one(descriptor.dtype, descriptor.device), math.isqrt(len(branch.to_phi))
     squeezed = descriptor @ branch.squeeze.t()  # [B, S]
     # relu6(t + 3) / 3 is clamp(t / 3 + 1, 0, 2), which a product can end with. (F.hardsigmoid rounds to float32.)

@@ -293,7 +293,7 @@ def fits(batch: int, branch: Branch) -> bool:
 
 
 def coefficients(descriptor: Tensor, branch: Branch) -> tuple[Tensor, Tensor, SavedCoefficients]:
-    """As `image_matrices.coefficients`; the descriptor may be of any dtype."""
+    """As `image_matrices.coefficients`."""
     (batch, width), squeezed_width = descriptor.shape, len(branch.squeeze)
     phi_size, out_channels, new = len(branch.to_phi), len(branch.to_scale), branch.squeeze.new_empty
     steps, image_blocks = _steps(width), _blocks(batch)

@@ -64,7 +64,8 @@ def coefficients(batch: int, width: int, squeezed_width: int, latent_dim: int, o
     rows = squeezed_width, squeezed_width, latent_dim**2, out_channels
     columns = width, squeezed_width, squeezed_width, squeezed_width
     branch = Branch(*map(torch.empty, rows, columns))
-    phi, channel_scale, saved = triton_coefficients.coefficients(torch.empty(batch, width), branch)
+    descriptor = torch.empty(batch, width, dtype=torch.bfloat16)
+    phi, channel_scale, saved = triton_coefficients.coefficients(descriptor, branch)
     triton_coefficients.coefficients_backward(saved, branch, phi, channel_scale)
 
 
