@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dcd.layers.coefficients import CoefficientGenerator
 from dcd.ops import fused, reference
-from dcd.ops.fused_core import Convolutions, Parameters, Settings
+from dcd.ops.fused_core import Convolutions, Implementation, Parameters, Settings
 from dcd.ops.image_matrices import Norms, Statistics
 
 # Triton needs a C compiler at run time, for the stub that launches a kernel.
@@ -94,25 +94,23 @@ class DCDConv2d(nn.Module):
         settings = Settings(self.stride, self.pool_size, (bn1.eps, bn2.eps), implementation)
         form = fused.FORMS[fused.choose_form(self.form, x, self.kernel_size, self.stride)]
         if not bn1.training:
-            running = Statistics(bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var)
-            return form.infer(x, parameters, running, settings)
+            return form.infer(x, parameters, self._running(), settings)
         y, statistics = form.train(x, parameters, settings)
-        self._remember(statistics, len(y) * y.shape[2] * y.shape[3])
+        self._remember(statistics, len(y) * y.shape[2] * y.shape[3], implementation)
         return y
 
     @torch.no_grad()
-    def _remember(self, found: Statistics, count: int) -> None:
-        """Update the running statistics by those of a batch with `count` positions."""
-        if count == 1:
+    def _remember(self, found: Statistics, values: int, implementation: Implementation) -> None:
+        """Update the running statistics by those of a batch with so many positions."""
+        if values == 1:
             raise ValueError("a batch norm in training needs more than one value: use larger images or batches")
-        bn1, bn2, unbiased = self.bn1, self.bn2, count / (count - 1)
-        var1, var2 = torch._foreach_mul([found.var1, found.var2], unbiased)
-        torch._foreach_add_([bn1.num_batches_tracked, bn2.num_batches_tracked], 1)
-        torch._foreach_lerp_(
-            [bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var],
-            [found.mean1, var1, found.mean2, var2],
-            [bn1.momentum, bn1.momentum, bn2.momentum, bn2.momentum],
-        )
+        counts = self.bn1.num_batches_tracked, self.bn2.num_batches_tracked
+        momenta = self.bn1.momentum, self.bn2.momentum
+        implementation.update_running(self._running(), counts, found, momenta, values)
+
+    def _running(self) -> Statistics:
+        bn1, bn2 = self.bn1, self.bn2
+        return Statistics(bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var)
 
     def _needs_gradients(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))

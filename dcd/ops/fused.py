@@ -20,8 +20,11 @@ from dcd.ops.fused_core import Implementation, Parameters, latent_width
 FORMS = {"maps": fused_maps, "kernels": fused_kernels}
 
 PYTORCH = Implementation(
+    image_matrices.coefficients,
+    image_matrices.coefficients_backward,
     image_matrices.fuse,
     image_matrices.fuse_backward,
+    image_matrices.update_running,
     fused_maps.combine,
     fused_maps.combine_backward,
     fused_kernels.form_kernels,
@@ -49,13 +52,22 @@ def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_
     """PyTorch's operations, or Triton's kernels for what they can take; these are imported here alone."""
     if not by_triton or x.dtype == float64:
         return PYTORCH
-    from dcd.ops import triton_combine, triton_matrices, triton_project
+    from dcd.ops import triton_coefficients, triton_combine, triton_matrices, triton_project
 
-    static, proj_in, _ = parameters.convolutions
+    (static, proj_in, _), branch, _ = parameters
     width = latent_width(len(proj_in), pool_size)
     chosen = PYTORCH._replace(combine=triton_combine.combine, combine_backward=triton_combine.combine_backward)
+    if triton_coefficients.fits(len(x), branch):
+        chosen = chosen._replace(
+            coefficients=triton_coefficients.coefficients,
+            coefficients_backward=triton_coefficients.coefficients_backward,
+        )
     if static.dtype == float32 and triton_matrices.fits(len(x), width):
-        chosen = chosen._replace(fuse=triton_matrices.fuse, fuse_backward=triton_matrices.fuse_backward)
+        chosen = chosen._replace(
+            fuse=triton_matrices.fuse,
+            fuse_backward=triton_matrices.fuse_backward,
+            update_running=triton_matrices.update_running,
+        )
     if triton_project.fits(x, static, width):
         chosen = chosen._replace(
             form_kernels=triton_project.form_kernels,

@@ -51,15 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcd.ops.image_matrices import (
-    Branch,
-    Norms,
-    SavedCoefficients,
-    Statistics,
-    coefficients,
-    coefficients_backward,
-    fuse_by,
-)
+from dcd.ops.image_matrices import Branch, Norms, SavedCoefficients, Statistics, fuse_by
 from dcd.ops.rows import as_gradient, as_rows, exact_product, kept, mean_product, pooled, round_up
 
 
@@ -82,8 +74,11 @@ class Parameters(NamedTuple):
 class Implementation(NamedTuple):
     """The functions that do most of the work, each by PyTorch's operations or by Triton's kernels."""
 
+    coefficients: Callable  # Φ and Λ
+    coefficients_backward: Callable
     fuse: Callable  # equations 9 to 13
     fuse_backward: Callable  # equations 15 to 21
+    update_running: Callable  # the running statistics
     combine: Callable  # equation 22
     combine_backward: Callable  # equation 23
     form_kernels: Callable  # equation 25
@@ -198,19 +193,17 @@ def small_matrices(
 
     Args:
         q: (B, N, L⁺).
-        offset: (L⁺,).
-        descriptor: (B, C·D).
-        parameters: of the dtype of offset and descriptor.
+        offset: (L⁺,), of any dtype.
+        descriptor: (B, C·D), of any dtype.
+        parameters: of one dtype.
         settings: the rest.
 
     Returns:
         the matrices with what `small_matrices_backward` needs, and the statistics of the norms' inputs.
     """
     (_, _, proj_out), branch, norms = parameters
-    phi, channel_scale, saved_coefficients = coefficients(descriptor, branch)
-    fused, statistics, saved_fuse = settings.implementation.fuse(phi, _moments(q), norms, settings.eps)
-    # of proj_in x: the centre is added again, and offset is -centre
-    statistics = statistics._replace(mean1=statistics.mean1 - offset[: phi.shape[1]])
+    phi, channel_scale, saved_coefficients = settings.implementation.coefficients(descriptor, branch)
+    fused, statistics, saved_fuse = settings.implementation.fuse(phi, _moments(q), offset, norms, settings.eps)
     matrices = Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())
     return SavedCore(*parameters, matrices, saved_coefficients, saved_fuse), statistics
 
@@ -233,14 +226,17 @@ def small_matrices_backward(
     d_fused = d_read_out @ proj_out.flatten(1)
     d_proj_out = as_gradient(d_read_out.flatten(0, 1).t() @ fused.flatten(0, 1), proj_out)
     d_phi, q_to_d_q, d_norms = settings.implementation.fuse_backward(saved.fuse, saved.norms, d_fused, positions)
-    d_descriptor, d_branch = coefficients_backward(saved.coefficients, saved.branch, d_phi, d_scale)
+    d_descriptor, d_branch = settings.implementation.coefficients_backward(
+        saved.coefficients, saved.branch, d_phi, d_scale
+    )
     return d_descriptor, q_to_d_q, (d_proj_out, *d_branch, *d_norms)
 
 
 def matrices_by(x: Tensor, parameters: Parameters, statistics: Statistics, settings: Settings) -> Matrices:
     """Equation 3 with given statistics, for a q without a centre."""
-    (static, proj_in, proj_out), branch, norms = parameters
-    phi, channel_scale, _ = coefficients(pooled(x, settings.pool_size, static.dtype), branch)
+    (_, proj_in, proj_out), branch, norms = parameters
+    descriptor = pooled(x, settings.pool_size, x.dtype)
+    phi, channel_scale, _ = settings.implementation.coefficients(descriptor, branch)
     fused = fuse_by(phi, statistics, norms, settings.eps, latent_width(len(proj_in), settings.pool_size))
     return Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())
 

@@ -54,7 +54,7 @@ class _DynamicKernels(Function):
         q, offset = core.centred_latent_rows(x, padded, len(proj_in), settings.stride)
         offset = offset.to(static.dtype)
         q[:, :, core.cell_columns(len(proj_in), settings.pool_size)] = pool_cells(x, settings.pool_size)
-        descriptor = pooled(x, settings.pool_size, static.dtype)
+        descriptor = pooled(x, settings.pool_size, x.dtype)
         saved, statistics = core.small_matrices(q, offset, descriptor, parameters, settings)
         channel_scale, _, read_out = saved.matrices
         bias = torch.bmm(offset.expand(len(x), 1, -1), read_out).squeeze(1)  # [B, O]

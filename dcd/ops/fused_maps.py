@@ -48,8 +48,8 @@ class _DynamicMaps(Function):
         static, proj_in, _ = parameters.convolutions
         padded = core.pad_proj_in(proj_in, settings.pool_size)
         q, offset = core.centred_latent_rows(x, padded, len(proj_in), settings.stride)
-        descriptor = pooled(x, settings.pool_size, static.dtype)
-        saved, statistics = core.small_matrices(q, offset.to(static.dtype), descriptor, parameters, settings)
+        descriptor = pooled(x, settings.pool_size, x.dtype)
+        saved, statistics = core.small_matrices(q, offset, descriptor, parameters, settings)
         weight = static.to(x.dtype)
         y, static_out = _apply(x, weight, q, saved.matrices, settings)
         core.save(ctx, SavedMaps(x, weight, padded, q, static_out), saved)

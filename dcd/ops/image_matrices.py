@@ -2,7 +2,7 @@
 
 They cost little arithmetic and many operations, which is what counts on small feature maps and on a GPU. So forward and
 backward are written out, in as few operations as were found. `fused_core.py` has equations 1 to 7 and joins these
-matrices to the maps; `triton_matrices.py` has other versions of `fuse` and `fuse_backward`.
+matrices to the maps; `triton_coefficients.py` and `triton_matrices.py` have other versions.
 
 A matrix A (L⁺, L) makes L outputs Aᵀ q at each position. Element L of q is 1, so row L of A holds their constants. The
 rows behind row L are zeros. `moments` is the mean of q qᵀ over the positions of an image (equation 4). E is the mean
@@ -117,7 +117,9 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def coefficients(descriptor: Tensor, branch: Branch) -> tuple[Tensor, Tensor, SavedCoefficients]:
-    """Φ (B, L, L) and Λ (B, O) from the pooled input (B, C·D), by the equation of `reference.coefficients`."""
+    """Φ (B, L, L) and Λ (B, O) in the weights' dtype from the pooled input (B, C·D) in any, by the equation of
+    `reference.coefficients`."""
+    descriptor = descriptor.to(branch.squeeze.dtype)
     one, size = _one(descriptor.dtype, descriptor.device), math.isqrt(len(branch.to_phi))
     squeezed = descriptor @ branch.squeeze.t()  # [B, S]
     # relu6(t + 3) / 3 is clamp(t / 3 + 1, 0, 2), which a product can end with. (F.hardsigmoid rounds to float32.)
@@ -147,17 +149,20 @@ def _through_clamp(gradient: Tensor, result: Tensor) -> Tensor:
     return torch.ops.aten.hardtanh_backward(gradient, result, 0, 2).div_(3)
 
 
-def fuse(phi: Tensor, moments: Tensor, norms: Norms, eps: tuple[float, float]) -> tuple[Tensor, Statistics, SavedFuse]:
+def fuse(
+    phi: Tensor, moments: Tensor, offset: Tensor, norms: Norms, eps: tuple[float, float]
+) -> tuple[Tensor, Statistics, SavedFuse]:
     """`fused` of each image, by the statistics of this batch: equations 9 to 13.
 
     Args:
         phi: (B, L, L).
         moments: (B, L⁺, L⁺).
+        offset: (L⁺,), begins with what was added to proj_in x in q, -centre; of any dtype.
         norms: of bn1 and bn2.
         eps: of bn1 and bn2.
 
     Returns:
-        fused (B, L⁺, L), the statistics of bn1's and bn2's inputs, and what `fuse_backward` takes.
+        fused (B, L⁺, L), the statistics of bn1's and bn2's inputs without the centre, and what `fuse_backward` takes.
     """
     (batch, latent_dim, _), width = phi.shape, moments.shape[1]
     mean_moments = moments.mean(0)
@@ -176,7 +181,7 @@ def fuse(phi: Tensor, moments: Tensor, norms: Norms, eps: tuple[float, float]) -
     fused = torch.addcmul(first, scale2, mixed)
     fused.select(1, latent_dim).add_(norms.bias2)
     saved = SavedFuse(phi, moments, mean1, inv1, inv2, scale2, first, mixed)
-    return fused, Statistics(mean1, var1, mean2, var2), saved
+    return fused, Statistics(mean1 - offset[:latent_dim], var1, mean2, var2), saved
 
 
 def fuse_backward(saved: SavedFuse, norms: Norms, d_fused: Tensor, positions: int) -> tuple[Tensor, Tensor, Norms]:
@@ -222,6 +227,25 @@ def fuse_by(phi: Tensor, statistics: Statistics, norms: Norms, eps: tuple[float,
     fused = torch.addcmul(first, scale2, first @ phi.transpose(1, 2))  # [B, L⁺, L]
     fused.select(1, phi.shape[1]).add_(torch.addcmul(norms.bias2, statistics.mean2, scale2, value=-1))
     return fused
+
+
+def update_running(
+    running: Statistics, counts: tuple[Tensor, Tensor], found: Statistics, momenta: tuple[float, float], values: int
+) -> None:
+    """Update the running statistics of bn1 and bn2 in place, as `nn.BatchNorm2d` does.
+
+    Args:
+        running: the running means and variances.
+        counts: of the batches that bn1 and bn2 have seen, int64.
+        found: the statistics of this batch.
+        momenta: of bn1 and bn2, above 0 and at most 1.
+        values: B·N, over which those are, above 1.
+    """
+    (momentum1, momentum2), unbiased = momenta, values / (values - 1)
+    var1, var2 = torch._foreach_mul([found.var1, found.var2], unbiased)
+    torch._foreach_add_(list(counts), 1)
+    found, weights = [found.mean1, var1, found.mean2, var2], [momentum1, momentum1, momentum2, momentum2]
+    torch._foreach_lerp_(list(running), found, weights)
 
 
 def _affine(scale: Tensor, bias: Tensor, mean: Tensor, width: int) -> Tensor:

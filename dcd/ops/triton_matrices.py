@@ -1,7 +1,7 @@
-"""The matrices of the batch norms on a GPU, by Triton: `fuse` and `fuse_backward` of `image_matrices.py`.
+"""The batch norms' matrices on a GPU, by Triton: `fuse`, `fuse_backward`, `update_running` of `image_matrices.py`.
 
-The matrices are a few kB for each image, so what counts is how many kernels are started: three forward and four
-backward. A new one begins where a sum over all images is needed: a kernel writes what it finds in each image, and the
+The matrices are a few kB for each image, so what counts is how many kernels are started: three each way. A new one
+begins where a sum over all images is needed: a kernel writes what it finds in each image or in a share of them, and the
 next one adds that up, always in the same order.
 
 The results are those of equations 9 to 21, computed from terms that take large means away first. Of an image,
@@ -18,15 +18,16 @@ means:
 
 bn1's statistics are found in the same way, from m and diag(C).
 
-Products are exact to float32. Legend of the shape comments: B images, L latent dimension, L⁺ the width of q, R blocks
-of images; i is an input and j an output of phi. All pointers are to contiguous tensors of float32. Of a matrix with L⁺
-rows or columns only the first L + 1 are read. What else the kernels hand on to each other is:
+Products are exact to float32. Legend of the shape comments: B images, L latent dimension, L⁺ the width of q, R shares
+of the images; i is an input and j an output of phi. All pointers are to contiguous tensors of float32, but for the
+offset and the running statistics, which may be of any dtype, and the counts of batches, which are int64. Of a matrix
+with L⁺ rows or columns only the first L + 1 are read. What else the kernels hand on to each other is:
 
     norm1, norm2    (3, L): mean, variance and 1 / standard deviation of what bn1 and bn2 get
     latent          (2, L, B): mean and variance of phi's outputs within each image
     crossed         (B, L, L): of equation 30, [j, i]
     d_latent        (L, B): what each image adds to d_weight2 / inv2
-    d_first         (2, L, L·R): what each j and block of images adds to d_weight1 and d_bias1
+    d_first         (2, L, L·R): what each j and share of the images adds to d_weight1 and d_bias1
 """
 
 from typing import NamedTuple
@@ -41,6 +42,7 @@ from dcd.ops.triton_combine import block_of
 
 MAX_BATCH, MAX_WIDTH = 4096, 64  # one program holds a number for each image, or a matrix of one
 IMAGES = 32  # that a program holds one row of
+MIN_PROGRAMS = 264  # to share the images of an output of phi out among: two for each multiprocessor of an H100
 STEP = 16  # terms of a product that are in registers at a time
 WARPS = 8  # that share the registers of a program with several matrices
 
@@ -80,7 +82,9 @@ def _write(norm, at, latent_dim, mean, variance, inv):
 @triton.jit
 def _norm1(
     moments,  # [B, L⁺, L⁺]
+    offset,  # [L⁺]
     norm1,  # [3, L], written
+    mean1,  # [L], written: of proj_in x, which is without the centre
     batch, latent_dim, width, eps,
     BATCH: tl.constexpr,
 ):  # fmt: skip
@@ -90,6 +94,7 @@ def _norm1(
     squares = tl.load(moments + (b * width + i) * width + i, b < batch, 0.0)
     mean, variance, inv = _over_images(means, squares - means * means, b < batch, batch, eps)
     _write(norm1, i, latent_dim, mean, variance, inv)
+    tl.store(mean1 + i, mean - tl.load(offset + i).to(tl.float32))
 
 
 @triton.jit
@@ -181,15 +186,17 @@ def fits(batch: int, width: int) -> bool:
     return batch <= MAX_BATCH and width <= MAX_WIDTH
 
 
-def fuse(phi: Tensor, moments: Tensor, norms: Norms, eps: tuple[float, float]) -> tuple[Tensor, Statistics, SavedFuse]:
+def fuse(
+    phi: Tensor, moments: Tensor, offset: Tensor, norms: Norms, eps: tuple[float, float]
+) -> tuple[Tensor, Statistics, SavedFuse]:
     """As `image_matrices.fuse`."""
     (batch, latent_dim, _), width = phi.shape, moments.shape[1]
     sizes, every = (batch, latent_dim, width), triton.next_power_of_2(batch)
-    norm1, norm2 = phi.new_empty(3, latent_dim), phi.new_empty(3, latent_dim)
+    norm1, norm2, mean1 = phi.new_empty(3, latent_dim), phi.new_empty(3, latent_dim), phi.new_empty(latent_dim)
     latent, crossed = phi.new_empty(2, latent_dim, batch), torch.empty_like(phi)
     fused = phi.new_empty(batch, width, latent_dim)
     first = norm1, norms.weight1, norms.bias1
-    _norm1[latent_dim,](moments, norm1, *sizes, eps[0], BATCH=every)
+    _norm1[latent_dim,](moments, offset, norm1, mean1, *sizes, eps[0], BATCH=every)
     _latent[batch,](
         phi, moments, *first, latent, crossed, *sizes, BLOCK=block_of(latent_dim), STEP=STEP, num_warps=WARPS
     )
@@ -198,7 +205,7 @@ def fuse(phi: Tensor, moments: Tensor, norms: Norms, eps: tuple[float, float]) -
         BATCH=every, IMAGES=IMAGES, BLOCK=block_of(width),
     )  # fmt: skip
     saved = SavedFuse(phi, moments, norm1, latent, crossed, norm2)
-    return fused, Statistics(norm1[0], norm1[1], norm2[0], norm2[1]), saved
+    return fused, Statistics(mean1, norm1[1], norm2[0], norm2[1]), saved
 
 
 @triton.jit
@@ -249,10 +256,10 @@ def _d_phi(
     d_weight2,  # [L], written
     d_bias2,  # [L], written
     batch, latent_dim, width,
-    BATCH: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr,
+    BATCH: tl.constexpr, STEPS: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Equations 15 to 18 (row j of d_phi, d_weight2, d_bias2) and the terms of equation 19; a program for each j and
-    block of images."""
+    share of the images."""
     j, every = tl.program_id(0), tl.arange(0, BATCH)
     mean2, inv2 = tl.load(norm2 + j), tl.load(norm2 + 2 * latent_dim + j)
     d_weight = tl.sum(tl.load(d_latent + j * batch + every, every < batch, 0.0)) * inv2
@@ -260,48 +267,37 @@ def _d_phi(
     if tl.program_id(1) == 0:
         tl.store(d_weight2 + j, d_weight)
         tl.store(d_bias2 + j, d_bias)
-    b, i = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES), tl.arange(0, BLOCK)
-    exists = (b < batch)[:, None] & (i < latent_dim)[None, :]  # [IMAGES, BLOCK]
-    row = (b[:, None] * latent_dim + j) * latent_dim + i[None, :]
-    phi_row, crossed_row = tl.load(phi + row, exists, 0.0), tl.load(crossed + row, exists, 0.0)
-    mean_q = tl.load(moments + (b[:, None] * width + latent_dim) * width + i[None, :], exists, 0.0)
-    d_column = tl.load(d_fused + (b[:, None] * width + i[None, :]) * latent_dim + j, exists, 0.0)
-    d_constant = tl.load(d_fused + (b * width + latent_dim) * latent_dim + j, b < batch, 0.0)
-    mean1, inv1 = _mean_and_inv(norm1, i, latent_dim)
-    away = mean_q - mean1[None, :]
-    away2 = tl.load(latent + j * batch + b, b < batch, 0.0) - mean2
     # A batch norm subtracts from its input's gradient the means of its output's gradient, and of that times the output.
-    # d_mean is that of output j in an image, d_normed that of its row of phi if bn1 had no weights.
     scale2 = tl.load(weight2 + j) * inv2
     along = scale2 * inv2 * d_weight / batch
-    d_mean = scale2 * (d_constant - d_bias / batch) - along * away2
-    d_within = d_column - d_constant[:, None] * mean_q
-    d_normed = inv1[None, :] * (scale2 * d_within - along * crossed_row + d_mean[:, None] * away)
+    i = tl.arange(0, BLOCK)
+    mean1, inv1 = _mean_and_inv(norm1, i, latent_dim)
     weight, bias = tl.load(weight1 + i, i < latent_dim, 0.0), tl.load(bias1 + i, i < latent_dim, 0.0)
-    tl.store(d_phi + row, weight[None, :] * d_normed + bias[None, :] * d_mean[:, None], exists)
-    # What bn1 gives goes through phi and bn2, and past them to output j = i.
     past = (i == j).to(tl.float32)[None, :]
-    d_past = inv1[None, :] * (d_within + d_constant[:, None] * away)
-    to_weight = tl.sum(d_normed * phi_row + d_past * past, 0)
-    to_bias = tl.sum(d_mean[:, None] * phi_row + d_constant[:, None] * past, 0)
-    blocks = tl.num_programs(1)
-    part, parts = j * blocks + tl.program_id(1), latent_dim * blocks
+    to_weight, to_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for step in range(STEPS):
+        b = (tl.program_id(1) * STEPS + step) * IMAGES + tl.arange(0, IMAGES)
+        exists = (b < batch)[:, None] & (i < latent_dim)[None, :]  # [IMAGES, BLOCK]
+        row = (b[:, None] * latent_dim + j) * latent_dim + i[None, :]
+        phi_row, crossed_row = tl.load(phi + row, exists, 0.0), tl.load(crossed + row, exists, 0.0)
+        mean_q = tl.load(moments + (b[:, None] * width + latent_dim) * width + i[None, :], exists, 0.0)
+        d_column = tl.load(d_fused + (b[:, None] * width + i[None, :]) * latent_dim + j, exists, 0.0)
+        d_constant = tl.load(d_fused + (b * width + latent_dim) * latent_dim + j, b < batch, 0.0)
+        away = mean_q - mean1[None, :]
+        away2 = tl.load(latent + j * batch + b, b < batch, 0.0) - mean2
+        # d_mean is that of output j in an image, d_normed that of its row of phi if bn1 had no weights.
+        d_mean = scale2 * (d_constant - d_bias / batch) - along * away2
+        d_within = d_column - d_constant[:, None] * mean_q
+        d_normed = inv1[None, :] * (scale2 * d_within - along * crossed_row + d_mean[:, None] * away)
+        tl.store(d_phi + row, weight[None, :] * d_normed + bias[None, :] * d_mean[:, None], exists)
+        # What bn1 gives goes through phi and bn2, and past them to output j = i.
+        d_past = inv1[None, :] * (d_within + d_constant[:, None] * away)
+        to_weight += tl.sum(d_normed * phi_row + d_past * past, 0)
+        to_bias += tl.sum(d_mean[:, None] * phi_row + d_constant[:, None] * past, 0)
+    shares = tl.num_programs(1)
+    part, parts = j * shares + tl.program_id(1), latent_dim * shares
     tl.store(d_first + i * parts + part, to_weight, i < latent_dim)
     tl.store(d_first + (latent_dim + i) * parts + part, to_bias, i < latent_dim)
-
-
-@triton.jit
-def _d_norm1(
-    d_first,  # [2, L, L*R]
-    d_weight1,  # [L], written
-    d_bias1,  # [L], written
-    latent_dim, parts,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """The sums of equation 19; a program for each channel."""
-    i, part = tl.program_id(0), tl.arange(0, PARTS)
-    tl.store(d_weight1 + i, tl.sum(tl.load(d_first + i * parts + part, part < parts, 0.0)))
-    tl.store(d_bias1 + i, tl.sum(tl.load(d_first + (latent_dim + i) * parts + part, part < parts, 0.0)))
 
 
 @triton.jit
@@ -312,17 +308,29 @@ def _q_to_d_q(
     bias1,  # [L]
     norm2,  # [3, L]
     weight2,  # [L]
-    d_weight1,  # [L]
-    d_bias1,  # [L]
+    d_first,  # [2, L, P]
+    d_weight1,  # [L], written
+    d_bias1,  # [L], written
     d_weight2,  # [L]
     d_bias2,  # [L]
     q_to_d_q,  # [B, L⁺, L⁺], written
     latent_dim, width, values,
-    BLOCK: tl.constexpr, STEP: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Equation 21, for batch norms over so many values; a program for each image."""
+    """The sums of equation 19, of P = PARTS terms, and equation 21, for batch norms over so many values; a program for
+    each image. Each adds up the same terms, which are few."""
     image, i = tl.program_id(0), tl.arange(0, BLOCK)
     exists = i < latent_dim
+    d_weight, d_bias = tl.zeros((BLOCK, BLOCK), tl.float32), tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, PARTS, BLOCK):
+        part = start + tl.arange(0, BLOCK)
+        at, part_exists = i[:, None] * PARTS + part[None, :], exists[:, None] & (part < PARTS)[None, :]
+        d_weight += tl.load(d_first + at, part_exists, 0.0)
+        d_bias += tl.load(d_first + latent_dim * PARTS + at, part_exists, 0.0)
+    d_weight, d_bias = tl.sum(d_weight, 1), tl.sum(d_bias, 1)
+    if image == 0:
+        tl.store(d_weight1 + i, d_weight, exists)
+        tl.store(d_bias1 + i, d_bias, exists)
     mean1, inv1 = _mean_and_inv(norm1, i, latent_dim)
     scale, shift = _first(norm1, weight1, bias1, i, latent_dim)
     square = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -339,8 +347,8 @@ def _q_to_d_q(
         d_constant = along2 * shift2 + scale2 * tl.load(d_bias2 + j, j_exists, 0.0)
         square = tl.dot(tl.trans(part), part * along2[:, None], square, input_precision="ieee")
         constant += tl.sum(part * d_constant[:, None], 0)
-    along = scale * inv1 * tl.load(d_weight1 + i, exists, 0.0)
-    constant = scale * (constant + tl.load(d_bias1 + i, exists, 0.0)) - along * mean1
+    along = scale * inv1 * d_weight
+    constant = scale * (constant + d_bias) - along * mean1
     square = scale[:, None] * square * scale[None, :] + tl.where(i[:, None] == i[None, :], along[None, :], 0.0)
     square = tl.where((i == latent_dim)[:, None], constant[None, :], square)
     at = (image * width + i[:, None]) * width + i[None, :]
@@ -352,22 +360,64 @@ def fuse_backward(saved: SavedFuse, norms: Norms, d_fused: Tensor, positions: in
     phi, moments, norm1, latent, crossed, norm2 = saved
     (batch, latent_dim, _), width = phi.shape, moments.shape[1]
     sizes, blocks = (batch, latent_dim, width), triton.cdiv(batch, IMAGES)
-    parts = latent_dim * blocks
+    steps = triton.cdiv(blocks, triton.cdiv(MIN_PROGRAMS, latent_dim))
+    shares = triton.cdiv(blocks, steps)
+    parts = latent_dim * shares
     d_latent, d_phi = phi.new_empty(latent_dim, batch), torch.empty_like(phi)
     d_first, q_to_d_q = phi.new_empty(2, latent_dim, parts), torch.empty_like(moments)
     d_norms = Norms(*(torch.empty_like(weight) for weight in norms))
     first = norm1, norms.weight1, norms.bias1
     _d_latent[batch,](phi, moments, *first, latent, norm2, d_fused, d_latent, *sizes, BLOCK=block_of(latent_dim))
-    _d_phi[latent_dim, blocks](
+    _d_phi[latent_dim, shares](
         phi, moments, *first, latent, crossed, norm2, norms.weight2, d_fused, d_latent,
         d_phi, d_first, d_norms.weight2, d_norms.bias2, *sizes,
-        BATCH=triton.next_power_of_2(batch), IMAGES=IMAGES, BLOCK=block_of(latent_dim), num_warps=WARPS,
+        BATCH=triton.next_power_of_2(batch), STEPS=steps, IMAGES=IMAGES, BLOCK=block_of(latent_dim), num_warps=WARPS,
     )  # fmt: skip
-    _d_norm1[latent_dim,](
-        d_first, d_norms.weight1, d_norms.bias1, latent_dim, parts, PARTS=triton.next_power_of_2(parts)
-    )
     _q_to_d_q[batch,](
-        phi, *first, norm2, norms.weight2, *d_norms, q_to_d_q, latent_dim, width, batch * positions,
-        BLOCK=block_of(width), STEP=STEP, num_warps=WARPS,
+        phi, *first, norm2, norms.weight2, d_first, *d_norms, q_to_d_q, latent_dim, width, batch * positions,
+        PARTS=parts, BLOCK=block_of(width), STEP=STEP, num_warps=WARPS,
     )  # fmt: skip
     return d_phi, q_to_d_q, d_norms
+
+
+@triton.jit
+def _follow(running, found, at, latent_dim, momentum, factor):
+    """Move running statistics by their momentum towards those found, times a factor."""
+    before, now = tl.load(running + at, at < latent_dim, 0.0), tl.load(found + at, at < latent_dim, 0.0)
+    tl.store(running + at, (1 - momentum) * before.to(tl.float32) + momentum * factor * now, at < latent_dim)
+
+
+@triton.jit
+def _update_running(
+    running_mean1,  # [L], also written, like all of the first six
+    running_var1,  # [L]
+    running_mean2,  # [L]
+    running_var2,  # [L]
+    count1,  # []
+    count2,  # []
+    mean1,  # [L]
+    var1,  # [L]
+    mean2,  # [L]
+    var2,  # [L]
+    latent_dim, values, momentum1, momentum2,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for all."""
+    at, unbiased = tl.arange(0, BLOCK), values / (values - 1)
+    _follow(running_mean1, mean1, at, latent_dim, momentum1, 1.0)
+    _follow(running_var1, var1, at, latent_dim, momentum1, unbiased)
+    _follow(running_mean2, mean2, at, latent_dim, momentum2, 1.0)
+    _follow(running_var2, var2, at, latent_dim, momentum2, unbiased)
+    tl.store(count1, tl.load(count1) + 1)
+    tl.store(count2, tl.load(count2) + 1)
+
+
+def update_running(
+    running: Statistics, counts: tuple[Tensor, Tensor], found: Statistics, momenta: tuple[float, float], values: int
+) -> None:
+    """As `image_matrices.update_running`.
+
+    It is a kernel of its own, behind the autograd function: what that one writes in place, torch.compile would not see.
+    """
+    latent_dim = len(found.mean1)
+    _update_running[1,](*running, *counts, *found, latent_dim, values, *momenta, BLOCK=block_of(latent_dim))

@@ -17,12 +17,21 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    int: "i32",
+    float: "fp32",
+}
 # dtype of the maps, and how float32 is multiplied: exactly, or as TF32
 DTYPES = [(torch.bfloat16, "high"), (torch.float32, "high"), (torch.float32, "highest")]
 # batch, positions, output channels, width of q: a product with it takes 16, 32 or 64 terms
 COMBINE = [(2, 143, 70, 24), (256, 49, 512, 40)]
 MATRICES = [(1, 1, 8), (256, 22, 24), (4096, 59, 64)]  # batch, latent dimension, width of q
+# batch, width of the descriptor, squeezed width, latent dimension, output channels
+COEFFICIENTS = [(1, 8, 1, 1, 5), (256, 64, 4, 8, 256), (256, 2048, 128, 45, 512)]
 # batch, positions, channels, output channels, width of q
 PROJECT = [(3, 143, 40, 24, 24), (64, 784, 512, 128, 56)]
 
@@ -42,8 +51,22 @@ def matrices(batch: int, latent_dim: int, width: int) -> None:
 
     norms = Norms(*torch.empty(4, latent_dim).unbind())
     moments, phi = torch.empty(batch, width, width), torch.empty(batch, latent_dim, latent_dim)
-    fused, _, saved = triton_matrices.fuse(phi, moments, norms, (1e-5, 1e-5))
+    offset, counts = torch.empty(width, dtype=torch.bfloat16), (torch.empty((), dtype=torch.int64),) * 2
+    fused, statistics, saved = triton_matrices.fuse(phi, moments, offset, norms, (1e-5, 1e-5))
     triton_matrices.fuse_backward(saved, norms, fused, 49)
+    triton_matrices.update_running(statistics, counts, statistics, (0.1, 0.1), 49 * batch)
+
+
+def coefficients(batch: int, width: int, squeezed_width: int, latent_dim: int, out_channels: int) -> None:
+    from dcd.ops import triton_coefficients
+    from dcd.ops.image_matrices import Branch
+
+    rows = squeezed_width, squeezed_width, latent_dim**2, out_channels
+    columns = width, squeezed_width, squeezed_width, squeezed_width
+    branch = Branch(*map(torch.empty, rows, columns))
+    descriptor = torch.empty(batch, width, dtype=torch.bfloat16)
+    phi, channel_scale, saved = triton_coefficients.coefficients(descriptor, branch)
+    triton_coefficients.coefficients_backward(saved, branch, phi, channel_scale)
 
 
 def project(dtype: torch.dtype, batch: int, positions: int, channels: int, out_channels: int, width: int) -> None:
@@ -116,7 +139,8 @@ def test_every_kernel_fits_in_the_registers_of_an_h100(tmp_path):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {name for name, *_ in found} == {
         *("_forward", "_backward", "_project", "_form", "_take_apart"),
-        *("_norm1", "_latent", "_fused", "_d_latent", "_d_phi", "_d_norm1", "_q_to_d_q"),
+        *("_norm1", "_latent", "_fused", "_update_running", "_d_latent", "_d_phi", "_q_to_d_q"),
+        *("_squeeze", "_outputs", "_d_outputs", "_d_hidden"),
     }
     assert [kernel for kernel in found if kernel[-1]] == []
 
@@ -124,6 +148,7 @@ def test_every_kernel_fits_in_the_registers_of_an_h100(tmp_path):
 if __name__ == "__main__":
     cases = [("combine", precision, dtype, *case) for case in COMBINE for dtype, precision in DTYPES]
     cases += [("matrices", "highest", *case) for case in MATRICES]
+    cases += [("coefficients", "highest", *case) for case in COEFFICIENTS]
     cases += [("project", precision, dtype, *case) for case in PROJECT for dtype, precision in DTYPES[:2]]
     with ProcessPoolExecutor(2) as pool:
         for kernels in pool.map(compiled, cases):

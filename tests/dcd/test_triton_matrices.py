@@ -3,13 +3,15 @@
 On a GPU where there is one, else by Triton's interpreter on the CPU.
 """
 
+import copy
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcd.layers import set_form, set_path
 from dcd.ops import image_matrices, triton_matrices, triton_project
-from dcd.ops.image_matrices import Norms
+from dcd.ops.image_matrices import Norms, Statistics
 from dcd.ops.rows import round_up
 from tests.dcd.helpers import SHAPES, create_layer, error, results
 from tests.dcd.test_triton import PRECISIONS
@@ -39,10 +41,10 @@ def worked_out(module, phi, q, norms, d_fused, dtype=torch.float32, garbage=Fals
     """All that `fuse` and `fuse_backward` of a module find in this dtype; as float64."""
     phi, q, d_fused, *norms = (value.to(DEVICE, dtype) for value in (phi, q, d_fused, *norms))
     moments, norms = torch.bmm(q.transpose(1, 2), q) / q.shape[1], Norms(*norms)
-    behind = phi.shape[1] + 1
+    behind, offset = phi.shape[1] + 1, torch.linspace(-3, 3, q.shape[2], device=DEVICE).bfloat16()
     if garbage:
         moments[:, behind:] = moments[:, :, behind:] = d_fused[:, behind:] = torch.nan
-    matrices, statistics, saved = module.fuse(phi, moments, norms, (1e-5, 1e-3))
+    matrices, statistics, saved = module.fuse(phi, moments, offset, norms, (1e-5, 1e-3))
     d_phi, q_to_d_q, d_norms = module.fuse_backward(saved, norms, d_fused, q.shape[1])
     found = {"fused": matrices, "d_phi": d_phi, "q_to_d_q": q_to_d_q[:, :, : phi.shape[1]], **statistics._asdict()}
     found |= {f"d_{name}": value for name, value in d_norms._asdict().items()}
@@ -68,6 +70,13 @@ def test_matrices_are_at_most_twice_as_far_off_as_by_pytorch(sizes):
 
 
 @pytest.mark.usefixtures("poisoned", "exact_float32")
+@pytest.mark.parametrize("programs", [1, 8])  # all images in one for each output of phi, or three in the last of two
+def test_shares_of_the_images(programs, monkeypatch):
+    monkeypatch.setattr(triton_matrices, "MIN_PROGRAMS", programs)
+    compare(problem(5, 99, 1))
+
+
+@pytest.mark.usefixtures("poisoned", "exact_float32")
 def test_zeros():
     phi, q, norms, d_fused = problem(11, 5, 1)
     norms.weight1[::2] = norms.weight2[1::3] = norms.bias1[1] = phi[:, 4] = phi[1] = d_fused[2] = 0
@@ -89,6 +98,26 @@ def test_nothing_but_the_first_columns_and_the_constant_is_read():
     problem_ = problem(5, 3, 1)
     wanted, found = worked_out(triton_matrices, *problem_), worked_out(triton_matrices, *problem_, garbage=True)
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("latent_dim, values, momenta", [(1, 2, (0.1, 1.0)), (22, 12544, (0.9, 1e-3)), (60, 7, (1, 1))])
+def test_running_statistics_follow_as_by_pytorch_s_batch_norm(latent_dim, values, momenta):
+    """The mean and variance of `values` numbers of each channel; the norms are of one dimension here."""
+    x1, x2 = torch.randn(2, values, latent_dim, dtype=torch.float64) * 3 + 5
+    norms = [torch.nn.BatchNorm1d(latent_dim, momentum=momentum, dtype=torch.float64) for momentum in momenta]
+    found = Statistics(*(f(0) for x in (x1, x2) for f in (x.mean, lambda dim, x=x: x.var(dim, correction=0))))
+    for module, dtype in ((image_matrices, torch.float64), (triton_matrices, torch.float32)):
+        running = [(norm.running_mean, norm.running_var) for norm in norms]
+        running = Statistics(*(value.to(DEVICE, dtype, copy=True) for pair in running for value in pair))
+        counts = torch.full((), 7, device=DEVICE), torch.full((), 2**40, device=DEVICE)
+        on_device = Statistics(*(value.to(DEVICE, dtype) for value in found))
+        module.update_running(running, counts, on_device, momenta, values)
+        assert [count.item() for count in counts] == [8, 2**40 + 1]
+        wanted = [copy.deepcopy(norm) for norm in norms]
+        for norm, x in zip(wanted, (x1, x2), strict=True):
+            norm(x)
+        for value, exact in zip(running, [v for n in wanted for v in (n.running_mean, n.running_var)], strict=True):
+            assert error(value.cpu().double(), exact) < (1e-12 if dtype == torch.float64 else 1e-6)
 
 
 @pytest.mark.usefixtures("exact_float32")
@@ -187,7 +216,7 @@ class Started(TorchDispatchMode):
         self.in_triton = False
 
 
-@pytest.mark.parametrize("kernel_size, most", [(1, 72), (3, 67)])
+@pytest.mark.parametrize("kernel_size, most", [(1, 50), (3, 44)])
 def test_a_training_step_starts_few_kernels(kernel_size, most, monkeypatch):
     """In a network of 50 layers, whose kernels take 2 µs at least, 10 more of them are a millisecond."""
     layer = create_layer(16, 24, kernel_size, 1, 8, 1).to(DEVICE)

@@ -7,6 +7,7 @@ be on a GPU and have no memory.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,17 +29,29 @@ class H100:
         return torch.device("cuda", 0)
 
 
-def trace(kernel_size: int, stride: int, form: str) -> list[str]:
-    """The Triton kernels in the graph that torch.compile makes of a training layer, which must be one graph."""
+def compile_layer(kernel_size: int, stride: int, form: str, backend: Callable, gradients: bool = True) -> None:
+    """Have a backend of torch.compile compile a training layer, which must be one graph, and call what it returns."""
     import torch.utils._triton
     import triton
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from dcd.layers import DCDConv2d, set_form
 
     torch.utils._triton.has_triton = lambda: True  # there is no GPU, and so it would say no
     triton.runtime.driver.set_active(H100())
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            layer = DCDConv2d(64, 128, kernel_size, stride, latent_dim=8, squeeze_dim=16, pool_size=1)
+            x = torch.randn(4, 64, 14, 14, dtype=torch.bfloat16, requires_grad=gradients)
+        set_form(layer.requires_grad_(gradients), form)
+        torch.compile(layer, fullgraph=True, backend=backend)(x.to(memory_format=torch.channels_last))
+
+
+def trace(kernel_size: int, stride: int, form: str) -> list[str]:
+    """The Triton kernels in the graph that torch.compile makes."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
     found = []
 
     def keep(graph: torch.fx.GraphModule, _) -> torch.fx.GraphModule:
@@ -47,28 +60,54 @@ def trace(kernel_size: int, stride: int, form: str) -> list[str]:
                 found.extend(node.kwargs["kernel_idx"] for node in module.graph.nodes if "triton_kernel" in node.name)
         return graph
 
-    torch._dynamo.reset()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        with torch.device("cuda"):
-            layer = DCDConv2d(64, 128, kernel_size, stride, latent_dim=8, squeeze_dim=16, pool_size=1)
-            x = torch.randn(4, 64, 14, 14, dtype=torch.bfloat16, requires_grad=True)
-        set_form(layer, form)
-        torch.compile(layer, fullgraph=True, backend=keep)(x.to(memory_format=torch.channels_last))
+    compile_layer(kernel_size, stride, form, keep)
     kernels = [kernel_side_table.get_kernel(index) for index in found]
     return [(kernel if hasattr(kernel, "__name__") else kernel.fn).__name__ for kernel in kernels]
 
 
-@pytest.mark.parametrize("kernel_size, stride, form", LAYERS)
-def test_one_graph_has_the_kernels_of_both_passes(kernel_size, stride, form):
+def given_back() -> list[str]:
+    """What the graph gives back of what Triton kernels write, once it has no operation in place: their arguments."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    found = []
+
+    def keep(graph: torch.fx.GraphModule, _) -> torch.fx.GraphModule:
+        (outputs,) = graph.graph.output_node().args
+        found.extend(node.args[1] for node in outputs if "triton_kernel" in str(node.args[0]))
+        return graph
+
+    # without gradients: the engine would look for the GPU
+    compile_layer(3, 1, "maps", aot_autograd(fw_compiler=keep, inference_compiler=keep), gradients=False)
+    return found
+
+
+def from_another_process(*args: str) -> list[str]:
+    """What this file prints there, without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.dcd.test_triton_traces", str(kernel_size), str(stride), form]
+    command = [sys.executable, "-m", "tests.dcd.test_triton_traces", *args]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("kernel_size, stride, form", LAYERS)
+def test_one_graph_has_the_kernels_of_both_passes(kernel_size, stride, form):
+    kernels = from_another_process(str(kernel_size), str(stride), form)
     of_form = {"_form", "_project", "_take_apart"} if form == "kernels" else {"_forward", "_backward"}
-    of_all = {"_norm1", "_latent", "_fused", "_d_latent", "_d_phi", "_d_norm1", "_q_to_d_q"}
-    assert set(done.stdout.split()) == of_form | of_all
+    of_all = {"_squeeze", "_outputs", "_d_outputs", "_d_hidden"}
+    of_all |= {"_norm1", "_latent", "_fused", "_update_running", "_d_latent", "_d_phi", "_q_to_d_q"}
+    assert set(kernels) == of_form | of_all
+
+
+def test_the_graph_gives_back_the_running_statistics():
+    """They are written in place by a Triton kernel, and must be known to be."""
+    running = {f"running_{name}" for name in ("mean1", "var1", "mean2", "var2")}
+    assert set(from_another_process("given back")) == running | {"count1", "count2"}
 
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
-    print(*trace(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
+    if sys.argv[1] == "given back":
+        print(*given_back())
+    else:
+        print(*trace(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

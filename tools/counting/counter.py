@@ -27,6 +27,7 @@ PART_OF_FUNCTION = {
     "coefficients_backward": BRANCH,
     "fuse": MATRICES,
     "fuse_backward": MATRICES,
+    "update_running": MATRICES,
     "small_matrices": MATRICES,
     "small_matrices_backward": MATRICES,
     "_moments": "moments of q",

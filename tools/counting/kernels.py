@@ -143,12 +143,19 @@ RULES: dict[str, Rule] = {
 }
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "as_strided_"}
 
-# The operations of products in the Triton kernels that have any worth counting, from their arguments
+# The operations of products in the Triton kernels that have any worth counting, from their arguments; what several
+# programs compute again counts once
 TRITON_FLOPS: dict[str, Callable[..., int]] = {
     "_forward": lambda static_out, scale, q, *_: 2 * static_out.numel() * q.shape[2],
     "_backward": lambda d_y, static_out, scale, q, *_: 2 * d_y.numel() * q.shape[2],
     "_project": lambda x, kernels, *_: 2 * x.numel() * kernels.shape[1],
     "_form": lambda scale, static, read_out, padded, kernels, *_: 2 * kernels.numel() * len(padded),
+    "_squeeze": lambda descriptor, squeeze, *_: 2 * len(descriptor) * squeeze.numel(),
+    "_outputs": lambda parts, *args: 2 * parts.shape[1] * sum(weight.numel() for weight in args[:3]),
+    "_d_outputs": lambda d_phi, d_scale, to_phi, to_scale, *_: 4 * len(d_phi) * (to_phi.numel() + to_scale.numel()),
+    "_d_hidden": lambda parts, descriptor, squeezed, gates, squeeze, gate, *_: (
+        4 * len(descriptor) * (squeeze.numel() + gate.numel())
+    ),
 }
 
 
