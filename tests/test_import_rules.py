@@ -12,7 +12,7 @@ STDLIB = set(sys.stdlib_module_names)
 OURS = {"dcd", "pipelines", "training", "train_dist", "tools", "benchmarks", "tests"}
 OPTIONAL = {"nvidia", "ffcv", "triton", "apex", "onnx", "onnxruntime"}  # imported where they are used
 # are made of Triton, so they are imported like it
-KERNELS = ("dcd.ops.triton_combine", "dcd.ops.triton_matrices", "dcd.ops.triton_project")
+KERNELS = tuple(f"dcd.ops.triton_{name}" for name in ("combine", "matrices", "norm", "project"))
 NOT_THE_PROJECT = {"build", "data", "runs", "out"}  # nor hidden folders
 
 
