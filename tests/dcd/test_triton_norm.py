@@ -170,6 +170,7 @@ def test_one_position_is_an_error_as_by_pytorch():
         layer(create_norm(8), torch.randn(1, 8, 1, 1))
 
 
+@pytest.mark.usefixtures("exact_float32")
 @pytest.mark.parametrize(("name", "norms"), [("resnet18", 2), ("resnet18_se", 1), ("resnet50", 3), ("resnet50_se", 2)])
 def test_a_shortcut_is_added_by_the_kernels_where_it_follows_the_norm(name, norms, monkeypatch):
     block = dcd.create_model(name).layer1[0].to(DEVICE, memory_format=torch.channels_last)
@@ -240,6 +241,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.usefixtures("exact_float32")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_learns_the_same(name, monkeypatch):
     """With the kernels here and without them; the dynamic layers take the path "fused"."""
