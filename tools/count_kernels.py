@@ -4,8 +4,9 @@
     python -m tools.count_kernels mobilenetv2_dcd --layers --json kernels.json --copy-rate 1.4 --launch-us 6
 
 Nothing is measured. The trainer's step runs on tensors that have shapes but no memory (`tools/counting/`): the static
-network, and the dynamic one by each path. Each operation is turned into the kernels that it launches, with the bytes
-that they must move and the operations of their products.
+network, as a GPU takes it and without Triton's kernels ("static reference"), and the dynamic one by each path. Each
+operation is turned into the kernels that it launches, with the bytes that they must move and the operations of their
+products.
 
 The predicted time is a sum over the kernels. Each takes the longest of three times: its bytes at the copy rate, its
 operations at the matrix rate, and the launch time. The last is meant for both sides, the host, which launches one
@@ -28,7 +29,7 @@ import tyro
 from tools.counting.counter import Launch, counted
 from tools.counting.fake_gpu import DEVICE
 from tools.profiling.report import groups, markdown_table
-from tools.profiling.variants import NETWORKS, STATIC, create_model
+from tools.profiling.variants import NETWORKS, PLAIN, STATIC, create_model
 from training.command_line import parse
 from training.config import Config
 from training.distributed import Ranks
@@ -36,7 +37,7 @@ from training.precision import Precision
 from training.progress import Progress
 from training.train_step import TrainStep
 
-VARIANTS = (STATIC, "dcd reference", "dcd fused", *(["dcd triton"] if find_spec("triton") else []))
+VARIANTS = (STATIC, PLAIN, "dcd reference", "dcd fused", *(["dcd triton"] if find_spec("triton") else []))
 HEADS = ("launches", "of them tiny", "GB", "TFLOP", "predicted ms")
 
 
@@ -124,7 +125,7 @@ def main(
             sys.exit(f"error: {name} {value:g}: must be above 0")
     torch.set_float32_matmul_precision("high")  # as in training
     rates = Rates(copy_rate * 1e12, matrix_rate * 1e12, launch_us / 1e6)
-    variants = VARIANTS if arch != network else VARIANTS[:1]
+    variants = VARIANTS if arch != network else VARIANTS[:2]
     found = {variant: count_step(network, variant, batch_size, size, amp) for variant in variants}
     print(f"A training step of {network}, batch {batch_size}, {size} pixels, amp {amp}: counted, not measured.")
     print(f"Assumed are {copy_rate:g} TB/s, {matrix_rate:g} TFLOP/s and {launch_us:g} µs for a launch.")

@@ -81,7 +81,8 @@ def main(
         layers: networks whose dynamic convolutions are measured, each distinct shape once; may be empty.
         shapes: more layers, as 64x256k1s1@56: channels in x out, kernel, stride @ pixels.
         variants: of static (always measured), the names in `dcd.layers.rivals.RIVALS` (se, condconv, ...), "dcd PATH";
-            by default all of these. Also "dcd auto", the path that training takes, and "dcd PATH FORM".
+            by default all of these. Also "dcd auto", the path that training takes, "dcd PATH FORM", and of networks
+            "static reference", the static one without Triton's kernels.
         batch_size: images in a batch; by default 64 on a GPU (a GPU's share in the published trainings) and 4 on a CPU.
         size: side of the images in pixels.
         rounds: timed steps, or windows, of each variant.

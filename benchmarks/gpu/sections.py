@@ -21,13 +21,13 @@ from pipelines.executors.dali_probe import why_no_box_decode
 from tools.profiling.layer_report import columns_of
 from tools.profiling.report import markdown_table
 from tools.profiling.shapes import parse_shape
-from tools.profiling.variants import AUTO, STATIC
+from tools.profiling.variants import AUTO, PLAIN, STATIC
 from training.profile.verdict import Rates
 
 # Tests
 
 WORKERS = 6  # tests at a time; most of them wait for a compiler
-SANITIZED = ["tests/dcd/test_triton.py", "tests/dcd/test_triton_matrices.py", "-q", "-x", "-k"]
+SANITIZED = [f"tests/dcd/test_triton{name}.py" for name in ("", "_matrices", "_norm")] + ["-q", "-x", "-k"]
 SANITIZED += ["triton-3x3 or positions or zeros or kernels_of_the_images"]
 SUMMARY = ("-rfEs", "--continue-on-collection-errors")  # a missing package in one file does not stop the others
 
@@ -98,7 +98,7 @@ PLAN = {
     "official": RESNET50 | OFFICIAL,
     "compiled": RESNET50 | COMPILED,
     "CUDA graph": RESNET50 | DYNAMIC | GRAPH,
-    "other paths": RESNET50 | {"variants": (REFERENCE, FUSED)},
+    "other paths": RESNET50 | {"variants": (REFERENCE, FUSED, PLAIN)},
     "rivals": TRAINING | {"models": ("resnet18",), "variants": (AUTO, *RIVALS)},
     "official, others": TRAINING | OFFICIAL | {"models": ("mobilenetv2", "resnet18")},
     "MobileNetV2 compiled": TRAINING | MOBILENET | COMPILED,

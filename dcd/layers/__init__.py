@@ -4,6 +4,7 @@ from dcd.layers.choices import set_form, set_path
 from dcd.layers.coefficients import CoefficientGenerator
 from dcd.layers.dcd_conv2d import FORMS, PATHS, DCDConv2d, available_paths
 from dcd.layers.dcd_linear import DCDLinear
+from dcd.layers.norm_act import NormAct
 from dcd.layers.zero_fusion import zero_fusion
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "CoefficientGenerator",
     "DCDConv2d",
     "DCDLinear",
+    "NormAct",
     "available_paths",
     "set_form",
     "set_path",

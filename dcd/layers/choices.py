@@ -1,13 +1,17 @@
-"""Choosing how the dynamic convolutions of a model are computed. All choices give the same result up to rounding."""
+"""Choosing how the dynamic convolutions of a model, and what stands behind convolutions, are computed.
+
+All choices give the same result up to rounding.
+"""
 
 from torch import nn
 
 from dcd.layers.dcd_conv2d import FORMS, PATHS, DCDConv2d
 from dcd.layers.folded import FoldedDCDConv2d
+from dcd.layers.norm_act import NormAct
 
 
 def set_path(model: nn.Module, path: str) -> None:
-    """Have every dynamic convolution in `model` computed by this path, "auto" or one of `PATHS`.
+    """Have every dynamic convolution and every `NormAct` in `model` computed by this path, "auto" or one of `PATHS`.
 
     Raises:
         ValueError: an unknown path.
@@ -15,7 +19,7 @@ def set_path(model: nn.Module, path: str) -> None:
     if path not in ("auto", *PATHS):
         raise ValueError(f"unknown path {path!r}: use auto, {', '.join(PATHS)}")
     for module in model.modules():
-        if isinstance(module, DCDConv2d):
+        if isinstance(module, (DCDConv2d, NormAct)):
             module.path = path
 
 

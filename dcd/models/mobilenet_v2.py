@@ -6,7 +6,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcd.layers import DCDConv2d, DCDLinear, zero_fusion
+from dcd.layers import DCDConv2d, DCDLinear, NormAct, zero_fusion
 from dcd.registry import register_model
 
 # (in_channels, out_channels) -> a 1×1 convolution without bias
@@ -70,16 +70,14 @@ class InvertedResidual(nn.Module):
         self.bn2 = nn.BatchNorm2d(hidden)
         self.project = pointwise(hidden, out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
+        self.norm_act, self.norm_add = NormAct(F.relu6), NormAct(None)
 
     def forward(self, x: Tensor) -> Tensor:
         out = x
         if self.expand is not None:
-            out = F.relu6(self.bn1(self.expand(out)), inplace=True)
-        out = F.relu6(self.bn2(self.depthwise(out)), inplace=True)
-        out = self.bn3(self.project(out))
-        if self.has_shortcut:
-            out += x
-        return out
+            out = self.norm_act(self.bn1, self.expand(out))
+        out = self.norm_act(self.bn2, self.depthwise(out))
+        return self.norm_add(self.bn3, self.project(out), x if self.has_shortcut else None)
 
 
 class MobileNetV2(nn.Module):
@@ -123,6 +121,7 @@ class MobileNetV2(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.head = static_pointwise(channels, head_channels)
         self.head_bn = nn.BatchNorm2d(head_channels)
+        self.norm_act = NormAct(F.relu6)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Identity() if dropout is None else nn.Dropout(dropout)
         self.classifier = classifier(head_channels, num_classes)
@@ -137,9 +136,8 @@ class MobileNetV2(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.relu6(self.stem_bn(self.stem(images)), inplace=True)
-        x = self.blocks(x)
-        x = F.relu6(self.head_bn(self.head(x)), inplace=True)
+        x = self.blocks(self.norm_act(self.stem_bn, self.stem(images)))
+        x = self.norm_act(self.head_bn, self.head(x))
         return self.classifier(self.dropout(self.avgpool(x).flatten(1)))
 
 

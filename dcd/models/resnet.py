@@ -13,7 +13,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcd.layers import DCDConv2d, DCDLinear, zero_fusion
+from dcd.layers import DCDConv2d, DCDLinear, NormAct, zero_fusion
 from dcd.layers.rivals import RIVALS
 from dcd.registry import register_model
 
@@ -68,12 +68,15 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.recalibrate = recalibrate(width)
         self.downsample = shortcut(in_channels, width, stride, shortcut_conv)
+        self.norm_act = NormAct(F.relu)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.recalibrate(self.bn2(self.conv2(out)))
-        out += self.downsample(x)
-        return F.relu(out, inplace=True)
+        out = self.norm_act(self.bn1, self.conv1(x))
+        out = self.conv2(out)
+        if isinstance(self.recalibrate, nn.Identity):
+            return self.norm_act(self.bn2, out, self.downsample(x))
+        out = self.bn2(out)
+        return self.norm_act(None, self.recalibrate(out), self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -101,13 +104,16 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
         self.recalibrate = recalibrate(width * self.expansion)
         self.downsample = shortcut(in_channels, width * self.expansion, stride, shortcut_conv)
+        self.norm_act = NormAct(F.relu)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        out = self.recalibrate(self.bn3(self.conv3(out)))
-        out += self.downsample(x)
-        return F.relu(out, inplace=True)
+        out = self.norm_act(self.bn1, self.conv1(x))
+        out = self.norm_act(self.bn2, self.conv2(out))
+        out = self.conv3(out)
+        if isinstance(self.recalibrate, nn.Identity):
+            return self.norm_act(self.bn3, out, self.downsample(x))
+        out = self.bn3(out)
+        return self.norm_act(None, self.recalibrate(out), self.downsample(x))
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactory) -> nn.Module:
@@ -151,6 +157,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
+        self.norm_act = NormAct(F.relu)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         channels = 64
         static_blocks = 0 if conv_blocks is None else sum(depths) - conv_blocks
@@ -173,7 +180,7 @@ class ResNet(nn.Module):
                 nn.init.zeros_(getattr(module, last_norm).weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        x = self.maxpool(self.norm_act(self.bn1, self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.classifier(self.dropout(self.avgpool(x).flatten(1)))
 

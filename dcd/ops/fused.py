@@ -10,6 +10,7 @@ To be read in this order; the equations are numbered through:
     fused_kernels.py    25 to 29: the form "kernels", one kernel for each image
     triton_*.py         the same equations by kernels for a GPU; 30 and 31 in triton_matrices.py
     folded.py           32 to 35: all batch norms folded, for inference
+    triton_norm.py      36 to 40: the network's batch norms, with what stands behind them, for a GPU
 """
 
 from torch import Tensor, float32, float64

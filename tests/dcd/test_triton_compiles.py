@@ -17,14 +17,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    int: "i32",
-    float: "fp32",
-}
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+TYPES |= {int: "i32", float: "fp32"}
 # dtype of the maps, and how float32 is multiplied: exactly, or as TF32
 DTYPES = [(torch.bfloat16, "high"), (torch.float32, "high"), (torch.float32, "highest")]
 # batch, positions, output channels, width of q: a product with it takes 16, 32 or 64 terms
@@ -34,6 +28,10 @@ MATRICES = [(1, 1, 8), (256, 22, 24), (4096, 59, 64)]  # batch, latent dimension
 COEFFICIENTS = [(1, 8, 1, 1, 5), (256, 64, 4, 8, 256), (256, 2048, 128, 45, 512)]
 # batch, positions, channels, output channels, width of q
 PROJECT = [(3, 143, 40, 24, 24), (64, 784, 512, 128, 56)]
+
+# batch, channels, side: a map that one program holds, and large ones, of many channels and of many positions
+NORM = [(2, 3, 5), (256, 512, 7), (256, 64, 112)]
+BEHIND = [("relu", False), ("relu", True), ("relu6", False), ("none", True)]  # activation, has a shortcut
 
 
 def combine(dtype: torch.dtype, batch: int, positions: int, channels: int, width: int) -> None:
@@ -79,6 +77,14 @@ def project(dtype: torch.dtype, batch: int, positions: int, channels: int, out_c
     triton_project.form_kernels_backward(kernels, scale, static)
 
 
+def norm(dtype: torch.dtype, act: str, has_shortcut: bool, batch: int, channels: int, side: int) -> None:
+    from dcd.ops import triton_norm
+
+    y = torch.empty(batch, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    out = triton_norm.train(torch.nn.BatchNorm2d(channels), y, y if has_shortcut else None, act)
+    out.backward(torch.empty_like(out))
+
+
 def compiled(case: tuple) -> list[tuple]:
     """The kernels that a case launches: name, case, registers of a thread, bytes that did not fit in."""
     from triton import JITFunction
@@ -104,7 +110,7 @@ def registers(kernel, args: tuple, options: dict) -> tuple[int, int]:
 
     signature, constants, aligned = {}, {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if isinstance(value, int) and value == 1:
+        if value is None or (isinstance(value, int) and value == 1):
             constants[name] = value
             continue
         signature[name] = TYPES[value.dtype if torch.is_tensor(value) else type(value)]
@@ -141,6 +147,8 @@ def test_every_kernel_fits_in_the_registers_of_an_h100(tmp_path):
         *("_forward", "_backward", "_project", "_form", "_take_apart"),
         *("_norm1", "_latent", "_fused", "_update_running", "_d_latent", "_d_phi", "_q_to_d_q"),
         *("_squeeze", "_outputs", "_d_outputs", "_d_hidden"),
+        *("_statistics", "_finish_statistics", "_normalize"),
+        *("_sum_gradients", "_finish_gradients", "_normalize_backward"),
     }
     assert [kernel for kernel in found if kernel[-1]] == []
 
@@ -150,6 +158,8 @@ if __name__ == "__main__":
     cases += [("matrices", "highest", *case) for case in MATRICES]
     cases += [("coefficients", "highest", *case) for case in COEFFICIENTS]
     cases += [("project", precision, dtype, *case) for case in PROJECT for dtype, precision in DTYPES[:2]]
+    cases += [("norm", "high", dtype, *act, *NORM[1]) for act in BEHIND for dtype, _ in DTYPES[:2]]
+    cases += [("norm", "high", torch.bfloat16, *BEHIND[1], *size) for size in NORM]
     with ProcessPoolExecutor(2) as pool:
         for kernels in pool.map(compiled, cases):
             for kernel in kernels:

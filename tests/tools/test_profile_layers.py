@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
-from dcd.layers import DCDConv2d, available_paths
+from dcd.layers import DCDConv2d, NormAct, available_paths
 from dcd.layers.rivals import RIVALS
 from tools.profile_layers import main
 from tools.profiling.layer_report import layer_sums, tables
@@ -26,10 +26,12 @@ from tools.profiling.runner import Runner, Setting, multiply_adds, saved_bytes, 
 from tools.profiling.shapes import ShapeError, parse_shape, shapes_of
 from tools.profiling.variants import (
     NETWORKS,
+    PLAIN,
     STATIC,
     all_variants,
     create_layer,
     create_model,
+    has_layer,
     has_model,
     other_variants,
 )
@@ -95,9 +97,12 @@ def test_variants():
     assert all(has_model("resnet18", variant) and has_model("resnet50", variant) for variant in variants)
     layer = create_layer(parse_shape("16x32k3s2@9"), "dcd reference")
     assert isinstance(layer, DCDConv2d) and (layer.path, layer.form) == ("reference", "auto")
-    assert other_variants(CPU) == ("dcd auto", "dcd fused maps", "dcd fused kernels")
+    assert other_variants(CPU) == (PLAIN, "dcd auto", "dcd fused maps", "dcd fused kernels")
     layer = create_layer(parse_shape("16x32k1s1@9"), "dcd fused kernels")
     assert (layer.path, layer.form) == ("fused", "kernels")
+    plain = [module for module in create_model("resnet18", PLAIN).modules() if isinstance(module, NormAct)]
+    assert {module.path for module in plain} == {"reference"}
+    assert has_model("resnet18", PLAIN) and not has_layer(parse_shape("16x32k1s1@9"), PLAIN)
 
 
 @pytest.mark.parametrize(

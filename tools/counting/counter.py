@@ -40,10 +40,13 @@ PART_OF_FUNCTION = {
     "form_kernels_backward": "kernels of the images",
     "project": PRODUCTS,
 }
+NORM_KERNELS = ("_statistics", "_finish_statistics", "_normalize")
+NORM_KERNELS += ("_sum_gradients", "_finish_gradients", "_normalize_backward")
 PART_OF_OPERATION = {
     **dict.fromkeys(("convolution", "convolution_backward", "mm", "bmm", "addmm", "baddbmm", "baddbmm_"), PRODUCTS),
     **dict.fromkeys(("native_batch_norm", "native_batch_norm_backward"), "batch norms"),
     **dict.fromkeys(("cudnn_batch_norm", "cudnn_batch_norm_backward"), "batch norms"),
+    **dict.fromkeys(NORM_KERNELS, "batch norms"),  # with the activation and the addition behind them
     **dict.fromkeys(("_to_copy", "copy_", "clone"), "casts and copies"),
 }
 

@@ -12,6 +12,7 @@ from dcd.models.resnet import ConvFactory, static_conv
 from tools.profiling.shapes import Shape, create_network
 
 STATIC = "static"
+PLAIN = "static reference"  # a static network without Triton's kernels
 AUTO = "dcd auto"  # by the path that a layer takes by itself
 # The networks that have a DCD form, by the names of their static twins; small ones first
 NETWORKS = [name.removesuffix("_dcd") for name in sorted(dcd.list_models(), key=len) if name.endswith("_dcd")]
@@ -35,8 +36,9 @@ def all_variants(device: torch.device) -> tuple[str, ...]:
 
 
 def other_variants(device: torch.device) -> tuple[str, ...]:
-    """More names that run there: DCD by the path that it takes by itself, and by each path in each form."""
-    return (AUTO, *(f"dcd {path} {form}" for path in available_paths(device)[1:] for form in FORMS))
+    """More names that run there: the static network without Triton's kernels; DCD by the path that it takes by itself,
+    and by each path in each form."""
+    return (PLAIN, AUTO, *(f"dcd {path} {form}" for path in available_paths(device)[1:] for form in FORMS))
 
 
 def create_layer(shape: Shape, variant: str) -> nn.Module:
@@ -50,13 +52,14 @@ def create_layer(shape: Shape, variant: str) -> nn.Module:
 
 
 def has_layer(shape: Shape, variant: str) -> bool:
-    """Whether a layer of that shape has the variant: the form "kernels" needs 1×1 and stride 1."""
-    return not variant.endswith(" kernels") or shape.kernel_size == shape.stride == 1
+    """Whether a layer of that shape has the variant: the form "kernels" needs 1×1 and stride 1, and what stands behind
+    a static convolution is in networks alone."""
+    return variant != PLAIN and (not variant.endswith(" kernels") or shape.kernel_size == shape.stride == 1)
 
 
 def model_name(network: str, variant: str) -> str:
     """The registered name of a network in that form."""
-    return network if variant == STATIC else f"{network}_{variant.split()[0]}"
+    return network if variant in (STATIC, PLAIN) else f"{network}_{variant.split()[0]}"
 
 
 def has_model(network: str, variant: str) -> bool:
@@ -72,7 +75,7 @@ def create_model(network: str, variant: str) -> nn.Module:
 
 
 def _choose(module: nn.Module, variant: str) -> None:
-    """Have dynamic convolutions computed by the path and in the form of `variant`: "dcd PATH" or "dcd PATH FORM"."""
+    """Have a module computed by the path and in the form of `variant`: PLAIN, "dcd PATH" or "dcd PATH FORM"."""
     _, path, *form = variant.split()
     set_path(module, path)
     set_form(module, *form or ["auto"])
