@@ -14,7 +14,7 @@ To be read in this order; the equations are numbered through:
 
 from torch import Tensor, float32, float64
 
-from dcd.ops import fused_kernels, fused_maps, image_matrices
+from dcd.ops import fused_core, fused_kernels, fused_maps, image_matrices
 from dcd.ops.fused_core import Implementation, Parameters, latent_width
 
 FORMS = {"maps": fused_maps, "kernels": fused_kernels}
@@ -27,6 +27,9 @@ PYTORCH = Implementation(
     fused_kernels.form_kernels,
     fused_kernels.form_kernels_backward,
     fused_kernels.project,
+    fused_core.gradient_rows,
+    None,
+    fused_kernels.input_gradients,
 )
 
 
@@ -49,7 +52,7 @@ def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_
     """PyTorch's operations, or Triton's kernels for what they can take; these are imported here alone."""
     if not by_triton or x.dtype == float64:
         return PYTORCH
-    from dcd.ops import triton_combine, triton_matrices, triton_project
+    from dcd.ops import triton_combine, triton_gradients, triton_matrices, triton_project
 
     static, proj_in, _ = parameters.convolutions
     width = latent_width(len(proj_in), pool_size)
@@ -61,5 +64,11 @@ def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_
             form_kernels=triton_project.form_kernels,
             form_kernels_backward=triton_project.form_kernels_backward,
             project=triton_project.project,
+        )
+    if triton_gradients.fits(x, static, width):
+        chosen = chosen._replace(
+            gradient_rows=triton_gradients.gradient_rows,
+            input_gradient=triton_gradients.input_gradient,
+            input_gradients=triton_gradients.input_gradient,
         )
     return chosen

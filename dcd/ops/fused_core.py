@@ -89,6 +89,9 @@ class Implementation(NamedTuple):
     form_kernels: Callable  # equation 25
     form_kernels_backward: Callable  # equation 28
     project: Callable  # equation 26
+    gradient_rows: Callable  # right of equations 24 and 29
+    input_gradient: Callable | None  # d_x of equation 24 for 1×1 and stride 1; None: by the convolution's own backward
+    input_gradients: Callable  # d_x of equation 29
 
 
 class Settings(NamedTuple):
@@ -245,11 +248,26 @@ def matrices_by(x: Tensor, parameters: Parameters, statistics: Statistics, setti
     return Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())
 
 
-def add_pool_gradient_(matrix: Tensor, d_descriptor: Tensor, cells: slice, positions: int) -> None:
-    """The last term of equation 7, of x with so many positions: added to the rows of the cells of a matrix (B, L⁺, C)
-    that is then multiplied by the cells in q."""
-    d_pooled = d_descriptor.unflatten(1, (matrix.shape[2], -1)).transpose(1, 2)  # [B, D, C]
-    matrix[:, cells].add_(d_pooled, alpha=1 / positions)
+def gradient_rows(
+    padded: Tensor, q_to_d_q: Tensor | None, d_descriptor: Tensor, cells: slice, positions: int, dtype: torch.dtype
+) -> Tensor:
+    """`right` of equation 24, or with q_to_d_q of equation 29, by PyTorch's operations.
+
+    Args:
+        padded: (L⁺, C).
+        q_to_d_q: (B, L⁺, L⁺), or None.
+        d_descriptor: (B, C·D).
+        cells: the columns of q for the cells of the pool.
+        positions: of x.
+        dtype: of the result.
+
+    Returns:
+        (B, L⁺, C).
+    """
+    right = padded.repeat(len(d_descriptor), 1, 1) if q_to_d_q is None else q_to_d_q @ padded
+    d_pooled = d_descriptor.unflatten(1, (padded.shape[1], -1)).transpose(1, 2)  # [B, D, C]
+    right[:, cells].add_(d_pooled, alpha=1 / positions)
+    return right.to(dtype)
 
 
 def leaves_autocast(backward: Callable) -> Callable:

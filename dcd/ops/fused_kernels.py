@@ -73,7 +73,6 @@ class _DynamicKernels(Function):
         (x, padded, q, kernels), saved = core.load(ctx)
         (static, proj_in, _), (channel_scale, _, read_out), settings = saved.convolutions, saved.matrices, ctx.settings
         positions, d_rows = q.shape[1], as_rows(d_y)  # [B, N, O]
-        d_x = torch.bmm(d_rows, kernels)  # [B, N, C]
         d_scale, d_static = settings.implementation.form_kernels_backward(
             torch.bmm(d_rows.transpose(1, 2), as_rows(x)), channel_scale, static.flatten(1)
         )
@@ -81,9 +80,9 @@ class _DynamicKernels(Function):
         d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, positions, settings)
         d_q = core.latent_gradient(d_rows, q, read_out, q_to_d_q)
         d_proj_in = core.proj_in_gradient(d_q, x, settings.stride, proj_in)
-        right = q_to_d_q @ padded  # [B, L⁺, C]
-        core.add_pool_gradient_(right, d_descriptor, core.cell_columns(len(proj_in), settings.pool_size), positions)
-        d_x = as_features(d_x.baddbmm_(q, right.to(x.dtype)), x.shape[2:])
+        cells = core.cell_columns(len(proj_in), settings.pool_size)
+        right = settings.implementation.gradient_rows(padded, q_to_d_q, d_descriptor, cells, positions, x.dtype)
+        d_x = as_features(settings.implementation.input_gradients(d_rows, kernels, q, right), x.shape[2:])
         return None, d_x, as_gradient(d_static, static), d_proj_in, *d_others
 
 
@@ -126,6 +125,11 @@ def form_kernels_backward(d_kernels: Tensor, channel_scale: Tensor, static: Tens
     d_kernels = d_kernels.to(static.dtype)
     d_scale = (d_kernels * static).sum(2)
     return d_scale, d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0)
+
+
+def input_gradients(d_y: Tensor, kernels: Tensor, q: Tensor, right: Tensor) -> Tensor:
+    """d_x (B, N, C) of equation 29 from d_y (B, N, O), by PyTorch's operations."""
+    return torch.bmm(d_y, kernels).baddbmm_(q, right)
 
 
 def project(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:

@@ -63,21 +63,26 @@ class _DynamicMaps(Function):
     @core.leaves_autocast
     def backward(ctx, d_y: Tensor, *_):
         maps, saved = core.load(ctx)
-        (x, _, padded, q, _), proj_in, settings = maps, saved.convolutions.proj_in, ctx.settings
-        d_rows = as_rows(d_y)  # [B, N, O]
-        d_x, d_static, d_scale, d_read_out = _apply_backward(d_rows, maps, saved, settings, ctx.needs_input_grad[1])
+        (x, weight, padded, q, _), proj_in, settings = maps, saved.convolutions.proj_in, ctx.settings
+        d_rows, input_gradient = as_rows(d_y), settings.implementation.input_gradient  # [B, N, O]
+        d_x_is_wanted, is_1x1 = ctx.needs_input_grad[1], weight.shape[2] == settings.stride == 1
+        in_one_product = is_1x1 and input_gradient is not None
+        d_static_out, d_scale, d_read_out = _combine_backward(d_rows, maps, saved, settings)
+        d_x, d_static = _static_backward(d_static_out, maps, saved, settings, d_x_is_wanted and not in_one_product)
         d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(
             saved, d_scale, d_read_out, q.shape[1], settings
         )
         d_q = core.latent_gradient(d_rows, q, saved.matrices.read_out, q_to_d_q)
         d_proj_in = core.proj_in_gradient(d_q, x, settings.stride, proj_in)
-        if d_x is not None:
+        if d_x_is_wanted:
             cells = core.cell_columns(len(proj_in), settings.pool_size)
             left = scatter_strided(d_q, x, settings.stride)  # [B, H*W, L⁺]
             left[:, :, cells] = pool_cells(x, settings.pool_size)
-            right = padded.repeat(len(x), 1, 1)  # [B, L⁺, C]
-            core.add_pool_gradient_(right, d_descriptor, cells, left.shape[1])
-            as_rows(d_x).baddbmm_(left, right.to(x.dtype))
+            right = settings.implementation.gradient_rows(padded, None, d_descriptor, cells, left.shape[1], x.dtype)
+            if in_one_product:
+                d_x = as_features(input_gradient(d_static_out, weight.flatten(1), left, right), x.shape[2:])
+            else:
+                as_rows(d_x).baddbmm_(left, right)
         return None, d_x, d_static, d_proj_in, *d_others
 
 
@@ -112,28 +117,33 @@ def _apply(x: Tensor, weight: Tensor, q: Tensor, matrices: Matrices, settings: S
     return as_features(rows, static_out.shape[2:]), static_out
 
 
-def _apply_backward(
-    d_rows: Tensor, maps: SavedMaps, saved: SavedCore, settings: Settings, d_x_is_wanted: bool
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Equation 23 from d_y as rows (B, N, O), and back through the convolution.
-
-    Returns:
-        d_x by static alone, channels_last, or None; and in the dtype of static d_static, d_scale and d_read_out.
-    """
-    (x, weight, _, q, static_out), static = maps, saved.convolutions.static
+def _combine_backward(
+    d_rows: Tensor, maps: SavedMaps, saved: SavedCore, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equation 23 from d_y as rows (B, N, O): d_static_out as rows, and in the dtype of static d_scale and
+    d_read_out."""
     d_static_out, d_scale, d_read_out = settings.implementation.combine_backward(
-        d_rows, as_rows(static_out), saved.matrices.channel_scale, q
+        d_rows, as_rows(maps.static_out), saved.matrices.channel_scale, maps.q
     )
-    stride, padding = [settings.stride] * 2, [static.shape[2] // 2] * 2
+    dtype = saved.convolutions.static.dtype
+    return d_static_out, d_scale.to(dtype), d_read_out.to(dtype)
+
+
+def _static_backward(
+    d_rows: Tensor, maps: SavedMaps, saved: SavedCore, settings: Settings, d_x_is_wanted: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Back through the static convolution, from d_static_out as rows (B, N, O): d_x by static alone, channels_last, or
+    None; and d_static."""
+    static, stride, padding = saved.convolutions.static, [settings.stride] * 2, [maps.weight.shape[2] // 2] * 2
     d_x, d_static, _ = torch.ops.aten.convolution_backward(
-        as_features(d_static_out, static_out.shape[2:]), x, weight, None, stride, padding, [1, 1], False,
+        as_features(d_rows, maps.static_out.shape[2:]), maps.x, maps.weight, None, stride, padding, [1, 1], False,
         [0, 0], 1, [d_x_is_wanted, True, False],
     )  # fmt: skip
     if d_x is not None:
         d_x = d_x.contiguous(memory_format=torch.channels_last)
     if static.shape[2] == 1:  # of a dimension of size 1 oneDNN sets another stride than the weight may have
         d_static = as_gradient(d_static.flatten(1), static)
-    return d_x, d_static.to(static.dtype), d_scale.to(static.dtype), d_read_out.to(static.dtype)
+    return d_x, d_static.to(static.dtype)
 
 
 def combine(static_out: Tensor, channel_scale: Tensor, q: Tensor, read_out: Tensor) -> Tensor:

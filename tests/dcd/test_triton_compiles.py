@@ -56,6 +56,20 @@ def project(dtype: torch.dtype, batch: int, positions: int, channels: int, out_c
     triton_project.form_kernels_backward(kernels, scale, static)
 
 
+def gradients(dtype: torch.dtype, batch: int, positions: int, channels: int, out_channels: int, width: int) -> None:
+    from dcd.ops import triton_gradients
+
+    d_rows, q = (
+        torch.empty(batch, positions, out_channels, dtype=dtype),
+        torch.empty(batch, positions, width, dtype=dtype),
+    )
+    padded, matrix = torch.empty(width, channels), torch.empty(batch, width, width)
+    for q_to_d_q, weights in (None, (out_channels, channels)), (matrix, (batch, out_channels, channels)):
+        args = padded, q_to_d_q, torch.empty(batch, channels), slice(width - 2, width - 1), positions, dtype
+        right = triton_gradients.gradient_rows(*args)
+        triton_gradients.input_gradient(d_rows, torch.empty(weights, dtype=dtype), q, right)
+
+
 def compiled(case: tuple) -> list[tuple]:
     """The kernels that a case launches: name, case, registers of a thread, bytes that did not fit in."""
     from triton import JITFunction
@@ -81,7 +95,7 @@ def registers(kernel, args: tuple, options: dict) -> tuple[int, int]:
 
     signature, constants, aligned = {}, {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if isinstance(value, int) and value == 1:
+        if value is None or (isinstance(value, int) and value == 1):
             constants[name] = value
             continue
         signature[name] = TYPES[value.dtype if torch.is_tensor(value) else type(value)]
@@ -117,6 +131,7 @@ def test_every_kernel_fits_in_the_registers_of_an_h100(tmp_path):
     assert {name for name, *_ in found} == {
         *("_forward", "_backward", "_project", "_form", "_take_apart"),
         *("_norm1", "_latent", "_fused", "_d_latent", "_d_phi", "_d_norm1", "_q_to_d_q"),
+        *("_d_x", "_right"),
     }
     assert [kernel for kernel in found if kernel[-1]] == []
 
@@ -125,6 +140,7 @@ if __name__ == "__main__":
     cases = [("combine", precision, dtype, *case) for case in COMBINE for dtype, precision in DTYPES]
     cases += [("matrices", "highest", *case) for case in MATRICES]
     cases += [("project", precision, dtype, *case) for case in PROJECT for dtype, precision in DTYPES[:2]]
+    cases += [("gradients", "high", torch.bfloat16, *case) for case in PROJECT]
     with ProcessPoolExecutor(2) as pool:
         for kernels in pool.map(compiled, cases):
             for kernel in kernels:

@@ -65,7 +65,9 @@ def test_one_graph_has_the_kernels_of_both_passes(kernel_size, stride, form):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     of_form = {"_form", "_project", "_take_apart"} if form == "kernels" else {"_forward", "_backward"}
-    of_all = {"_norm1", "_latent", "_fused", "_d_latent", "_d_phi", "_d_norm1", "_q_to_d_q"}
+    if kernel_size == stride == 1:
+        of_form.add("_d_x")
+    of_all = {"_right", "_norm1", "_latent", "_fused", "_d_latent", "_d_phi", "_d_norm1", "_q_to_d_q"}
     assert set(done.stdout.split()) == of_form | of_all
 
 

@@ -38,6 +38,8 @@ PART_OF_FUNCTION = {
     "form_kernels": "kernels of the images",
     "form_kernels_backward": "kernels of the images",
     "project": PRODUCTS,
+    "gradient_rows": MATRICES,
+    "input_gradient": PRODUCTS,
 }
 PART_OF_OPERATION = {
     **dict.fromkeys(("convolution", "convolution_backward", "mm", "bmm", "addmm", "baddbmm", "baddbmm_"), PRODUCTS),

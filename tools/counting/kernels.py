@@ -148,6 +148,7 @@ TRITON_FLOPS: dict[str, Callable[..., int]] = {
     "_forward": lambda static_out, scale, q, *_: 2 * static_out.numel() * q.shape[2],
     "_backward": lambda d_y, static_out, scale, q, *_: 2 * d_y.numel() * q.shape[2],
     "_project": lambda x, kernels, *_: 2 * x.numel() * kernels.shape[1],
+    "_d_x": lambda d_rows, weights, left, right, d_x, *_: 2 * d_x.numel() * (d_rows.shape[2] + left.shape[2]),
     "_form": lambda scale, static, read_out, padded, kernels, *_: 2 * kernels.numel() * len(padded),
 }
 

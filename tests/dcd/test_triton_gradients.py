@@ -1,0 +1,100 @@
+"""The Triton kernels of x's gradient against PyTorch, and the layers with them against the reference.
+
+On a GPU where there is one, else by Triton's interpreter on the CPU.
+"""
+
+from collections import defaultdict
+from statistics import median
+
+import pytest
+import torch
+
+from dcd.layers import set_form
+from dcd.ops import fused_core, triton_gradients
+from tests.dcd.helpers import create_layer, error, results
+from tests.dcd.test_triton import PRECISIONS
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALVES = PRECISIONS[1:]
+# batch, positions, channels, output channels, width of q
+SIZES = [(3, 143, 40, 24, 24), (2, 5, 136, 72, 8), (1, 260, 8, 136, 64)]
+# in, out, kernel, stride, latent_dim, pool, batch, height, width, form
+LAYERS = {
+    "kernels": (16, 24, 1, 1, 5, 1, 12, 7, 7, "kernels"),
+    "kernels, 2x2 pool": (8, 16, 1, 1, 8, 2, 8, 9, 6, "kernels"),
+    "maps, 1x1": (16, 24, 1, 1, 5, 1, 12, 7, 7, "maps"),
+    "maps, 2x2 pool": (8, 16, 1, 1, 8, 2, 8, 9, 6, "maps"),
+    "maps, 3x3": (8, 16, 3, 1, 5, 2, 8, 6, 7, "maps"),
+    "maps, strided 3x3": (8, 16, 3, 2, 3, 1, 16, 7, 5, "maps"),
+    "maps, strided 1x1": (8, 24, 1, 2, 4, 2, 12, 8, 9, "maps"),
+    "several programs": (136, 72, 1, 1, 18, 1, 2, 13, 11, "kernels"),
+    "several programs, maps": (72, 136, 1, 1, 18, 1, 2, 13, 11, "maps"),
+}
+
+
+def halves(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_sum_of_two_products(sizes, shared, dtype):
+    batch, positions, channels, out_channels, width = sizes
+    d_rows, left = halves(batch, positions, out_channels, dtype=dtype), halves(batch, positions, width, dtype=dtype)
+    weights = halves(*([] if shared else [batch]), out_channels, channels, dtype=dtype)
+    right = halves(batch, width, channels, dtype=dtype)
+    exact = d_rows.double() @ weights.double() + left.double() @ right.double()
+    found = triton_gradients.input_gradient(d_rows, weights, left, right)
+    assert found.dtype == dtype and error(found.double(), exact) < torch.finfo(dtype).eps
+
+
+@pytest.mark.usefixtures("poisoned", "exact_float32")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("with_statistics", [False, True])
+@pytest.mark.parametrize("cells", [1, 4])
+def test_rows_of_the_second_product(cells, with_statistics, dtype):
+    batch, channels, latent_dim = 3, 136, 11
+    padded = fused_core.pad_proj_in(torch.randn(latent_dim, channels, 1, 1, device=DEVICE), round(cells**0.5))
+    width = len(padded)
+    q_to_d_q = torch.randn(batch, width, width, device=DEVICE) if with_statistics else None
+    columns = fused_core.cell_columns(latent_dim, round(cells**0.5))
+    d_descriptor = torch.randn(batch, channels * cells, device=DEVICE)
+    args = padded, q_to_d_q, d_descriptor, columns, 35
+    found = triton_gradients.gradient_rows(*args, dtype)
+    exact = fused_core.gradient_rows(*(arg.double() if torch.is_tensor(arg) else arg for arg in args), torch.float64)
+    assert found.dtype == dtype and error(found.double(), exact) < torch.finfo(dtype).eps
+
+
+@pytest.mark.usefixtures("poisoned", "exact_float32")
+@pytest.mark.parametrize("mean, deviation", [(1, 1), (3, 0.3)])
+@pytest.mark.parametrize("amp", HALVES)
+@pytest.mark.parametrize("shape", LAYERS.values(), ids=LAYERS)
+def test_layers_are_at_most_twice_as_far_off_as_the_reference(shape, amp, mean, deviation):
+    """The median over three inputs, as behind a batch norm and ReLU: see `test_fused.py`. The gradients of the
+    coefficients' weights are left out: at the bounds of a scale or a ReLU, a rounding decides whether they are 0."""
+    *sizes, batch, height, width, form = shape
+    layer = create_layer(*sizes).to(DEVICE)
+    set_form(layer, form)
+    by_reference, by_kernels = defaultdict(list), defaultdict(list)
+    for _ in range(3):
+        x = deviation * torch.randn(batch, sizes[0], height, width) + mean * torch.rand(sizes[0], 1, 1)
+        x = x.relu().to(DEVICE, amp, memory_format=torch.channels_last)
+        exact = results(layer.double(), "reference", x.double())
+        layer = layer.float()
+        plain, found = results(layer, "reference", x, amp), results(layer, "triton", x, amp)
+        for name in (name for name in exact if "gradient of coefficients" not in name):
+            by_reference[name].append(error(plain[name], exact[name]))
+            by_kernels[name].append(error(found[name], exact[name]))
+    for name, errors in by_kernels.items():
+        assert median(errors) <= 2 * median(by_reference[name]) + torch.finfo(amp).eps / 2, name
+
+
+def test_float32_and_odd_widths_are_left_to_pytorch():
+    x, static = torch.empty(1, 16, 4, 4, dtype=torch.float16), torch.empty(8, 16, 3, 3)
+    assert triton_gradients.fits(x, static, 64) and not triton_gradients.fits(x, static, 72)
+    assert not triton_gradients.fits(x.float(), static, 8)
+    assert not triton_gradients.fits(x, torch.empty(12, 16, 1, 1), 8)
+    assert not triton_gradients.fits(x, torch.empty(8, 12, 1, 1), 8)
