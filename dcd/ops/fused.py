@@ -8,7 +8,8 @@ To be read in this order; the equations are numbered through:
     image_matrices.py   8 to 21: the batch norms among them, and their statistics
     fused_maps.py       22 to 24: the form "maps"
     fused_kernels.py    25 to 29: the form "kernels", one kernel for each image
-    triton_*.py         the same equations by kernels for a GPU; 30 and 31 in triton_matrices.py
+    triton_*.py         the same equations by kernels for a GPU; 30 and 31 in triton_matrices.py,
+                         36 in triton_gradients.py
     folded.py           32 to 35: all batch norms folded, for inference
 """
 
@@ -27,7 +28,9 @@ PYTORCH = Implementation(
     fused_kernels.form_kernels,
     fused_kernels.form_kernels_backward,
     fused_kernels.project,
+    fused_kernels.kernel_gradients,
     fused_core.gradient_rows,
+    fused_maps.proj_in_backward,
     None,
     fused_kernels.input_gradients,
 )
@@ -67,8 +70,10 @@ def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_
         )
     if triton_gradients.fits(x, static, width):
         chosen = chosen._replace(
+            kernel_gradients=triton_gradients.kernel_gradients,
             gradient_rows=triton_gradients.gradient_rows,
+            proj_in_backward=triton_gradients.proj_in_backward,
             input_gradient=triton_gradients.input_gradient,
-            input_gradients=triton_gradients.input_gradient,
+            input_gradients=triton_gradients.input_gradients,
         )
     return chosen

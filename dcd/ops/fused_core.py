@@ -89,9 +89,11 @@ class Implementation(NamedTuple):
     form_kernels: Callable  # equation 25
     form_kernels_backward: Callable  # equation 28
     project: Callable  # equation 26
+    kernel_gradients: Callable  # equation 27
     gradient_rows: Callable  # right of equations 24 and 29
+    proj_in_backward: Callable  # equation 6 and left of equation 24
     input_gradient: Callable | None  # d_x of equation 24 for 1×1 and stride 1; None: by the convolution's own backward
-    input_gradients: Callable  # d_x of equation 29
+    input_gradients: Callable  # d_x of equation 29 and d_q of equation 6
 
 
 class Settings(NamedTuple):
@@ -109,6 +111,15 @@ class Matrices(NamedTuple):
     channel_scale: Tensor  # Λ (B, O)
     fused: Tensor  # (B, L⁺, L)
     read_out: Tensor  # (B, L⁺, O)
+
+
+class ToLatent(NamedTuple):
+    """What d_q of equation 6 is made from, and what tells its mean."""
+
+    read_out: Tensor  # (B, L⁺, O)
+    q_to_d_q: Tensor  # (B, L⁺, L⁺)
+    d_y_sum: Tensor  # (B, O), over the positions
+    q_mean: Tensor  # (B, L⁺), over the positions
 
 
 class SavedCore(NamedTuple):
@@ -165,14 +176,21 @@ def centred_latent_rows(x: Tensor, padded: Tensor, latent_dim: int, stride: int)
     return latent_rows(x, padded, offset, stride), offset
 
 
-def latent_gradient(d_rows: Tensor, q: Tensor, read_out: Tensor, q_to_d_q: Tensor) -> Tensor:
-    """d_q (B, N, L⁺) of equation 6 from d_y as rows (B, N, O), in their dtype.
+def to_latent(saved: SavedCore, q_to_d_q: Tensor, d_read_out: Tensor) -> ToLatent:
+    """From what forward has saved and backward has found; column L of q is 1, so row L of its products are sums."""
+    one = len(saved.convolutions.proj_in)
+    return ToLatent(saved.matrices.read_out, q_to_d_q, d_read_out[:, one], saved.fuse.moments[:, one])
+
+
+def latent_gradient(d_rows: Tensor, q: Tensor, to_latent: ToLatent) -> Tensor:
+    """d_q (B, N, L⁺) of equation 6 from d_y as rows (B, N, O), in their dtype, by PyTorch's operations.
 
     Its mean over all positions is 0, since bn1 subtracts its input's mean. In 16 bits it would not be: read_out is
     rounded, by as much at all positions. Where x has a mean, the small sum that is left outweighs proj_in's gradient.
     So the mean is subtracted, in float32, before d_q is rounded.
     """
-    d_q = torch.bmm(d_rows, read_out.to(d_rows.dtype).transpose(1, 2))
+    q_to_d_q = to_latent.q_to_d_q
+    d_q = torch.bmm(d_rows, to_latent.read_out.to(d_rows.dtype).transpose(1, 2))
     if q.dtype == q_to_d_q.dtype:
         return d_q.baddbmm_(q, q_to_d_q)
     d_q = torch.baddbmm(d_q.to(q_to_d_q.dtype), q.to(q_to_d_q.dtype), q_to_d_q)

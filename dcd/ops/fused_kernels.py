@@ -31,7 +31,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dcd.ops import fused_core as core
-from dcd.ops.fused_core import Parameters, Settings
+from dcd.ops.fused_core import Parameters, Settings, ToLatent
 from dcd.ops.image_matrices import Statistics
 from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product, pool_cells, pooled
 
@@ -71,18 +71,19 @@ class _DynamicKernels(Function):
     @core.leaves_autocast
     def backward(ctx, d_y: Tensor, *_):
         (x, padded, q, kernels), saved = core.load(ctx)
-        (static, proj_in, _), (channel_scale, _, read_out), settings = saved.convolutions, saved.matrices, ctx.settings
+        (static, proj_in, _), settings, implementation = saved.convolutions, ctx.settings, ctx.settings.implementation
         positions, d_rows = q.shape[1], as_rows(d_y)  # [B, N, O]
-        d_scale, d_static = settings.implementation.form_kernels_backward(
-            torch.bmm(d_rows.transpose(1, 2), as_rows(x)), channel_scale, static.flatten(1)
+        d_kernels, d_read_out = implementation.kernel_gradients(d_rows, as_rows(x), q)
+        d_scale, d_static = implementation.form_kernels_backward(
+            d_kernels, saved.matrices.channel_scale, static.flatten(1)
         )
-        d_read_out = exact_product(q.transpose(1, 2), d_rows).to(static.dtype)  # [B, L⁺, O]
+        d_read_out = d_read_out.to(static.dtype)
         d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, positions, settings)
-        d_q = core.latent_gradient(d_rows, q, read_out, q_to_d_q)
-        d_proj_in = core.proj_in_gradient(d_q, x, settings.stride, proj_in)
         cells = core.cell_columns(len(proj_in), settings.pool_size)
-        right = settings.implementation.gradient_rows(padded, q_to_d_q, d_descriptor, cells, positions, x.dtype)
-        d_x = as_features(settings.implementation.input_gradients(d_rows, kernels, q, right), x.shape[2:])
+        right = implementation.gradient_rows(padded, q_to_d_q, d_descriptor, cells, positions, x.dtype)
+        to_latent = core.to_latent(saved, q_to_d_q, d_read_out)
+        d_x, d_q = implementation.input_gradients(d_rows, kernels, q, right, to_latent)
+        d_proj_in, d_x = core.proj_in_gradient(d_q, x, settings.stride, proj_in), as_features(d_x, x.shape[2:])
         return None, d_x, as_gradient(d_static, static), d_proj_in, *d_others
 
 
@@ -127,9 +128,17 @@ def form_kernels_backward(d_kernels: Tensor, channel_scale: Tensor, static: Tens
     return d_scale, d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0)
 
 
-def input_gradients(d_y: Tensor, kernels: Tensor, q: Tensor, right: Tensor) -> Tensor:
-    """d_x (B, N, C) of equation 29 from d_y (B, N, O), by PyTorch's operations."""
-    return torch.bmm(d_y, kernels).baddbmm_(q, right)
+def kernel_gradients(d_y: Tensor, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """From d_y (B, N, O), x (B, N, C) and q (B, N, L⁺), by PyTorch's operations: d_kernels (B, O, C) of equation 27 in
+    their dtype, and d_read_out (B, L⁺, O) in float32 or better."""
+    return torch.bmm(d_y.transpose(1, 2), x), exact_product(q.transpose(1, 2), d_y)
+
+
+def input_gradients(
+    d_y: Tensor, kernels: Tensor, q: Tensor, right: Tensor, to_latent: ToLatent
+) -> tuple[Tensor, Tensor]:
+    """From d_y (B, N, O), by PyTorch's operations: d_x (B, N, C) of equation 29 and d_q (B, N, L⁺) of equation 6."""
+    return torch.bmm(d_y, kernels).baddbmm_(q, right), core.latent_gradient(d_y, q, to_latent)
 
 
 def project(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:

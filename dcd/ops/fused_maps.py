@@ -26,7 +26,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dcd.ops import fused_core as core
-from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings
+from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings, ToLatent
 from dcd.ops.image_matrices import Statistics
 from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product, pool_cells, pooled, sum_over_positions
 
@@ -64,23 +64,22 @@ class _DynamicMaps(Function):
     def backward(ctx, d_y: Tensor, *_):
         maps, saved = core.load(ctx)
         (x, weight, padded, q, _), proj_in, settings = maps, saved.convolutions.proj_in, ctx.settings
-        d_rows, input_gradient = as_rows(d_y), settings.implementation.input_gradient  # [B, N, O]
+        d_rows, implementation = as_rows(d_y), settings.implementation  # [B, N, O]
         d_x_is_wanted, is_1x1 = ctx.needs_input_grad[1], weight.shape[2] == settings.stride == 1
-        in_one_product = is_1x1 and input_gradient is not None
+        in_one_product = is_1x1 and implementation.input_gradient is not None
         d_static_out, d_scale, d_read_out = _combine_backward(d_rows, maps, saved, settings)
         d_x, d_static = _static_backward(d_static_out, maps, saved, settings, d_x_is_wanted and not in_one_product)
         d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(
             saved, d_scale, d_read_out, q.shape[1], settings
         )
-        d_q = core.latent_gradient(d_rows, q, saved.matrices.read_out, q_to_d_q)
-        d_proj_in = core.proj_in_gradient(d_q, x, settings.stride, proj_in)
+        to_latent = core.to_latent(saved, q_to_d_q, d_read_out)
+        d_proj_in, left = implementation.proj_in_backward(d_rows, q, to_latent, x, proj_in, settings)
         if d_x_is_wanted:
             cells = core.cell_columns(len(proj_in), settings.pool_size)
-            left = scatter_strided(d_q, x, settings.stride)  # [B, H*W, L⁺]
-            left[:, :, cells] = pool_cells(x, settings.pool_size)
-            right = settings.implementation.gradient_rows(padded, None, d_descriptor, cells, left.shape[1], x.dtype)
+            right = implementation.gradient_rows(padded, None, d_descriptor, cells, left.shape[1], x.dtype)
             if in_one_product:
-                d_x = as_features(input_gradient(d_static_out, weight.flatten(1), left, right), x.shape[2:])
+                d_x = implementation.input_gradient(d_static_out, weight.flatten(1), left, right)
+                d_x = as_features(d_x, x.shape[2:])
             else:
                 as_rows(d_x).baddbmm_(left, right)
         return None, d_x, d_static, d_proj_in, *d_others
@@ -169,6 +168,17 @@ def combine_backward(
     d_static_out = d_y * channel_scale.to(d_y.dtype).unsqueeze(1)
     d_scale = sum_over_positions(d_y * static_out)
     return d_static_out, d_scale, exact_product(q.transpose(1, 2), d_y)
+
+
+def proj_in_backward(
+    d_y: Tensor, q: Tensor, to_latent: ToLatent, x: Tensor, proj_in: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """From d_y (B, N, O), by PyTorch's operations: d_proj_in of equation 6, and `left` (B, H·W, L⁺) of equation 24."""
+    d_q = core.latent_gradient(d_y, q, to_latent)
+    d_proj_in = core.proj_in_gradient(d_q, x, settings.stride, proj_in)
+    left = scatter_strided(d_q, x, settings.stride)
+    left[:, :, core.cell_columns(len(proj_in), settings.pool_size)] = pool_cells(x, settings.pool_size)
+    return d_proj_in, left
 
 
 def scatter_strided(rows: Tensor, x: Tensor, stride: int) -> Tensor:

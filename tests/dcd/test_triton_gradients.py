@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from dcd.layers import set_form
-from dcd.ops import fused_core, triton_gradients
+from dcd.ops import fused_core, fused_kernels, fused_maps, triton_gradients
+from dcd.ops.fused_core import Settings, ToLatent
+from dcd.ops.rows import as_rows, pool_cells
 from tests.dcd.helpers import create_layer, error, results
 from tests.dcd.test_triton import PRECISIONS
 
@@ -66,6 +68,71 @@ def test_rows_of_the_second_product(cells, with_statistics, dtype):
     found = triton_gradients.gradient_rows(*args, dtype)
     exact = fused_core.gradient_rows(*(arg.double() if torch.is_tensor(arg) else arg for arg in args), torch.float64)
     assert found.dtype == dtype and error(found.double(), exact) < torch.finfo(dtype).eps
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_gradients_of_the_kernels_and_of_read_out(sizes, dtype):
+    batch, positions, channels, out_channels, width = sizes
+    shapes = [(batch, positions, columns) for columns in (out_channels, channels, width)]
+    d_rows, x, q = (halves(*shape, dtype=dtype) for shape in shapes)
+    wanted = fused_kernels.kernel_gradients(d_rows.double(), x.double(), q.double())
+    found = triton_gradients.kernel_gradients(d_rows, x, q)
+    assert [value.dtype for value in found] == [dtype, torch.float32]
+    assert error(found[0].double(), wanted[0]) < torch.finfo(dtype).eps
+    assert error(found[1].double(), wanted[1]) < 1e-6
+
+
+def latent_problem(d_rows: torch.Tensor, q: torch.Tensor) -> tuple[ToLatent, torch.Tensor]:
+    """Matrices whose d_q has a mean, and that d_q less its mean, in float64."""
+    (batch, _, out_channels), width = d_rows.shape, q.shape[2]
+    read_out, q_to_d_q = torch.randn(batch, width, out_channels), torch.randn(batch, width, width)
+    read_out, q_to_d_q = read_out.to(d_rows.dtype).float().to(DEVICE), q_to_d_q.to(DEVICE)
+    d_q = d_rows.double() @ read_out.double().transpose(1, 2) + q.double() @ q_to_d_q.double()
+    sums = torch.ones(batch, 3, out_channels, device=DEVICE)  # their rows are not next to each other
+    sums[:, 1], means = d_rows.float().sum(1), q.float().mean(1)
+    return ToLatent(read_out, q_to_d_q, sums[:, 1], means), d_q - d_q.mean((0, 1))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_gradients_of_x_and_q_in_one_kernel(sizes, dtype):
+    batch, positions, channels, out_channels, width = sizes
+    d_rows, q = 5 + halves(batch, positions, out_channels, dtype=dtype), halves(batch, positions, width, dtype=dtype)
+    kernels, right = halves(batch, out_channels, channels, dtype=dtype), halves(batch, width, channels, dtype=dtype)
+    to_latent, d_q = latent_problem(d_rows, q)
+    exact = d_rows.double() @ kernels.double() + q.double() @ right.double(), d_q
+    found = triton_gradients.input_gradients(d_rows, kernels, q, right, to_latent)
+    for value, wanted in zip(found, exact, strict=True):
+        assert value.dtype == dtype and error(value.double(), wanted) < torch.finfo(dtype).eps
+    assert found[1].double().mean((0, 1)).abs().max() < 0.1 * torch.finfo(dtype).eps * d_q.abs().max()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("pool_size", [1, 2])
+@pytest.mark.parametrize("stride, height, width", [(1, 13, 11), (2, 13, 11), (2, 6, 8), (3, 7, 5)])
+def test_gradient_of_q_where_proj_in_sees_x(stride, height, width, pool_size, dtype):
+    batch, channels, out_channels, latent_dim = 3, 40, 72, 11
+    x = halves(batch, channels, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    proj_in = torch.randn(latent_dim, channels, 1, 1, device=DEVICE)
+    seen = as_rows(x[:, :, ::stride, ::stride])
+    q = halves(batch, seen.shape[1], fused_core.latent_width(latent_dim, pool_size), dtype=dtype)
+    d_rows = 5 + halves(batch, seen.shape[1], out_channels, dtype=dtype)
+    to_latent, d_q = latent_problem(d_rows, q)
+    settings = Settings(stride, pool_size, (0.0, 0.0), None)
+    d_proj_in, left = triton_gradients.proj_in_backward(d_rows, q, to_latent, x, proj_in, settings)
+    d_q[:, :, latent_dim:] = 0
+    wanted = fused_maps.scatter_strided(d_q, x, stride)
+    cells, columns = pool_cells(x, pool_size), fused_core.cell_columns(latent_dim, pool_size)
+    assert torch.equal(left[:, :, columns], cells.expand(batch, -1, -1))
+    left[:, :, columns] = 0
+    assert left.dtype == dtype and error(left.double(), wanted) < torch.finfo(dtype).eps
+    assert ((left == 0) == (wanted == 0)).all()
+    exact = (d_q.flatten(0, 1).t() @ seen.double().flatten(0, 1))[:latent_dim, :, None, None]
+    assert d_proj_in.dtype == torch.float32 and error(d_proj_in.double(), exact) < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.usefixtures("poisoned", "exact_float32")

@@ -64,10 +64,11 @@ def test_one_graph_has_the_kernels_of_both_passes(kernel_size, stride, form):
     command = [sys.executable, "-m", "tests.dcd.test_triton_traces", str(kernel_size), str(stride), form]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    of_form = {"_form", "_project", "_take_apart"} if form == "kernels" else {"_forward", "_backward"}
-    if kernel_size == stride == 1:
-        of_form.add("_d_x")
-    of_all = {"_right", "_norm1", "_latent", "_fused", "_d_latent", "_d_phi", "_d_norm1", "_q_to_d_q"}
+    if form == "kernels":
+        of_form = {"_form", "_project", "_take_apart", "_d_kernels", "_d_x_and_d_q"}
+    else:
+        of_form = {"_forward", "_backward", "_d_q"} | ({"_d_x"} if kernel_size == stride == 1 else set())
+    of_all = {"_right", "_latent_mean", "_norm1", "_latent", "_fused", "_d_latent", "_d_phi", "_d_norm1", "_q_to_d_q"}
     assert set(done.stdout.split()) == of_form | of_all
 
 

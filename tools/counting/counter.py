@@ -40,6 +40,10 @@ PART_OF_FUNCTION = {
     "project": PRODUCTS,
     "gradient_rows": MATRICES,
     "input_gradient": PRODUCTS,
+    "input_gradients": PRODUCTS,
+    "kernel_gradients": PRODUCTS,
+    "proj_in_backward": PRODUCTS,
+    "_rounded_and_mean": MATRICES,
 }
 PART_OF_OPERATION = {
     **dict.fromkeys(("convolution", "convolution_backward", "mm", "bmm", "addmm", "baddbmm", "baddbmm_"), PRODUCTS),
