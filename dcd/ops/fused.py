@@ -21,6 +21,7 @@ from dcd.ops.fused_core import Implementation, Parameters, latent_width
 FORMS = {"maps": fused_maps, "kernels": fused_kernels}
 
 PYTORCH = Implementation(
+    fused_core.read_latent,
     image_matrices.fuse,
     image_matrices.fuse_backward,
     fused_maps.combine,
@@ -55,7 +56,7 @@ def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_
     """PyTorch's operations, or Triton's kernels for what they can take; these are imported here alone."""
     if not by_triton or x.dtype == float64:
         return PYTORCH
-    from dcd.ops import triton_combine, triton_gradients, triton_matrices, triton_project
+    from dcd.ops import triton_combine, triton_gradients, triton_latent, triton_matrices, triton_project
 
     static, proj_in, _ = parameters.convolutions
     width = latent_width(len(proj_in), pool_size)
@@ -68,6 +69,8 @@ def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_
             form_kernels_backward=triton_project.form_kernels_backward,
             project=triton_project.project,
         )
+    if triton_latent.fits(x, width):
+        chosen = chosen._replace(read_latent=triton_latent.read_latent)
     if triton_gradients.fits(x, static, width):
         chosen = chosen._replace(
             kernel_gradients=triton_gradients.kernel_gradients,

@@ -60,7 +60,7 @@ from dcd.ops.image_matrices import (
     coefficients_backward,
     fuse_by,
 )
-from dcd.ops.rows import as_gradient, as_rows, exact_product, kept, mean_product, pooled, round_up
+from dcd.ops.rows import as_gradient, as_rows, exact_product, kept, mean_product, pool_cells, pooled, round_up
 
 
 class Convolutions(NamedTuple):
@@ -82,6 +82,7 @@ class Parameters(NamedTuple):
 class Implementation(NamedTuple):
     """The functions that do most of the work, each by PyTorch's operations or by Triton's kernels."""
 
+    read_latent: Callable  # equations 1 and 4
     fuse: Callable  # equations 9 to 13
     fuse_backward: Callable  # equations 15 to 21
     combine: Callable  # equation 22
@@ -111,6 +112,16 @@ class Matrices(NamedTuple):
     channel_scale: Tensor  # Λ (B, O)
     fused: Tensor  # (B, L⁺, L)
     read_out: Tensor  # (B, L⁺, O)
+
+
+class Latent(NamedTuple):
+    """What forward reads in x; all but q in the dtype of proj_in, moments in float32 or better."""
+
+    padded: Tensor  # (L⁺, C)
+    q: Tensor  # (B, N, L⁺)
+    offset: Tensor  # (L⁺,) = (-centre, 1, 0)
+    descriptor: Tensor  # (B, C·D)
+    moments: Tensor  # (B, L⁺, L⁺), equation 4
 
 
 class ToLatent(NamedTuple):
@@ -212,13 +223,23 @@ def _moments(q: Tensor) -> Tensor:
     return mean_product(exact, exact)
 
 
+def read_latent(x: Tensor, proj_in: Tensor, settings: Settings, with_cells: bool) -> Latent:
+    """q, with the cells of the pool in its columns if asked for, and the sums of it and x, by PyTorch's operations."""
+    padded = pad_proj_in(proj_in, settings.pool_size)
+    q, offset = centred_latent_rows(x, padded, len(proj_in), settings.stride)
+    if with_cells:
+        q[:, :, cell_columns(len(proj_in), settings.pool_size)] = pool_cells(x, settings.pool_size)
+    descriptor = pooled(x, settings.pool_size, proj_in.dtype)
+    return Latent(padded, q, offset.to(proj_in.dtype), descriptor, _moments(q))
+
+
 def small_matrices(
-    q: Tensor, offset: Tensor, descriptor: Tensor, parameters: Parameters, settings: Settings
+    moments: Tensor, offset: Tensor, descriptor: Tensor, parameters: Parameters, settings: Settings
 ) -> tuple[SavedCore, Statistics]:
-    """Equations 3 and 4, with the statistics of this batch.
+    """Equation 3, with the statistics of this batch.
 
     Args:
-        q: (B, N, L⁺).
+        moments: (B, L⁺, L⁺).
         offset: (L⁺,).
         descriptor: (B, C·D).
         parameters: of the dtype of offset and descriptor.
@@ -229,7 +250,7 @@ def small_matrices(
     """
     (_, _, proj_out), branch, norms = parameters
     phi, channel_scale, saved_coefficients = coefficients(descriptor, branch)
-    fused, statistics, saved_fuse = settings.implementation.fuse(phi, _moments(q), norms, settings.eps)
+    fused, statistics, saved_fuse = settings.implementation.fuse(phi, moments, norms, settings.eps)
     # of proj_in x: the centre is added again, and offset is -centre
     statistics = statistics._replace(mean1=statistics.mean1 - offset[: phi.shape[1]])
     matrices = Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from dcd.ops import fused_core as core
 from dcd.ops.fused_core import Parameters, Settings, ToLatent
 from dcd.ops.image_matrices import Statistics
-from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product, pool_cells, pooled
+from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product
 
 
 class SavedKernels(NamedTuple):
@@ -50,12 +50,8 @@ class _DynamicKernels(Function):
     def forward(ctx, settings: Settings, x: Tensor, *weights: Tensor):
         parameters = core.parameters_of(weights)
         static, proj_in, _ = parameters.convolutions
-        padded = core.pad_proj_in(proj_in, settings.pool_size)
-        q, offset = core.centred_latent_rows(x, padded, len(proj_in), settings.stride)
-        offset = offset.to(static.dtype)
-        q[:, :, core.cell_columns(len(proj_in), settings.pool_size)] = pool_cells(x, settings.pool_size)
-        descriptor = pooled(x, settings.pool_size, static.dtype)
-        saved, statistics = core.small_matrices(q, offset, descriptor, parameters, settings)
+        padded, q, offset, descriptor, moments = settings.implementation.read_latent(x, proj_in, settings, True)
+        saved, statistics = core.small_matrices(moments, offset, descriptor, parameters, settings)
         channel_scale, _, read_out = saved.matrices
         bias = torch.bmm(offset.expand(len(x), 1, -1), read_out).squeeze(1)  # [B, O]
         kernels = settings.implementation.form_kernels(channel_scale, static.flatten(1), read_out, padded, x.dtype)

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from dcd.ops import fused_core as core
 from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings, ToLatent
 from dcd.ops.image_matrices import Statistics
-from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product, pool_cells, pooled, sum_over_positions
+from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product, pool_cells, sum_over_positions
 
 
 class SavedMaps(NamedTuple):
@@ -46,10 +46,8 @@ class _DynamicMaps(Function):
     def forward(ctx, settings: Settings, x: Tensor, *weights: Tensor):
         parameters = core.parameters_of(weights)
         static, proj_in, _ = parameters.convolutions
-        padded = core.pad_proj_in(proj_in, settings.pool_size)
-        q, offset = core.centred_latent_rows(x, padded, len(proj_in), settings.stride)
-        descriptor = pooled(x, settings.pool_size, static.dtype)
-        saved, statistics = core.small_matrices(q, offset.to(static.dtype), descriptor, parameters, settings)
+        padded, q, offset, descriptor, moments = settings.implementation.read_latent(x, proj_in, settings, False)
+        saved, statistics = core.small_matrices(moments, offset, descriptor, parameters, settings)
         weight = static.to(x.dtype)
         y, static_out = _apply(x, weight, q, saved.matrices, settings)
         core.save(ctx, SavedMaps(x, weight, padded, q, static_out), saved)

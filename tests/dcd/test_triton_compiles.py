@@ -84,6 +84,16 @@ def gradients(dtype: torch.dtype, batch: int, positions: int, channels: int, out
         triton_gradients.proj_in_backward(d_rows, q, to_latent, maps, torch.empty(width - 2, channels, 1, 1), settings)
 
 
+def latent(dtype: torch.dtype, batch: int, positions: int, channels: int, _: int, width: int) -> None:
+    from dcd.ops import triton_latent
+    from dcd.ops.fused_core import Settings
+
+    for stride, pool_size in (1, 1), (2, 2):
+        x = torch.empty(batch, positions, stride, channels, dtype=dtype).permute(0, 3, 1, 2)
+        proj_in = torch.empty(width - 1 - pool_size**2, channels, 1, 1)
+        triton_latent.read_latent(x, proj_in, Settings(stride, pool_size, (0.0, 0.0), None), pool_size == 2)
+
+
 def compiled(case: tuple) -> list[tuple]:
     """The kernels that a case launches: name, case, registers of a thread, bytes that did not fit in."""
     from triton import JITFunction
@@ -146,6 +156,7 @@ def test_every_kernel_fits_in_the_registers_of_an_h100(tmp_path):
         *("_forward", "_backward", "_project", "_form", "_take_apart"),
         *("_norm1", "_latent", "_fused", "_d_latent", "_d_phi", "_d_norm1", "_q_to_d_q"),
         *("_d_x", "_right", "_latent_mean", "_d_q", "_d_x_and_d_q", "_d_kernels"),
+        *("_centre", "_read", "_add_up"),
     }
     assert [kernel for kernel in found if kernel[-1]] == []
 
@@ -154,7 +165,7 @@ if __name__ == "__main__":
     cases = [("combine", precision, dtype, *case) for case in COMBINE for dtype, precision in DTYPES]
     cases += [("matrices", "highest", *case) for case in MATRICES]
     cases += [("project", precision, dtype, *case) for case in PROJECT for dtype, precision in DTYPES[:2]]
-    cases += [("gradients", "high", torch.bfloat16, *case) for case in PROJECT]
+    cases += [(name, "high", torch.bfloat16, *case) for name in ("gradients", "latent") for case in PROJECT]
     with ProcessPoolExecutor(2) as pool:
         for kernels in pool.map(compiled, cases):
             for kernel in kernels:

@@ -32,6 +32,7 @@ PART_OF_FUNCTION = {
     "_moments": "moments of q",
     "pad_proj_in": "q",
     "centred_latent_rows": "q",
+    "read_latent": "q",
     "pooled": "pools of dynamic layers",
     "combine": "maps",
     "combine_backward": "maps",

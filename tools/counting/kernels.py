@@ -154,6 +154,9 @@ TRITON_FLOPS: dict[str, Callable[..., int]] = {
     ),
     "_d_kernels": lambda d_rows, x, q, *_: 2 * d_rows.numel() * (x.shape[2] + q.shape[2]),
     "_d_q": lambda d_rows, read_out, q, *_: 2 * q.numel() * (d_rows.shape[2] + q.shape[2]),
+    "_read": lambda x, rounded, parts, cells, q, *_: (
+        2 * x.numel() * (len(rounded) + cells.shape[1]) + 2 * q.numel() * q.shape[2]
+    ),
     "_form": lambda scale, static, read_out, padded, kernels, *_: 2 * kernels.numel() * len(padded),
 }
 
