@@ -12,7 +12,10 @@ STDLIB = set(sys.stdlib_module_names)
 OURS = {"dcd", "pipelines", "training", "train_dist", "tools", "benchmarks", "tests"}
 OPTIONAL = {"nvidia", "ffcv", "triton", "apex", "onnx", "onnxruntime"}  # imported where they are used
 # are made of Triton, so they are imported like it
-KERNELS = tuple(f"dcd.ops.triton_{name}" for name in ("coefficients", "combine", "matrices", "norm", "project"))
+KERNELS = tuple(
+    f"dcd.ops.triton_{name}"
+    for name in ("coefficients", "combine", "gradients", "latent", "matrices", "norm", "project")
+)
 NOT_THE_PROJECT = {"build", "data", "runs", "out"}  # nor hidden folders
 
 

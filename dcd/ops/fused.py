@@ -8,19 +8,21 @@ To be read in this order; the equations are numbered through:
     image_matrices.py   8 to 21: the batch norms among them, and their statistics
     fused_maps.py       22 to 24: the form "maps"
     fused_kernels.py    25 to 29: the form "kernels", one kernel for each image
-    triton_*.py         the same equations by kernels for a GPU; 30 and 31 in triton_matrices.py
+    triton_*.py         the same equations by kernels for a GPU; 30 and 31 in triton_matrices.py,
+                         41 in triton_gradients.py
     folded.py           32 to 35: all batch norms folded, for inference
     triton_norm.py      36 to 40: the network's batch norms, with what stands behind them, for a GPU
 """
 
 from torch import Tensor, float32, float64
 
-from dcd.ops import fused_kernels, fused_maps, image_matrices
+from dcd.ops import fused_core, fused_kernels, fused_maps, image_matrices
 from dcd.ops.fused_core import Implementation, Parameters, latent_width
 
 FORMS = {"maps": fused_maps, "kernels": fused_kernels}
 
 PYTORCH = Implementation(
+    fused_core.read_latent,
     image_matrices.coefficients,
     image_matrices.coefficients_backward,
     image_matrices.fuse,
@@ -31,6 +33,11 @@ PYTORCH = Implementation(
     fused_kernels.form_kernels,
     fused_kernels.form_kernels_backward,
     fused_kernels.project,
+    fused_kernels.kernel_gradients,
+    fused_core.gradient_rows,
+    fused_maps.proj_in_backward,
+    None,
+    fused_kernels.input_gradients,
 )
 
 
@@ -53,7 +60,14 @@ def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_
     """PyTorch's operations, or Triton's kernels for what they can take; these are imported here alone."""
     if not by_triton or x.dtype == float64:
         return PYTORCH
-    from dcd.ops import triton_coefficients, triton_combine, triton_matrices, triton_project
+    from dcd.ops import (
+        triton_coefficients,
+        triton_combine,
+        triton_gradients,
+        triton_latent,
+        triton_matrices,
+        triton_project,
+    )
 
     (static, proj_in, _), branch, _ = parameters
     width = latent_width(len(proj_in), pool_size)
@@ -74,5 +88,15 @@ def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_
             form_kernels=triton_project.form_kernels,
             form_kernels_backward=triton_project.form_kernels_backward,
             project=triton_project.project,
+        )
+    if triton_latent.fits(x, width):
+        chosen = chosen._replace(read_latent=triton_latent.read_latent)
+    if triton_gradients.fits(x, static, width):
+        chosen = chosen._replace(
+            kernel_gradients=triton_gradients.kernel_gradients,
+            gradient_rows=triton_gradients.gradient_rows,
+            proj_in_backward=triton_gradients.proj_in_backward,
+            input_gradient=triton_gradients.input_gradient,
+            input_gradients=triton_gradients.input_gradients,
         )
     return chosen

@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcd.ops.image_matrices import Branch, Norms, SavedCoefficients, Statistics, fuse_by
-from dcd.ops.rows import as_gradient, as_rows, exact_product, kept, mean_product, pooled, round_up
+from dcd.ops.rows import as_gradient, as_rows, exact_product, kept, mean_product, pool_cells, pooled, round_up
 
 
 class Convolutions(NamedTuple):
@@ -74,6 +74,7 @@ class Parameters(NamedTuple):
 class Implementation(NamedTuple):
     """The functions that do most of the work, each by PyTorch's operations or by Triton's kernels."""
 
+    read_latent: Callable  # equations 1 and 4
     coefficients: Callable  # Φ and Λ
     coefficients_backward: Callable
     fuse: Callable  # equations 9 to 13
@@ -84,6 +85,11 @@ class Implementation(NamedTuple):
     form_kernels: Callable  # equation 25
     form_kernels_backward: Callable  # equation 28
     project: Callable  # equation 26
+    kernel_gradients: Callable  # equation 27
+    gradient_rows: Callable  # right of equations 24 and 29
+    proj_in_backward: Callable  # equation 6 and left of equation 24
+    input_gradient: Callable | None  # d_x of equation 24 for 1×1 and stride 1; None: by the convolution's own backward
+    input_gradients: Callable  # d_x of equation 29 and d_q of equation 6
 
 
 class Settings(NamedTuple):
@@ -101,6 +107,25 @@ class Matrices(NamedTuple):
     channel_scale: Tensor  # Λ (B, O)
     fused: Tensor  # (B, L⁺, L)
     read_out: Tensor  # (B, L⁺, O)
+
+
+class Latent(NamedTuple):
+    """What forward reads in x; all but q in the dtype of proj_in, moments in float32 or better."""
+
+    padded: Tensor  # (L⁺, C)
+    q: Tensor  # (B, N, L⁺)
+    offset: Tensor  # (L⁺,) = (-centre, 1, 0)
+    descriptor: Tensor  # (B, C·D)
+    moments: Tensor  # (B, L⁺, L⁺), equation 4
+
+
+class ToLatent(NamedTuple):
+    """What d_q of equation 6 is made from, and what tells its mean."""
+
+    read_out: Tensor  # (B, L⁺, O)
+    q_to_d_q: Tensor  # (B, L⁺, L⁺)
+    d_y_sum: Tensor  # (B, O), over the positions
+    q_mean: Tensor  # (B, L⁺), over the positions
 
 
 class SavedCore(NamedTuple):
@@ -157,14 +182,21 @@ def centred_latent_rows(x: Tensor, padded: Tensor, latent_dim: int, stride: int)
     return latent_rows(x, padded, offset, stride), offset
 
 
-def latent_gradient(d_rows: Tensor, q: Tensor, read_out: Tensor, q_to_d_q: Tensor) -> Tensor:
-    """d_q (B, N, L⁺) of equation 6 from d_y as rows (B, N, O), in their dtype.
+def to_latent(saved: SavedCore, q_to_d_q: Tensor, d_read_out: Tensor) -> ToLatent:
+    """From what forward has saved and backward has found; column L of q is 1, so row L of its products are sums."""
+    one = len(saved.convolutions.proj_in)
+    return ToLatent(saved.matrices.read_out, q_to_d_q, d_read_out[:, one], saved.fuse.moments[:, one])
+
+
+def latent_gradient(d_rows: Tensor, q: Tensor, to_latent: ToLatent) -> Tensor:
+    """d_q (B, N, L⁺) of equation 6 from d_y as rows (B, N, O), in their dtype, by PyTorch's operations.
 
     Its mean over all positions is 0, since bn1 subtracts its input's mean. In 16 bits it would not be: read_out is
     rounded, by as much at all positions. Where x has a mean, the small sum that is left outweighs proj_in's gradient.
     So the mean is subtracted, in float32, before d_q is rounded.
     """
-    d_q = torch.bmm(d_rows, read_out.to(d_rows.dtype).transpose(1, 2))
+    q_to_d_q = to_latent.q_to_d_q
+    d_q = torch.bmm(d_rows, to_latent.read_out.to(d_rows.dtype).transpose(1, 2))
     if q.dtype == q_to_d_q.dtype:
         return d_q.baddbmm_(q, q_to_d_q)
     d_q = torch.baddbmm(d_q.to(q_to_d_q.dtype), q.to(q_to_d_q.dtype), q_to_d_q)
@@ -186,13 +218,23 @@ def _moments(q: Tensor) -> Tensor:
     return mean_product(exact, exact)
 
 
+def read_latent(x: Tensor, proj_in: Tensor, settings: Settings, with_cells: bool) -> Latent:
+    """q, with the cells of the pool in its columns if asked for, and the sums of it and x, by PyTorch's operations."""
+    padded = pad_proj_in(proj_in, settings.pool_size)
+    q, offset = centred_latent_rows(x, padded, len(proj_in), settings.stride)
+    if with_cells:
+        q[:, :, cell_columns(len(proj_in), settings.pool_size)] = pool_cells(x, settings.pool_size)
+    descriptor = pooled(x, settings.pool_size, proj_in.dtype)
+    return Latent(padded, q, offset.to(proj_in.dtype), descriptor, _moments(q))
+
+
 def small_matrices(
-    q: Tensor, offset: Tensor, descriptor: Tensor, parameters: Parameters, settings: Settings
+    moments: Tensor, offset: Tensor, descriptor: Tensor, parameters: Parameters, settings: Settings
 ) -> tuple[SavedCore, Statistics]:
-    """Equations 3 and 4, with the statistics of this batch.
+    """Equation 3, with the statistics of this batch.
 
     Args:
-        q: (B, N, L⁺).
+        moments: (B, L⁺, L⁺).
         offset: (L⁺,), of any dtype.
         descriptor: (B, C·D), of any dtype.
         parameters: of one dtype.
@@ -203,7 +245,7 @@ def small_matrices(
     """
     (_, _, proj_out), branch, norms = parameters
     phi, channel_scale, saved_coefficients = settings.implementation.coefficients(descriptor, branch)
-    fused, statistics, saved_fuse = settings.implementation.fuse(phi, _moments(q), offset, norms, settings.eps)
+    fused, statistics, saved_fuse = settings.implementation.fuse(phi, moments, offset, norms, settings.eps)
     matrices = Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())
     return SavedCore(*parameters, matrices, saved_coefficients, saved_fuse), statistics
 
@@ -241,11 +283,26 @@ def matrices_by(x: Tensor, parameters: Parameters, statistics: Statistics, setti
     return Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())
 
 
-def add_pool_gradient_(matrix: Tensor, d_descriptor: Tensor, cells: slice, positions: int) -> None:
-    """The last term of equation 7, of x with so many positions: added to the rows of the cells of a matrix (B, L⁺, C)
-    that is then multiplied by the cells in q."""
-    d_pooled = d_descriptor.unflatten(1, (matrix.shape[2], -1)).transpose(1, 2)  # [B, D, C]
-    matrix[:, cells].add_(d_pooled, alpha=1 / positions)
+def gradient_rows(
+    padded: Tensor, q_to_d_q: Tensor | None, d_descriptor: Tensor, cells: slice, positions: int, dtype: torch.dtype
+) -> Tensor:
+    """`right` of equation 24, or with q_to_d_q of equation 29, by PyTorch's operations.
+
+    Args:
+        padded: (L⁺, C).
+        q_to_d_q: (B, L⁺, L⁺), or None.
+        d_descriptor: (B, C·D).
+        cells: the columns of q for the cells of the pool.
+        positions: of x.
+        dtype: of the result.
+
+    Returns:
+        (B, L⁺, C).
+    """
+    right = padded.repeat(len(d_descriptor), 1, 1) if q_to_d_q is None else q_to_d_q @ padded
+    d_pooled = d_descriptor.unflatten(1, (padded.shape[1], -1)).transpose(1, 2)  # [B, D, C]
+    right[:, cells].add_(d_pooled, alpha=1 / positions)
+    return right.to(dtype)
 
 
 def leaves_autocast(backward: Callable) -> Callable:

@@ -31,9 +31,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dcd.ops import fused_core as core
-from dcd.ops.fused_core import Parameters, Settings
+from dcd.ops.fused_core import Parameters, Settings, ToLatent
 from dcd.ops.image_matrices import Statistics
-from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product, pool_cells, pooled
+from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product
 
 
 class SavedKernels(NamedTuple):
@@ -50,12 +50,8 @@ class _DynamicKernels(Function):
     def forward(ctx, settings: Settings, x: Tensor, *weights: Tensor):
         parameters = core.parameters_of(weights)
         static, proj_in, _ = parameters.convolutions
-        padded = core.pad_proj_in(proj_in, settings.pool_size)
-        q, offset = core.centred_latent_rows(x, padded, len(proj_in), settings.stride)
-        offset = offset.to(static.dtype)
-        q[:, :, core.cell_columns(len(proj_in), settings.pool_size)] = pool_cells(x, settings.pool_size)
-        descriptor = pooled(x, settings.pool_size, x.dtype)
-        saved, statistics = core.small_matrices(q, offset, descriptor, parameters, settings)
+        padded, q, offset, descriptor, moments = settings.implementation.read_latent(x, proj_in, settings, True)
+        saved, statistics = core.small_matrices(moments, offset, descriptor, parameters, settings)
         channel_scale, _, read_out = saved.matrices
         bias = torch.bmm(offset.expand(len(x), 1, -1), read_out).squeeze(1)  # [B, O]
         kernels = settings.implementation.form_kernels(channel_scale, static.flatten(1), read_out, padded, x.dtype)
@@ -71,19 +67,19 @@ class _DynamicKernels(Function):
     @core.leaves_autocast
     def backward(ctx, d_y: Tensor, *_):
         (x, padded, q, kernels), saved = core.load(ctx)
-        (static, proj_in, _), (channel_scale, _, read_out), settings = saved.convolutions, saved.matrices, ctx.settings
+        (static, proj_in, _), settings, implementation = saved.convolutions, ctx.settings, ctx.settings.implementation
         positions, d_rows = q.shape[1], as_rows(d_y)  # [B, N, O]
-        d_x = torch.bmm(d_rows, kernels)  # [B, N, C]
-        d_scale, d_static = settings.implementation.form_kernels_backward(
-            torch.bmm(d_rows.transpose(1, 2), as_rows(x)), channel_scale, static.flatten(1)
+        d_kernels, d_read_out = implementation.kernel_gradients(d_rows, as_rows(x), q)
+        d_scale, d_static = implementation.form_kernels_backward(
+            d_kernels, saved.matrices.channel_scale, static.flatten(1)
         )
-        d_read_out = exact_product(q.transpose(1, 2), d_rows).to(static.dtype)  # [B, L⁺, O]
+        d_read_out = d_read_out.to(static.dtype)
         d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, positions, settings)
-        d_q = core.latent_gradient(d_rows, q, read_out, q_to_d_q)
-        d_proj_in = core.proj_in_gradient(d_q, x, settings.stride, proj_in)
-        right = q_to_d_q @ padded  # [B, L⁺, C]
-        core.add_pool_gradient_(right, d_descriptor, core.cell_columns(len(proj_in), settings.pool_size), positions)
-        d_x = as_features(d_x.baddbmm_(q, right.to(x.dtype)), x.shape[2:])
+        cells = core.cell_columns(len(proj_in), settings.pool_size)
+        right = implementation.gradient_rows(padded, q_to_d_q, d_descriptor, cells, positions, x.dtype)
+        to_latent = core.to_latent(saved, q_to_d_q, d_read_out)
+        d_x, d_q = implementation.input_gradients(d_rows, kernels, q, right, to_latent)
+        d_proj_in, d_x = core.proj_in_gradient(d_q, x, settings.stride, proj_in), as_features(d_x, x.shape[2:])
         return None, d_x, as_gradient(d_static, static), d_proj_in, *d_others
 
 
@@ -126,6 +122,19 @@ def form_kernels_backward(d_kernels: Tensor, channel_scale: Tensor, static: Tens
     d_kernels = d_kernels.to(static.dtype)
     d_scale = (d_kernels * static).sum(2)
     return d_scale, d_kernels.mul_(channel_scale.unsqueeze(2)).sum(0)
+
+
+def kernel_gradients(d_y: Tensor, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """From d_y (B, N, O), x (B, N, C) and q (B, N, L⁺), by PyTorch's operations: d_kernels (B, O, C) of equation 27 in
+    their dtype, and d_read_out (B, L⁺, O) in float32 or better."""
+    return torch.bmm(d_y.transpose(1, 2), x), exact_product(q.transpose(1, 2), d_y)
+
+
+def input_gradients(
+    d_y: Tensor, kernels: Tensor, q: Tensor, right: Tensor, to_latent: ToLatent
+) -> tuple[Tensor, Tensor]:
+    """From d_y (B, N, O), by PyTorch's operations: d_x (B, N, C) of equation 29 and d_q (B, N, L⁺) of equation 6."""
+    return torch.bmm(d_y, kernels).baddbmm_(q, right), core.latent_gradient(d_y, q, to_latent)
 
 
 def project(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:

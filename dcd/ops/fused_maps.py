@@ -26,9 +26,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dcd.ops import fused_core as core
-from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings
+from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings, ToLatent
 from dcd.ops.image_matrices import Statistics
-from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product, pool_cells, pooled, sum_over_positions
+from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product, pool_cells, sum_over_positions
 
 
 class SavedMaps(NamedTuple):
@@ -46,10 +46,8 @@ class _DynamicMaps(Function):
     def forward(ctx, settings: Settings, x: Tensor, *weights: Tensor):
         parameters = core.parameters_of(weights)
         static, proj_in, _ = parameters.convolutions
-        padded = core.pad_proj_in(proj_in, settings.pool_size)
-        q, offset = core.centred_latent_rows(x, padded, len(proj_in), settings.stride)
-        descriptor = pooled(x, settings.pool_size, x.dtype)
-        saved, statistics = core.small_matrices(q, offset, descriptor, parameters, settings)
+        padded, q, offset, descriptor, moments = settings.implementation.read_latent(x, proj_in, settings, False)
+        saved, statistics = core.small_matrices(moments, offset, descriptor, parameters, settings)
         weight = static.to(x.dtype)
         y, static_out = _apply(x, weight, q, saved.matrices, settings)
         core.save(ctx, SavedMaps(x, weight, padded, q, static_out), saved)
@@ -63,21 +61,25 @@ class _DynamicMaps(Function):
     @core.leaves_autocast
     def backward(ctx, d_y: Tensor, *_):
         maps, saved = core.load(ctx)
-        (x, _, padded, q, _), proj_in, settings = maps, saved.convolutions.proj_in, ctx.settings
-        d_rows = as_rows(d_y)  # [B, N, O]
-        d_x, d_static, d_scale, d_read_out = _apply_backward(d_rows, maps, saved, settings, ctx.needs_input_grad[1])
+        (x, weight, padded, q, _), proj_in, settings = maps, saved.convolutions.proj_in, ctx.settings
+        d_rows, implementation = as_rows(d_y), settings.implementation  # [B, N, O]
+        d_x_is_wanted, is_1x1 = ctx.needs_input_grad[1], weight.shape[2] == settings.stride == 1
+        in_one_product = is_1x1 and implementation.input_gradient is not None
+        d_static_out, d_scale, d_read_out = _combine_backward(d_rows, maps, saved, settings)
+        d_x, d_static = _static_backward(d_static_out, maps, saved, settings, d_x_is_wanted and not in_one_product)
         d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(
             saved, d_scale, d_read_out, q.shape[1], settings
         )
-        d_q = core.latent_gradient(d_rows, q, saved.matrices.read_out, q_to_d_q)
-        d_proj_in = core.proj_in_gradient(d_q, x, settings.stride, proj_in)
-        if d_x is not None:
+        to_latent = core.to_latent(saved, q_to_d_q, d_read_out)
+        d_proj_in, left = implementation.proj_in_backward(d_rows, q, to_latent, x, proj_in, settings)
+        if d_x_is_wanted:
             cells = core.cell_columns(len(proj_in), settings.pool_size)
-            left = scatter_strided(d_q, x, settings.stride)  # [B, H*W, L⁺]
-            left[:, :, cells] = pool_cells(x, settings.pool_size)
-            right = padded.repeat(len(x), 1, 1)  # [B, L⁺, C]
-            core.add_pool_gradient_(right, d_descriptor, cells, left.shape[1])
-            as_rows(d_x).baddbmm_(left, right.to(x.dtype))
+            right = implementation.gradient_rows(padded, None, d_descriptor, cells, left.shape[1], x.dtype)
+            if in_one_product:
+                d_x = implementation.input_gradient(d_static_out, weight.flatten(1), left, right)
+                d_x = as_features(d_x, x.shape[2:])
+            else:
+                as_rows(d_x).baddbmm_(left, right)
         return None, d_x, d_static, d_proj_in, *d_others
 
 
@@ -112,28 +114,33 @@ def _apply(x: Tensor, weight: Tensor, q: Tensor, matrices: Matrices, settings: S
     return as_features(rows, static_out.shape[2:]), static_out
 
 
-def _apply_backward(
-    d_rows: Tensor, maps: SavedMaps, saved: SavedCore, settings: Settings, d_x_is_wanted: bool
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Equation 23 from d_y as rows (B, N, O), and back through the convolution.
-
-    Returns:
-        d_x by static alone, channels_last, or None; and in the dtype of static d_static, d_scale and d_read_out.
-    """
-    (x, weight, _, q, static_out), static = maps, saved.convolutions.static
+def _combine_backward(
+    d_rows: Tensor, maps: SavedMaps, saved: SavedCore, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equation 23 from d_y as rows (B, N, O): d_static_out as rows, and in the dtype of static d_scale and
+    d_read_out."""
     d_static_out, d_scale, d_read_out = settings.implementation.combine_backward(
-        d_rows, as_rows(static_out), saved.matrices.channel_scale, q
+        d_rows, as_rows(maps.static_out), saved.matrices.channel_scale, maps.q
     )
-    stride, padding = [settings.stride] * 2, [static.shape[2] // 2] * 2
+    dtype = saved.convolutions.static.dtype
+    return d_static_out, d_scale.to(dtype), d_read_out.to(dtype)
+
+
+def _static_backward(
+    d_rows: Tensor, maps: SavedMaps, saved: SavedCore, settings: Settings, d_x_is_wanted: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Back through the static convolution, from d_static_out as rows (B, N, O): d_x by static alone, channels_last, or
+    None; and d_static."""
+    static, stride, padding = saved.convolutions.static, [settings.stride] * 2, [maps.weight.shape[2] // 2] * 2
     d_x, d_static, _ = torch.ops.aten.convolution_backward(
-        as_features(d_static_out, static_out.shape[2:]), x, weight, None, stride, padding, [1, 1], False,
+        as_features(d_rows, maps.static_out.shape[2:]), maps.x, maps.weight, None, stride, padding, [1, 1], False,
         [0, 0], 1, [d_x_is_wanted, True, False],
     )  # fmt: skip
     if d_x is not None:
         d_x = d_x.contiguous(memory_format=torch.channels_last)
     if static.shape[2] == 1:  # of a dimension of size 1 oneDNN sets another stride than the weight may have
         d_static = as_gradient(d_static.flatten(1), static)
-    return d_x, d_static.to(static.dtype), d_scale.to(static.dtype), d_read_out.to(static.dtype)
+    return d_x, d_static.to(static.dtype)
 
 
 def combine(static_out: Tensor, channel_scale: Tensor, q: Tensor, read_out: Tensor) -> Tensor:
@@ -159,6 +166,17 @@ def combine_backward(
     d_static_out = d_y * channel_scale.to(d_y.dtype).unsqueeze(1)
     d_scale = sum_over_positions(d_y * static_out)
     return d_static_out, d_scale, exact_product(q.transpose(1, 2), d_y)
+
+
+def proj_in_backward(
+    d_y: Tensor, q: Tensor, to_latent: ToLatent, x: Tensor, proj_in: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """From d_y (B, N, O), by PyTorch's operations: d_proj_in of equation 6, and `left` (B, H·W, L⁺) of equation 24."""
+    d_q = core.latent_gradient(d_y, q, to_latent)
+    d_proj_in = core.proj_in_gradient(d_q, x, settings.stride, proj_in)
+    left = scatter_strided(d_q, x, settings.stride)
+    left[:, :, core.cell_columns(len(proj_in), settings.pool_size)] = pool_cells(x, settings.pool_size)
+    return d_proj_in, left
 
 
 def scatter_strided(rows: Tensor, x: Tensor, stride: int) -> Tensor:

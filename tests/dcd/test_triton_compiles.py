@@ -85,6 +85,44 @@ def norm(dtype: torch.dtype, act: str, has_shortcut: bool, batch: int, channels:
     out.backward(torch.empty_like(out))
 
 
+def gradients(dtype: torch.dtype, batch: int, positions: int, channels: int, out_channels: int, width: int) -> None:
+    from dcd.ops import triton_gradients
+    from dcd.ops.fused_core import Settings, ToLatent
+
+    d_rows, q = (
+        torch.empty(batch, positions, out_channels, dtype=dtype),
+        torch.empty(batch, positions, width, dtype=dtype),
+    )
+    padded, matrix = torch.empty(width, channels), torch.empty(batch, width, width)
+    for q_to_d_q, weights in (None, (out_channels, channels)), (matrix, (batch, out_channels, channels)):
+        args = padded, q_to_d_q, torch.empty(batch, channels), slice(width - 2, width - 1), positions, dtype
+        right = triton_gradients.gradient_rows(*args)
+        triton_gradients.input_gradient(d_rows, torch.empty(weights, dtype=dtype), q, right)
+    to_latent = ToLatent(
+        torch.empty(batch, width, out_channels), matrix, torch.empty(batch, out_channels), matrix[:, 0]
+    )
+    kernels, x = (
+        torch.empty(batch, out_channels, channels, dtype=dtype),
+        torch.empty(batch, positions, channels, dtype=dtype),
+    )
+    triton_gradients.input_gradients(d_rows, kernels, q, right, to_latent)
+    triton_gradients.kernel_gradients(d_rows, x, q)
+    for stride in (1, 2):
+        maps = torch.empty(batch, channels, stride * positions, stride, dtype=dtype)
+        settings = Settings(stride, 1, (0.0, 0.0), None)
+        triton_gradients.proj_in_backward(d_rows, q, to_latent, maps, torch.empty(width - 2, channels, 1, 1), settings)
+
+
+def latent(dtype: torch.dtype, batch: int, positions: int, channels: int, _: int, width: int) -> None:
+    from dcd.ops import triton_latent
+    from dcd.ops.fused_core import Settings
+
+    for stride, pool_size in (1, 1), (2, 2):
+        x = torch.empty(batch, positions, stride, channels, dtype=dtype).permute(0, 3, 1, 2)
+        proj_in = torch.empty(width - 1 - pool_size**2, channels, 1, 1)
+        triton_latent.read_latent(x, proj_in, Settings(stride, pool_size, (0.0, 0.0), None), pool_size == 2)
+
+
 def compiled(case: tuple) -> list[tuple]:
     """The kernels that a case launches: name, case, registers of a thread, bytes that did not fit in."""
     from triton import JITFunction
@@ -149,6 +187,8 @@ def test_every_kernel_fits_in_the_registers_of_an_h100(tmp_path):
         *("_squeeze", "_outputs", "_d_outputs", "_d_hidden"),
         *("_statistics", "_finish_statistics", "_normalize"),
         *("_sum_gradients", "_finish_gradients", "_normalize_backward"),
+        *("_d_x", "_right", "_latent_mean", "_d_q", "_d_x_and_d_q", "_d_kernels"),
+        *("_centre", "_read", "_add_up"),
     }
     assert [kernel for kernel in found if kernel[-1]] == []
 
@@ -160,6 +200,7 @@ if __name__ == "__main__":
     cases += [("project", precision, dtype, *case) for case in PROJECT for dtype, precision in DTYPES[:2]]
     cases += [("norm", "high", dtype, *act, *NORM[1]) for act in BEHIND for dtype, _ in DTYPES[:2]]
     cases += [("norm", "high", torch.bfloat16, *BEHIND[1], *size) for size in NORM]
+    cases += [(name, "high", torch.bfloat16, *case) for name in ("gradients", "latent") for case in PROJECT]
     with ProcessPoolExecutor(2) as pool:
         for kernels in pool.map(compiled, cases):
             for kernel in kernels:

@@ -33,12 +33,19 @@ PART_OF_FUNCTION = {
     "_moments": "moments of q",
     "pad_proj_in": "q",
     "centred_latent_rows": "q",
+    "read_latent": "q",
     "pooled": "pools of dynamic layers",
     "combine": "maps",
     "combine_backward": "maps",
     "form_kernels": "kernels of the images",
     "form_kernels_backward": "kernels of the images",
     "project": PRODUCTS,
+    "gradient_rows": MATRICES,
+    "input_gradient": PRODUCTS,
+    "input_gradients": PRODUCTS,
+    "kernel_gradients": PRODUCTS,
+    "proj_in_backward": PRODUCTS,
+    "_rounded_and_mean": MATRICES,
 }
 NORM_KERNELS = ("_statistics", "_finish_statistics", "_normalize")
 NORM_KERNELS += ("_sum_gradients", "_finish_gradients", "_normalize_backward")

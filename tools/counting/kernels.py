@@ -149,6 +149,15 @@ TRITON_FLOPS: dict[str, Callable[..., int]] = {
     "_forward": lambda static_out, scale, q, *_: 2 * static_out.numel() * q.shape[2],
     "_backward": lambda d_y, static_out, scale, q, *_: 2 * d_y.numel() * q.shape[2],
     "_project": lambda x, kernels, *_: 2 * x.numel() * kernels.shape[1],
+    "_d_x": lambda d_rows, weights, left, right, d_x, *_: 2 * d_x.numel() * (d_rows.shape[2] + left.shape[2]),
+    "_d_x_and_d_q": lambda d_rows, kernels, q, *_: (
+        2 * (d_rows.numel() * (kernels.shape[2] + q.shape[2]) + q.numel() * (kernels.shape[2] + q.shape[2]))
+    ),
+    "_d_kernels": lambda d_rows, x, q, *_: 2 * d_rows.numel() * (x.shape[2] + q.shape[2]),
+    "_d_q": lambda d_rows, read_out, q, *_: 2 * q.numel() * (d_rows.shape[2] + q.shape[2]),
+    "_read": lambda x, rounded, parts, cells, q, *_: (
+        2 * x.numel() * (len(rounded) + cells.shape[1]) + 2 * q.numel() * q.shape[2]
+    ),
     "_form": lambda scale, static, read_out, padded, kernels, *_: 2 * kernels.numel() * len(padded),
     "_squeeze": lambda descriptor, squeeze, *_: 2 * len(descriptor) * squeeze.numel(),
     "_outputs": lambda parts, *args: 2 * parts.shape[1] * sum(weight.numel() for weight in args[:3]),
