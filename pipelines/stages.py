@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augmentation import PixelAugmentation
-from pipelines.batch import MEAN, STD, Batch, Executed, Place
+from pipelines.batch import Batch, Executed, Place
+from pipelines.imagenet import MEAN, STD
 from pipelines.plan import StepPlan
 from pipelines.threads import Threads
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from pipelines.batch import MEAN, STD
 from pipelines.config import AugmentationConfig, DataConfig
+from pipelines.imagenet import MEAN, STD
 from pipelines.plan import CenterCrop, EpochPlan, RandomCrop, random_bits
 from pipelines.sources.folder import FolderSource
 
