@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pipelines.augmentation import PixelAugmentation
+from pipelines.augmentations import OPTIONS
 from pipelines.plan import CenterCrop, RandomCrop
 
 Backend = Literal["auto", "dali", "ffcv", "torchvision", "synthetic"]
@@ -86,8 +87,10 @@ class DataConfig:
         return -(-self.machine_workers // ranks_of_machine)
 
 
+# The options of pixels are those of the modules in `pipelines/augmentations`. A dataclass has the fields of its last
+# base first.
 @dataclass(frozen=True)
-class AugmentationConfig:
+class AugmentationConfig(*reversed(OPTIONS)):
     """What is cut from an image, whether it is flipped, and what is done to its pixels."""
 
     crop_area: tuple[float, float] = (0.08, 1.0)
@@ -103,11 +106,13 @@ class AugmentationConfig:
         """Raise ValueError for values out of range."""
         for training in (True, False):
             self.crop(training)
+            self.pixel_augmentations(training)
 
     def crop(self, training: bool) -> RandomCrop | CenterCrop:
         """What draws the boxes and flips."""
         return RandomCrop(self.crop_area, self.crop_ratio, self.flip) if training else CenterCrop(self.eval_crop)
 
     def pixel_augmentations(self, training: bool) -> tuple[PixelAugmentation, ...]:
-        """What is done to the pixels, one after another: none so far."""
-        return ()
+        """What is done to the pixels in training, one after another in the order of OPTIONS."""
+        made = [option.augmentation(self) for option in OPTIONS] if training else []
+        return tuple(one for one in made if one is not None)
