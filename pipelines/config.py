@@ -102,8 +102,14 @@ class AugmentationConfig(*reversed(OPTIONS)):
     eval_crop: float = 224 / 256
     """Share of the shorter side that evaluation keeps (224/256: resize to 256, cut 224)."""
 
+    repeats: int = 1
+    """Repeated augmentation: copies of each training image in its batch, each cut and changed in its own way; an epoch
+    keeps its number of steps, and so sees a part of the images."""
+
     def __post_init__(self):
         """Raise ValueError for values out of range."""
+        if self.repeats < 1:
+            raise ValueError(f"--repeats {self.repeats}: must be at least 1")
         for training in (True, False):
             self.crop(training)
             self.pixel_augmentations(training)

@@ -9,7 +9,8 @@ import torch
 from pipelines.augmentations import OPTIONS
 from pipelines.batch import Place
 from pipelines.config import AugmentationConfig, DataConfig
-from tests.pipelines.helpers import Unchanged, assert_same, augmented, by_image
+from pipelines.sources.errors import DataError
+from tests.pipelines.helpers import Unchanged, assert_same, augmented, by_image, pixels_of
 
 # An option of each, with which it changes images
 EXAMPLES = {
@@ -69,6 +70,30 @@ def test_an_epoch_goes_on_the_same_on_other_ranks_and_workers(small, build, done
     assert_same(by_image(*loaders), {index: image for index, image in whole.items() if index not in gone})
 
 
+def test_repeats_hand_out_copies_of_an_image_and_leave_evaluation_alone(small, build):
+    repeated = AugmentationConfig(repeats=2, lighting=0.1)
+    plain = build(small, "train", augmentation=AugmentationConfig(lighting=0.1))
+    loader = build(small, "train", augmentation=repeated)
+    expected, batches = by_image(plain), list(loader)
+    assert len(batches) == loader.steps_per_epoch == plain.steps_per_epoch
+    seen = []
+    for batch in batches:
+        first, second = batch.indices.chunk(2)
+        assert torch.equal(first, second) and torch.equal(*batch.labels.chunk(2))
+        pixels = pixels_of(batch.images).round()
+        assert all(torch.equal(image, expected[index]) for image, index in zip(pixels[:2], first.tolist(), strict=True))
+        assert (pixels[:2] != pixels[2:]).any((1, 2, 3)).all()
+        seen += first.tolist()
+    assert len(set(seen)) == len(seen) == 6
+    for batch, other in zip(build(small, "val", augmentation=repeated), build(small, "val"), strict=True):
+        assert torch.equal(batch.indices, other.indices) and torch.equal(batch.images, other.images)
+
+
+def test_repeats_that_do_not_divide_the_batch_are_refused(small, build):
+    with pytest.raises(DataError, match="--repeats 3 must divide --batch-size 4"):
+        build(small, "train", augmentation=AugmentationConfig(repeats=3))
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_each_changes_images_and_writes_to_none(name):
     images = torch.randint(0, 256, (16, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -107,6 +132,7 @@ def test_synthetic_images_are_augmented(build):
         ),
         ({"color_jitter": (0.4, 0.4, 0.4, 0.6)}, "--color-jitter 0.4 0.4 0.4 0.6: must be at least 0, the hue at most"),
         ({"lighting": -0.1}, "--lighting -0.1: must be at least 0"),
+        ({"repeats": 0}, "--repeats 0: must be at least 1"),
         ({"random_erasing": 1.5}, r"--random-erasing 1.5: must lie in \[0, 1\]"),
     ],
 )
