@@ -103,6 +103,20 @@ def test_each_changes_images_and_writes_to_none(name):
     assert (changed.shape, changed.dtype, changed.is_contiguous()) == (images.shape, torch.uint8, True)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_gpu_changes_images_as_a_cpu_does(name):
+    """But for places between two pixels, and roundings that a later operation of RandAugment makes larger."""
+    images = torch.rand(64, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    images = torch.nn.functional.interpolate(images, (64, 64), mode="bilinear")  # smooth
+    images = (255 * images).byte().permute(0, 2, 3, 1).contiguous()
+    augmentation = alone(name)
+    drawn = augmentation.draw(0, 0, np.arange(64))
+    found, expected = augmentation.apply(images.cuda(), drawn), augmentation.apply(images, drawn)
+    assert found.is_cuda and found.is_contiguous()
+    assert ((found.cpu().int() - expected.int()).abs() > 1).float().mean() < 0.02
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_each_draws_by_seed_epoch_and_image_alone(name):
     augmentation = alone(name)
