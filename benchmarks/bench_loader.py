@@ -33,9 +33,10 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks.programs import run_program
 from pipelines import native
-from pipelines.batch import MEAN, STD, Place
+from pipelines.batch import Place
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
+from pipelines.imagenet import MEAN, STD
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
 from tools.profiling.machine import describe_machine

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from benchmarks.programs import run_program
 from pipelines import native
-from pipelines.batch import MEAN, STD, Place
+from pipelines.batch import Place
 from pipelines.build import build_loader
 from pipelines.config import Backend, DataConfig
+from pipelines.imagenet import MEAN, STD
 from pipelines.plan import EpochPlan, RandomCrop
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource

@@ -17,6 +17,8 @@ class PixelAugmentation(Protocol):
     def draw(self, seed: int, epoch: int, indices: NDArray[np.int64]) -> NDArray:
         """What is to be done to the images at `indices` (N,): an array of any type and shape (N, …).
 
+        With --repeats the copies of an image have numbers of their own, beyond the dataset: see `plan.COPY`.
+
         A row depends on (seed, epoch, index) alone: `plan.random_bits` draws such numbers, by a stream of its own.
         """
 

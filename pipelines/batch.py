@@ -1,4 +1,4 @@
-"""What loaders, sources and executors share: the batch, ImageNet's statistics, and what each promises to the others."""
+"""What loaders, sources and executors share: the batch, and what each promises to the others."""
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
@@ -13,10 +13,6 @@ from pipelines.config import DataConfig
 from pipelines.plan import StepPlan
 from pipelines.sources.errors import DataError
 from pipelines.sources.images import Examined
-
-# ImageNet's statistics, on pixels in [0, 255]
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
 
 
 class Batch(NamedTuple):

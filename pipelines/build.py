@@ -28,14 +28,16 @@ def build_loader(
         seed: the order of the images, their boxes and flips follow from it; at least 0.
 
     Raises:
-        DataError: missing or damaged data, a backend that can't be used, or a batch size that the world size does not
-            divide.
+        DataError: missing or damaged data, a backend that can't be used, or a batch size that the world size or
+            --repeats does not divide.
     """
     if config.batch_size % place.world_size:
         raise DataError(
             f"--batch-size {config.batch_size} is global and is shared by {place.world_size} ranks: "
             f"use a multiple of {place.world_size}"
         )
+    if config.batch_size % augmentation.repeats:
+        raise DataError(f"--repeats {augmentation.repeats} must divide --batch-size {config.batch_size}")
     source = _open_source(config, split)
     backend = _choose_backend(source, place.device) if config.backend == "auto" else config.backend
     if backend not in BACKENDS:

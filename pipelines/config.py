@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pipelines.augmentation import PixelAugmentation
+from pipelines.augmentations import OPTIONS
 from pipelines.plan import CenterCrop, RandomCrop
 
 Backend = Literal["auto", "dali", "ffcv", "torchvision", "synthetic"]
@@ -86,8 +87,10 @@ class DataConfig:
         return -(-self.machine_workers // ranks_of_machine)
 
 
+# The options of pixels are those of the modules in `pipelines/augmentations`. A dataclass has the fields of its last
+# base first.
 @dataclass(frozen=True)
-class AugmentationConfig:
+class AugmentationConfig(*reversed(OPTIONS)):
     """What is cut from an image, whether it is flipped, and what is done to its pixels."""
 
     crop_area: tuple[float, float] = (0.08, 1.0)
@@ -99,15 +102,23 @@ class AugmentationConfig:
     eval_crop: float = 224 / 256
     """Share of the shorter side that evaluation keeps (224/256: resize to 256, cut 224)."""
 
+    repeats: int = 1
+    """Repeated augmentation: copies of each training image in its batch, each cut and changed in its own way; an epoch
+    keeps its number of steps, and so sees a part of the images."""
+
     def __post_init__(self):
         """Raise ValueError for values out of range."""
+        if self.repeats < 1:
+            raise ValueError(f"--repeats {self.repeats}: must be at least 1")
         for training in (True, False):
             self.crop(training)
+            self.pixel_augmentations(training)
 
     def crop(self, training: bool) -> RandomCrop | CenterCrop:
         """What draws the boxes and flips."""
         return RandomCrop(self.crop_area, self.crop_ratio, self.flip) if training else CenterCrop(self.eval_crop)
 
     def pixel_augmentations(self, training: bool) -> tuple[PixelAugmentation, ...]:
-        """What is done to the pixels, one after another: none so far."""
-        return ()
+        """What is done to the pixels in training, one after another in the order of OPTIONS."""
+        made = [option.augmentation(self) for option in OPTIONS] if training else []
+        return tuple(one for one in made if one is not None)

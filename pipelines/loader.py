@@ -43,7 +43,7 @@ class Loader:
         seed: int,
     ):
         self._source, self._executor, self._config, self._seed = source, executor, config, seed
-        self._crop = augmentation.crop(training)
+        self._crop, self._repeats = augmentation.crop(training), augmentation.repeats if training else 1
         self._stage = DeviceStage(place, augmentation.pixel_augmentations(training))
         self.training, self.rank, self.world_size = training, place.rank, place.world_size
         self._running: Generator[Batch, None, None] | None = None
@@ -82,6 +82,7 @@ class Loader:
             shuffle=self.training,
             drop_last=self.training,
             augmentations=self._stage.augmentations,
+            repeats=self._repeats,
         )
 
     @property

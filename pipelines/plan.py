@@ -3,10 +3,10 @@
     EpochPlan(seed, epoch, sizes, global_batch_size, crop, …)  ->  step -> (indices, boxes, flips, operations)
 
 The plan is a pure function of its arguments: where an image stands, which box is cut from it, whether it is flipped and
-how its pixels are changed depend on (seed, epoch, image index) and on nothing else: not on the rank, the worker, the
-backend or the batch. The random numbers are counter-based (SplitMix64: Steele, Lea and Flood, "Fast splittable
-pseudorandom number generators", 2014). So an image's numbers are drawn without those of the others, and no version of a
-library changes them.
+how its pixels are changed depend on (seed, epoch, image index), with --repeats also on the number of the copy, and on
+nothing else: not on the rank, the worker, the backend or the batch. The random numbers are counter-based (SplitMix64:
+Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014). So an image's numbers are drawn without
+those of the others, and no version of a library changes them.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from pipelines.augmentation import PixelAugmentation
 
+# Copy c of image i has the number i + c · COPY where numbers are drawn for it: no dataset has so many images.
+COPY = 2**40
 TRIES = 10  # of a random box before the fallback, as in torchvision's RandomResizedCrop
 # The columns of an image's random numbers for crop and order: areas, aspect ratios, then one each.
 TOP, LEFT, FLIP, ORDER = range(2 * TRIES, 2 * TRIES + 4)
@@ -76,7 +78,10 @@ class RandomCrop:
             raise ValueError(f"the probability of a flip must lie in [0, 1], not {self.flip}")
 
     def draw(self, seed: int, epoch: int, indices: NDArray, sizes: NDArray) -> tuple[NDArray, NDArray]:
-        """Boxes (N, 4) and flips (N,) for the images at `indices` (N,) of `sizes` (N, 2), height first."""
+        """Boxes (N, 4) and flips (N,) for the images at `indices` (N,) of `sizes` (N, 2), height first.
+
+        Copies of images (see `EpochPlan`) have numbers of their own instead of `indices`.
+        """
         drawn = uniform(random_bits(seed, epoch, indices, range(NUM_DRAWS)))  # [N, NUM_DRAWS]
         image_h, image_w = sizes[:, 0, None].astype(float), sizes[:, 1, None].astype(float)  # [N, 1]
 
@@ -144,6 +149,9 @@ class EpochPlan:
         shuffle: the order is drawn anew for each epoch; else it is the dataset's.
         drop_last: leave out the last batch where it is incomplete.
         augmentations: change the pixels, one after another; each draws what it does to each image.
+        repeats: copies of each image in its batch, with a box, a flip and operations each: repeated augmentation
+            (Berman et al., arXiv 1902.05509). An epoch has as many steps as without, and so sees a part of the images.
+            It must divide `global_batch_size`.
     """
 
     def __init__(
@@ -157,12 +165,15 @@ class EpochPlan:
         shuffle: bool,
         drop_last: bool,
         augmentations: Sequence[PixelAugmentation] = (),
+        repeats: int = 1,
     ):
         if not (0 <= seed < 2**63 and 0 <= epoch < 2**63):
             raise ValueError(f"seed and epoch must lie in [0, 2**63), not {seed} and {epoch}")
         if global_batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, not {global_batch_size}")
-        self.seed, self.epoch, self.sizes = seed, epoch, sizes
+        if repeats < 1 or global_batch_size % repeats:
+            raise ValueError(f"{repeats} copies of each image do not divide a batch of {global_batch_size}")
+        self.seed, self.epoch, self.sizes, self.repeats = seed, epoch, sizes, repeats
         self.global_batch_size, self.crop, self.augmentations = global_batch_size, crop, augmentations
         self.order = np.arange(len(sizes))
         if shuffle:
@@ -175,9 +186,9 @@ class EpochPlan:
         return self._num_steps
 
     def bounds(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[int, int]:
-        """Where rank's slice of a global batch begins and ends in the order of the epoch.
+        """Where rank's slice of a global batch begins and ends in the epoch, counted in images.
 
-        The slices of all ranks together are the batch, each image once; they differ by at most one image.
+        The slices of all ranks together are the batch, each image and copy once; they differ by at most one image.
         """
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} is not in an epoch of {len(self)} steps")
@@ -190,7 +201,11 @@ class EpochPlan:
     def step(self, step: int, rank: int = 0, world_size: int = 1) -> StepPlan:
         """What `rank` of `world_size` ranks does in `step`."""
         start, stop = self.bounds(step, rank, world_size)
-        indices = self.order[start:stop].astype(np.int64)
-        boxes, flips = self.crop.draw(self.seed, self.epoch, indices, self.sizes[indices])
-        operations = tuple(one.draw(self.seed, self.epoch, indices) for one in self.augmentations)
+        # Each copy of all images of the batch follows the one before: an image has no copy of itself as a neighbour.
+        images = self.global_batch_size // self.repeats
+        copies, places = np.divmod(np.arange(start, stop) - step * self.global_batch_size, images)
+        indices = self.order[step * images + places].astype(np.int64)
+        numbers = indices + copies * COPY
+        boxes, flips = self.crop.draw(self.seed, self.epoch, numbers, self.sizes[indices])
+        operations = tuple(one.draw(self.seed, self.epoch, numbers) for one in self.augmentations)
         return StepPlan(indices, boxes, flips, operations)

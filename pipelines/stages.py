@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augmentation import PixelAugmentation
-from pipelines.batch import MEAN, STD, Batch, Executed, Place
+from pipelines.augmentations.groups import on_device
+from pipelines.batch import Batch, Executed, Place
+from pipelines.imagenet import MEAN, STD
 from pipelines.plan import StepPlan
 from pipelines.threads import Threads
 
@@ -95,10 +97,7 @@ class DeviceStage:
         if images.dtype == torch.uint8:
             images = normalise(images)
         images = images.to(self.place.dtype).permute(0, 3, 1, 2)  # channels_last strides without a copy
-        own_labels = torch.from_numpy(labels[step.indices])
-        if self.place.device.type == "cuda":
-            own_labels = own_labels.pin_memory()  # from other memory a copy would make the host wait
-        return Batch(images, own_labels.to(self.place.device, non_blocking=True), torch.from_numpy(step.indices))
+        return Batch(images, on_device(labels[step.indices], self.place.device), torch.from_numpy(step.indices))
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -88,16 +88,21 @@ def test_outputs(trained):
     assert {"last.pth"} <= {path.name for path in (trained / "checkpoints").iterdir()}
     assert list((trained / "tensorboard").glob("events.*"))
     state = last(trained)
-    assert (state["epoch"], state["step"], state["random_state"]) == (2, 0, {"seed": 0})
+    assert (state["epoch"], state["step"], state["random_state"]) == (2, 0, {"seed": 0, "repeats": 1})
     assert {"model", "optimizer", "scaler", "ema", "config", "best_top1"} <= state.keys()
     assert read(trained, "summary.json")["eval"]["images"] == 23
 
 
-@pytest.mark.parametrize(("ranks", "precision", "stops"), [(2, "off", (5,)), (None, "fp16", (3, 3))])
-def test_resume_is_exact_to_the_bit(tiny, tmp_path, ranks, precision, stops):
+CHANGED = ["--repeats", 2, "--rand-augment", 2, 9, "--random-erasing", 0.5, "--cutmix", 1]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "precision", "stops", "augmentation"), [(2, "off", (5,), CHANGED), (None, "fp16", (3, 3), [])]
+)
+def test_resume_is_exact_to_the_bit(tiny, tmp_path, ranks, precision, stops, augmentation):
     """Stopped in the middle of an epoch, even twice, and gone on from: the weights of the run that was not stopped."""
     everything = ["--dropout", 0.2, "--mixup", 0.4, "--mixup-epochs", 1, "--ema", 0.9, "--clip-grad", 1.0]
-    common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 2, "--amp", precision, *everything]
+    common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 2, "--amp", precision, *everything, *augmentation]
     run(*common, "-c", tmp_path / "whole", ranks=ranks)
     for steps in stops:
         output = run(*common, "-c", tmp_path / "parts", "--stop-after-steps", steps, ranks=ranks)

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines import native
-from pipelines.batch import MEAN, STD
+from pipelines.imagenet import MEAN, STD
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.beton_shards import BetonShards, open_betons
 from pipelines.sources.errors import DataError

@@ -52,6 +52,8 @@ class OptimConfig:
     """Mixup's alpha; it rises linearly from 0 over the first --mixup-epochs."""
     mixup_epochs: int = 100
     """Epochs until mixup's alpha is reached."""
+    cutmix: float = 0.0
+    """CutMix's alpha, in its paper 1; with --mixup each step draws one of the two."""
     clip_grad: float | None = None
     """Highest norm of the gradient over all parameters; longer ones are scaled down."""
     ema: float | None = None
@@ -62,7 +64,7 @@ class OptimConfig:
     def __post_init__(self):
         """Raise ConfigError for a value that no run can carry out."""
         _at_least(1, self, "epochs", "accumulate", "step", "mixup_epochs")
-        _at_least(0, self, "lr", "wd", "momentum", "mixup", "warmup_epochs", "gamma")
+        _at_least(0, self, "lr", "wd", "momentum", "mixup", "cutmix", "warmup_epochs", "gamma")
         require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must lie in [0, 1)")
         require(self.ema is None or 0 <= self.ema < 1, f"--ema {self.ema}: must lie in [0, 1)")
         require(self.clip_grad is None or self.clip_grad > 0, f"--clip-grad {self.clip_grad}: must be above 0")

@@ -94,7 +94,7 @@ class Saver:
             **self._step.state_dict(),
             **self._progress.to_dict(),
             # All of it: every draw is keyed by the seed and by (epoch, step, rank or image).
-            "random_state": {"seed": self._config.run.seed},
+            "random_state": {"seed": self._config.run.seed, "repeats": self._config.augmentation.repeats},
         }
         self._writer.save(state, is_best)
         self._saved = self._progress.epoch, self._progress.step
@@ -148,12 +148,14 @@ class Saver:
         self._progress.go_to(state)
 
     def _check_position(self, state: dict[str, Any]) -> None:
-        ours = self._config.run.seed, self._progress.steps_per_epoch
-        theirs = state["random_state"]["seed"], state["steps_per_epoch"]
+        drawn = state["random_state"]
+        ours = self._config.run.seed, self._progress.steps_per_epoch, self._config.augmentation.repeats
+        theirs = drawn["seed"], state["steps_per_epoch"], drawn.get("repeats", 1)  # there was no other once
         if state["step"] and theirs != ours:
             raise ConfigError(
-                f"the checkpoint stands in the middle of an epoch of {theirs[1]} steps with --seed {theirs[0]}, "
-                f"this run has {ours[1]} steps and --seed {ours[0]}: use the same --batch-size, --seed and data"
+                f"the checkpoint stands in the middle of an epoch of {theirs[1]} steps with --seed {theirs[0]} and "
+                f"--repeats {theirs[2]}, this run has {ours[1]} steps, --seed {ours[0]} and --repeats {ours[2]}: "
+                "use the same --batch-size, --seed, --repeats and data"
             )
 
     def check_start(self) -> None:

@@ -1,7 +1,7 @@
 """A training step as one CUDA graph: its kernels are recorded once, and from then on started by one call.
 
 A recorded kernel reads and writes the memory that it was recorded with, and keeps the numbers that the host gave it. So
-the batch is copied to a place that stays, and what changes from step to step (the learning rate, mixup's share) lies in
+the batch is copied to a place that stays, and what changes from step to step (the learning rate, what is mixed) lies in
 tensors. Random numbers are those of the generator's seed at each step.
 """
 

@@ -5,7 +5,7 @@ take times are in `training/profile/`.
 
     data       the loader has no batch ready, on this rank or on another: before a step they tell each other
     copy       the batch is not on the device yet, or is brought into the model's memory format
-    forward    mixup, forward pass, loss
+    forward    mixup and CutMix, forward pass, loss
     backward   until this rank has its last gradient
     reduce     from then on, until the gradients are averaged over all ranks; 0 on one rank
     optimizer  gradients cleared and clipped, the optimizer's step, the moving average

@@ -14,7 +14,7 @@ from training.config import Config
 from training.distributed import Ranks
 from training.freezing import train_what_is_not_frozen
 from training.metrics import Metrics
-from training.mixup import Targets, mix, mixed_cross_entropy, mixup_share
+from training.mixup import Mixer, mixed_cross_entropy
 from training.moving_average import MovingAverage
 from training.optim import build_optimizer, learning_rate
 from training.precision import Precision
@@ -55,7 +55,7 @@ class TrainStep:
         self.precision, device = precision, ranks.device
         # What changes from step to step lies on the device, where a recorded step reads it.
         self._lr = torch.full((), config.optim.lr, device=device)
-        self._share = torch.ones((), dtype=precision.dtype or torch.float32, device=device)
+        self._mixer = Mixer(config.optim, self._seed, device, precision.dtype or torch.float32)
         self.optimizer = build_optimizer(model, config.optim, self._lr)
         self.scaler = GradScaler(device.type, enabled=precision.dtype == torch.float16)
         self.ema = None if config.optim.ema is None else MovingAverage(model, config.optim.ema)
@@ -92,11 +92,9 @@ class TrainStep:
             batch: see `pipelines.batch.Batch`. listener: is told of the phases.
         """
         images, labels, indices = batch
-        optim = self.optim
         # One number for (seed, global step, rank): the factors are primes above usual numbers of steps and ranks.
         torch.manual_seed(((self._seed * 1_000_003 + progress.global_step) * 65_537 + self._ranks.rank) % 2**63)
-        if optim.mixup > 0:
-            self._share.fill_(mixup_share(optim.mixup, progress.epoch, optim.mixup_epochs, self._seed, progress.step))
+        self._mixer.draw(progress.epoch, progress.step, images.shape[-2:])
         self._lr.fill_(self.learning_rate(progress.epochs_done))
         with listener.phase("copy"):
             images = self.precision.in_format(images)
@@ -119,9 +117,7 @@ class TrainStep:
             reduce_now = part == parts - 1 or self._parallel is self.model
             with nullcontext() if reduce_now else self._parallel.no_sync():
                 with listener.phase("forward"):
-                    mixed, targets = part_images, Targets(part_labels)
-                    if optim.mixup > 0:
-                        mixed, targets = mix(part_images, part_labels, self._share)
+                    mixed, targets = self._mixer(part_images, part_labels)
                     with self.precision.autocast():
                         logits = self._parallel(mixed)
                     loss = mixed_cross_entropy(logits, targets, optim.label_smoothing)

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import MEAN, STD, Executed, ExecutorOptions, ImageSource
+from pipelines.batch import Executed, ExecutorOptions, ImageSource
 from pipelines.executors.common import read_images
 from pipelines.executors.dali_probe import decoder_options, why_no_box_decode
+from pipelines.imagenet import MEAN, STD
 from pipelines.plan import StepPlan
 from pipelines.sources.errors import DataError
 from pipelines.threads import in_background

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines import native
-from pipelines.batch import MEAN, STD, Executed, ExecutorOptions, MappedSource
+from pipelines.batch import Executed, ExecutorOptions, MappedSource
 from pipelines.executors.common import Buffers
+from pipelines.imagenet import MEAN, STD
 from pipelines.plan import StepPlan
 from pipelines.threads import in_background
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from pipelines.batch import MEAN, STD
 from pipelines.config import AugmentationConfig, DataConfig
+from pipelines.imagenet import MEAN, STD
 from pipelines.plan import CenterCrop, EpochPlan, RandomCrop, random_bits
 from pipelines.sources.folder import FolderSource
 
@@ -87,6 +87,17 @@ class Inverted:
         return images ^ bits[:, None, None, None]
 
 
+class Unchanged:
+    """Makes an executor hand out bytes, and leaves them as they are."""
+
+    def draw(self, seed, epoch, indices):
+        return indices
+
+    def apply(self, images, operations):
+        assert images.dtype == torch.uint8 and len(images) == len(operations)
+        return images
+
+
 @dataclass(frozen=True)
 class Augmented(AugmentationConfig):
     """With these augmentations of pixels, in training and in evaluation."""
@@ -125,6 +136,24 @@ def indices_of(batches) -> list[int]:
 def pixels_of(images: Tensor) -> Tensor:
     """Normalised images (…, 3, H, W) as pixels in [0, 255]."""
     return images.float() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+
+
+def by_image(*loaders, epoch=None):
+    """{index: pixels (3, S, S), whole numbers in [0, 255]} of what is left of an epoch, or of all of `epoch`."""
+    found = {}
+    for loader in loaders:
+        if epoch is not None:
+            loader.set_epoch(epoch)
+        for batch in loader:
+            pixels = pixels_of(batch.images)
+            assert (pixels - pixels.round()).abs().max() < 1e-3
+            found |= zip(batch.indices.tolist(), pixels.round(), strict=True)
+    return found
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(pixels, expected[index]) for index, pixels in found.items())
 
 
 def reference(path: Path, box: tuple[int, int, int, int], flip: bool, size: int) -> Tensor:

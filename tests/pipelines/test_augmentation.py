@@ -13,7 +13,7 @@ from pipelines.executors.ffcv_executor import FfcvExecutor
 from pipelines.loader import Loader
 from pipelines.plan import CenterCrop, EpochPlan, RandomCrop, random_bits
 from pipelines.sources.beton import BetonSource
-from tests.pipelines.helpers import Inverted, augmented, pixels_of
+from tests.pipelines.helpers import Inverted, Unchanged, assert_same, augmented, by_image, pixels_of
 
 
 class Darker:
@@ -28,35 +28,6 @@ class Darker:
     def apply(self, images, operations):
         self.threads.add(threading.current_thread())
         return images // torch.from_numpy(operations)[:, None, None, None]
-
-
-class Unchanged:
-    """Makes an executor hand out bytes, and leaves them as they are."""
-
-    def draw(self, seed, epoch, indices):
-        return indices
-
-    def apply(self, images, operations):
-        assert images.dtype == torch.uint8 and len(images) == len(operations)
-        return images
-
-
-def by_image(*loaders, epoch=None):
-    """{index: pixels (3, S, S), whole numbers in [0, 255]} of what is left of an epoch, or of all of `epoch`."""
-    found = {}
-    for loader in loaders:
-        if epoch is not None:
-            loader.set_epoch(epoch)
-        for batch in loader:
-            pixels = pixels_of(batch.images)
-            assert (pixels - pixels.round()).abs().max() < 1e-3
-            found |= zip(batch.indices.tolist(), pixels.round(), strict=True)
-    return found
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(pixels, expected[index]) for index, pixels in found.items())
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

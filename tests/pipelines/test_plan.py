@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from pipelines.plan import CenterCrop, EpochPlan, RandomCrop
-from tests.pipelines.helpers import evaluation_plan, training_plan
+from tests.pipelines.helpers import Inverted, evaluation_plan, training_plan
 
 SIZES = np.random.default_rng(0).integers(50, 600, (103, 2))
 ALIKE = np.broadcast_to(np.array([375, 500]), (4000, 2))  # ImageNet's typical size
@@ -82,6 +82,38 @@ def test_order_and_last_batch_do_not_depend_on_the_crop(crop, shuffle, drop_last
 def test_the_dropped_images_differ_from_epoch_to_epoch():
     dropped = {tuple(training_plan(0, epoch, SIZES, 8).order[96:]) for epoch in range(10)}
     assert len(dropped) == 10
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_copies_of_an_image_lie_in_one_batch_and_are_drawn_apart(world_size):
+    options = {"shuffle": True, "drop_last": True, "augmentations": [Inverted()]}
+    plan, plain = (EpochPlan(7, 2, ALIKE, 12, RandomCrop(), **options, repeats=repeats) for repeats in (3, 1))
+    assert len(plan) == len(plain) == 333
+    same_flips, same_operations = [], []
+    for number in range(333):
+        parts = [plan.step(number, rank, world_size) for rank in range(world_size)]
+        indices = np.concatenate([part.indices for part in parts]).reshape(3, 4)
+        boxes = np.concatenate([part.boxes for part in parts]).reshape(3, 4, 4)
+        flips, operations = (
+            np.concatenate(found).reshape(3, 4)
+            for found in ([part.flips for part in parts], [part.operations[0] for part in parts])
+        )
+        np.testing.assert_array_equal(indices, np.tile(plain.order[4 * number : 4 * number + 4], (3, 1)))
+        # the first copies are those of a plan without repeats
+        expected_boxes, expected_flips = RandomCrop().draw(7, 2, indices[0], ALIKE[indices[0]])
+        np.testing.assert_array_equal(boxes[0], expected_boxes)
+        np.testing.assert_array_equal(flips[0], expected_flips)
+        np.testing.assert_array_equal(operations[0], Inverted().draw(7, 2, indices[0]))
+        assert all((boxes[a] != boxes[b]).any(1).all() for a, b in ((0, 1), (0, 2), (1, 2)))
+        same_flips.append(flips[1] == flips[0])
+        same_operations.append(operations[2] == operations[1])
+    assert 0.45 < np.mean(same_flips) < 0.55 and 0.45 < np.mean(same_operations) < 0.55
+
+
+@pytest.mark.parametrize("repeats", [0, 5, 24])
+def test_copies_that_do_not_divide_a_batch_are_refused(repeats):
+    with pytest.raises(ValueError, match=f"{repeats} copies of each image do not divide a batch of 12"):
+        EpochPlan(0, 0, SIZES, 12, RandomCrop(), shuffle=True, drop_last=True, repeats=repeats)
 
 
 def test_every_image_gets_to_every_place():

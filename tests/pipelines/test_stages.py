@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.batch import MEAN, STD, Place
+from pipelines.batch import Place
 from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.executors.common import Buffers
 from pipelines.executors.torchvision_executor import TorchvisionGpuExecutor
+from pipelines.imagenet import MEAN, STD
 from pipelines.loader import Loader
 from pipelines.plan import StepPlan
 from pipelines.sources.beton import BetonSource

@@ -82,6 +82,8 @@ def test_official_options_keep_their_meaning():
         ("--eval-size 1024", "--eval-size 1024: must lie between 32 and 512"),
         ("--label-smoothing 1.5", "--label-smoothing 1.5"),
         ("--ema 1.0", "--ema 1.0"),
+        ("--cutmix -1", "--cutmix -1.0: must be at least 0"),
+        ("--rand-augment 2 40", r"--rand-augment 2 40: the level must lie in \[0, 30\]"),
         ("--warmup --epochs 5", "--warmup takes 5 epochs"),
         ("-a resnet18 --width-mult 0.5", "for resnet18, only for mobilenetv2, mobilenetv2_dcd: leave it out"),
         ("-a resnet18_dcd --fc-squeeze 16", "no meaning for resnet18_dcd, only for mobilenetv2_dcd: leave it out"),

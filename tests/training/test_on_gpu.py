@@ -22,7 +22,7 @@ from training.run_log import RunLog
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
-EVERYTHING = {"dropout": 0.2, "mixup": 0.5, "mixup_epochs": 1, "ema": 0.9, "clip_grad": 1.0}
+EVERYTHING = {"dropout": 0.2, "mixup": 0.5, "mixup_epochs": 1, "cutmix": 1.0, "ema": 0.9, "clip_grad": 1.0}
 
 
 class KeptLosses(RunLog):
@@ -88,7 +88,7 @@ def test_a_resumed_run_has_the_state_that_was_saved_and_the_same_losses(tmp_path
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
-@pytest.mark.parametrize("names", [(), ("mixup", "mixup_epochs", "clip_grad"), ("dropout", "ema")])
+@pytest.mark.parametrize("names", [(), ("mixup", "mixup_epochs", "cutmix", "clip_grad"), ("dropout", "ema")])
 def test_the_host_does_not_wait_between_lines_of_the_log(tmp_path, amp, names):
     with opened(tmp_path, amp=amp, **{name: EVERYTHING[name] for name in names}) as trainer:
         trainer.train_step.begin_epoch()

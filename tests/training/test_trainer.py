@@ -57,7 +57,14 @@ class Synchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"mixup": 0.5, "mixup_epochs": 1, "ema": 0.9, "clip_grad": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mixup": 0.5, "mixup_epochs": 1, "ema": 0.9, "clip_grad": 1.0},
+        {"mixup": 0.5, "mixup_epochs": 1, "cutmix": 1.0},
+    ],
+)
 def test_no_synchronisation_between_lines_of_the_log(tmp_path, options):
     trainer = build_trainer(tmp_path, images=32 * 16, print_freq=10, **options)
     trainer.progress.epoch = 1  # mixup begins after epoch 0
@@ -227,7 +234,8 @@ def test_going_on_with_other_options(tmp_path):
     assert second.train_step.ema.n_averaged == 1
 
     with pytest.raises(
-        ConfigError, match="middle of an epoch of 4 steps with --seed 0, this run has 4 steps and --seed 1"
+        ConfigError,
+        match="epoch of 4 steps with --seed 0 and --repeats 1, this run has 4 steps, --seed 1 and --repeats 1",
     ):
         build_trainer(tmp_path, images=16 * 4, seed=1).saver.resume(state)
     with pytest.raises(CheckpointError, match="of other training images .64 there, 80 here.: use the same data"):
@@ -258,3 +266,16 @@ def test_a_frozen_run_goes_on_exactly(tmp_path):
     assert changed == {name for name in expected if name.startswith("classifier.")}
     optimized = [parameter for group in whole.train_step.optimizer.param_groups for parameter in group["params"]]
     assert list(map(id, optimized)) == list(map(id, whole.model.classifier.parameters()))
+
+
+def test_within_an_epoch_a_run_goes_on_with_its_own_repeats_alone(tmp_path):
+    trainer = build_trainer(tmp_path / "once")
+    trainer.progress.step = 1
+    trainer.saver.save()
+    trainer.saver.wait()
+    state = torch.load(trainer.saver.path(), weights_only=True)
+    twice = build_trainer(tmp_path / "twice", repeats=2)
+    with pytest.raises(ConfigError, match="--seed 0 and --repeats 1, this run has 4 steps, --seed 0 and --repeats 2"):
+        twice.saver.resume(state)
+    twice.saver.resume({**state, "epoch": 1, "step": 0})
+    assert (twice.progress.epoch, twice.progress.step) == (1, 0)
