@@ -106,6 +106,8 @@ class RunConfig:
     """Begin from a named recipe; --config and flags override it."""
     config: Annotated[Path | None, "usual", "one run"] = None
     """Options from a YAML or JSON file, by their names here, or an earlier run's config.json; flags override them."""
+    dry_run: Annotated[bool, "usual", "one run"] = False
+    """Build the run, print what it is, its memory and its rate in ten steps on synthetic images, and write nothing."""
     seed: Annotated[int, "usual"] = 0
     """Everything random follows from it."""
     print_freq: Annotated[int, "-p", "usual"] = 10
@@ -132,6 +134,7 @@ class RunConfig:
         """Raise ConfigError for a value that no run can carry out."""
         _at_least(1, self, "print_freq", "eval_every", "keep", "checkpoint_steps", "profile")
         _at_least(0, self, "checkpoint_minutes", "seed", "max_bad_steps")
+        require(not (self.dry_run and self.evaluate), "--dry-run tries a training: leave out --evaluate")
         longest = 30 * 86400  # the group's own limit is a little longer, and must fit into a timedelta
         require(1 <= self.timeout <= longest, f"--timeout {self.timeout}: must lie between 1 and {longest} seconds")
 
