@@ -21,7 +21,7 @@ class ModelConfig:
 
     arch: Annotated[str, "-a", "usual"] = "resnet50_dcd"
     """Name of the model; an unknown one prints the nearest."""
-    num_classes: Annotated[int | None, "usual"] = None
+    num_classes: Annotated[int | None, "usual", "of the data"] = None
     """Width of the logits; by default the number of classes in the data, in an evaluation in the checkpoint."""
     dropout: Annotated[float | None, "usual"] = None
     """Probability of dropout before the classifier."""

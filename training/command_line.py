@@ -16,6 +16,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 USUAL = "usual"  # marks an option that the short help has
 ONE_RUN = "one run"  # marks an option that another run does not take over from a `config.json`
+OF_DATA = "of the data"  # and one that it does not with other data
 
 
 class OptionError(ValueError):
@@ -71,7 +72,7 @@ class Option(NamedTuple):
     name: str  # as in config.json: with `_`
     group: str | None  # the name of the dataclass that it belongs to, in the one that is composed of them
     flags: list[str]  # `-f`, `--flag`, and other names of it
-    marks: list[str]  # USUAL, ONE_RUN
+    marks: list[str]  # USUAL, ONE_RUN, OF_DATA
     kind: Any  # its type, without None and what is Annotated
     optional: bool  # whether it may be None
     default: Any

@@ -94,14 +94,14 @@ def parse_config(argv: list[str], recipes: dict[str, Config], default: C, prog: 
         ConfigError: an unknown flag, key or recipe, or a value that no run can carry out.
     """
     config_file, name = _last(argv, "--config"), _last(argv, "--recipe")
-    file = FileOptions([])
+    file, given = FileOptions([]), {word.partition("=")[0] for word in argv}
     if config_file is not None:
-        file = read_config_file(_checked_path(config_file), default)
+        file = read_config_file(_checked_path(config_file), default, given)
     name = file.recipe if name is None else name
     if name is not None:
         require(name in recipes, f"unknown recipe {name!r}: use one of {', '.join(sorted(recipes))}")
         default = replace(default, **vars(recipes[name]))
-    if {"-h", "--help", "--help=all"} & {*argv}:
+    if given & {"-h", "--help"}:
         everything = (_last(argv, "--help") or _last(argv, "-h")) == "all"
         _say_once(help_page(default, prog, everything, {"models": list_models(), "recipes": _in_words(recipes)}))
         sys.exit(0)
@@ -110,10 +110,8 @@ def parse_config(argv: list[str], recipes: dict[str, Config], default: C, prog: 
     except OptionError as error:
         where = f"--config {config_file}: " if _fails_alone(file.arguments, default, error) else ""
         raise ConfigError(f"{where}{error}; --help all lists every option") from error
-    given = {word.partition("=")[0] for word in argv}
-    left_out = [text for text, option in file.left_out.items() if not given & {*option.flags}]
-    if left_out:
-        _say_once(f"--config {config_file}: of an earlier run, whose {' and '.join(left_out)} is not taken over")
+    if file.left_out:
+        _say_once(f"--config {config_file}: an earlier run's; not taken over: {', '.join(file.left_out)}")
     return config
 
 

@@ -14,12 +14,11 @@ false and a text.
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, get_origin
 
-from training.command_line import ONE_RUN, Option, options_of, titles_of
+from training.command_line import OF_DATA, ONE_RUN, Option, options_of, titles_of
 from training.options import ConfigError, require
 
 NOTHING = ("", "~", "null", "none")
@@ -31,17 +30,16 @@ class FileOptions(NamedTuple):
 
     arguments: list[str]  # as on a command line
     recipe: str | None = None  # that these override; an earlier run's is in its options already
-    left_out: Mapping[str, Option] = MappingProxyType(
-        {}
-    )  # what an earlier run had, but the next does not take over, by its text
+    left_out: tuple[str, ...] = ()  # what an earlier run had, but the next does not take over
 
 
-def read_config_file(path: Path, default: Any) -> FileOptions:
+def read_config_file(path: Path, default: Any, given: set[str]) -> FileOptions:
     """The options in a YAML or JSON file.
 
     Args:
         path: its name ends with .json, or else it is YAML.
         default: the dataclass of all options, for their names and types.
+        given: the flags on the command line.
 
     Raises:
         ConfigError: it can't be read, or has a key that is no option, or a value of another kind; in one line with the
@@ -51,12 +49,13 @@ def read_config_file(path: Path, default: Any) -> FileOptions:
         content = _parse(path)
         earlier = isinstance(content.get("config"), dict)
         found = _options(content["config"] if earlier else content, default)
-        arguments, recipe, left_out = [], None, {}
+        arguments, recipe, left_out = [], None, []
+        of_one_run = {ONE_RUN, OF_DATA} if given & {"-d", "--data"} else {ONE_RUN}
         for option, value in _once((option.name, (option, value)) for option, value in found).values():
             words = _arguments(option, value)
-            if earlier and ONE_RUN in option.marks:
-                if value.lower() not in (*NOTHING, str(option.default).lower()):
-                    left_out[f"{option.flag} {value}"] = option
+            if earlier and of_one_run & {*option.marks}:
+                if value.lower() not in (*NOTHING, str(option.default).lower()) and not given & {*option.flags}:
+                    left_out.append(f"{option.flag} {value}")
                 continue
             require(option.name != "config", "config: a file can't name another")
             if option.name == "recipe" and not earlier and value.lower() not in NOTHING:
@@ -64,7 +63,7 @@ def read_config_file(path: Path, default: Any) -> FileOptions:
             arguments += words
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from error
-    return FileOptions(arguments, recipe, left_out)
+    return FileOptions(arguments, recipe, tuple(left_out))
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -152,7 +151,8 @@ def _arguments(option: Option, value: Any) -> list[str]:
     """An option and its value as on the command line."""
     flag, key, is_list = option.flag, option.name, get_origin(option.kind) is tuple
     items = value if isinstance(value, list) else [value]
-    require(all(isinstance(item, str) for item in items), f"{key}: must be one value, or a list of values")
+    plain = all(isinstance(item, str) and not item.startswith("--") for item in items)
+    require(plain, f"{key}: must be one value, or a list of values")
     if isinstance(value, str) and value.lower() in NOTHING:
         require(option.optional, f"{key}: needs a value")
         return [f"{flag}=None"]

@@ -95,6 +95,7 @@ def test_a_file_overrides_a_recipe_and_flags_override_the_file(parse):
         ("epochs: 0", "--epochs 0: must be at least 1"),
         ("epochs: null", "epochs: needs a value"),
         ("schedule: [[1]]", "schedule: must be one value, or a list of values"),
+        ("schedule: [--evaluate]", "schedule: must be one value, or a list of values"),
         ("size_ramp: [1]", "--size-ramp: needs a value"),
         ("warmup: 3", "warmup: must be true or false, not 3"),
         ("amp: int8", "--amp.*'auto', 'bf16', 'fp16', 'off'"),
@@ -143,13 +144,21 @@ def test_an_earlier_run_is_repeated_elsewhere(parse, capsys):
     found = parse(earlier, "--profile 9").to_dict()
     assert found == Config().with_options(**kept, profile=9, config=found["config"]).to_dict()
     (line,) = capsys.readouterr().out.splitlines()
-    assert "whose --checkpoint runs/a and --resume x.pth and --stop-after-steps 3 is not taken over" in line
+    assert line.endswith("not taken over: --checkpoint runs/a, --resume x.pth, --stop-after-steps 3")
 
     del earlier["config"]["crop_ratio"], earlier["config"]["ema"]
     older = parse(earlier, "-c runs/b --resume=y.pth --stop-after-steps 4")
     assert older.model.fc_squeeze == 8, "the options are there already: they override the recipe that they began from"
     assert older.augmentation.crop_ratio == (3 / 4, 4 / 3) and older.optim.ema is None
     assert "--checkpoint" not in capsys.readouterr().out
+
+
+def test_an_earlier_runs_classes_are_those_of_its_data(parse, capsys):
+    earlier = {"config": Config().with_options(data=Path("a"), num_classes=7).to_dict()}
+    assert parse(earlier).model.num_classes == 7 and not capsys.readouterr().out
+    assert parse(earlier, "-d b").model.num_classes is None
+    assert "not taken over: --num-classes 7\n" in capsys.readouterr().out
+    assert parse(earlier, "-d b --num-classes=9").model.num_classes == 9 and not capsys.readouterr().out
 
 
 def test_a_real_run_is_repeated(tmp_path, tiny):
