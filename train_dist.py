@@ -13,6 +13,7 @@ from dataclasses import asdict
 from training import checkpoint
 from training.build import errors_in_one_line, find_setting, open_evaluator, open_trainer
 from training.config import Config, parse_config
+from training.dry_run import dry_run
 from training.evaluator import Evaluator
 from training.profile.run_profile import RunProfile
 from training.recipes import RECIPES
@@ -24,11 +25,14 @@ PREEMPTED = os.EX_TEMPFAIL  # 75: the exit code of a run that a signal has stopp
 
 
 def main(argv: list[str]) -> None:
-    """Parse, build, train or evaluate, tear down."""
+    """Parse, build, train or evaluate or only try, tear down."""
     config = parse_config(argv, RECIPES, Config())
     if config.run.evaluate:
         with open_evaluator(config) as evaluator, evaluator.lockstep.watchdog:
             evaluate(evaluator)
+    elif config.run.dry_run:
+        with open_trainer(config) as trainer, trainer.lockstep.watchdog:
+            dry_run(trainer)
     else:
         with open_trainer(config) as trainer, trainer.lockstep.watchdog:
             train(trainer)

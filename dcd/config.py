@@ -1,4 +1,5 @@
-"""The options of the model. A string beside a type is a flag of the command line."""
+"""The options of the model. A string beside a type is a flag of the command line, or a mark of
+`training/command_line.py`: "usual" options are in the short help."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +19,21 @@ START_OPTIONS = ("zero_init_fusion", "zero_init_residual")
 class ModelConfig:
     """What is trained, and what it begins with."""
 
-    arch: Annotated[str, "-a"] = "resnet50_dcd"
+    arch: Annotated[str, "-a", "usual"] = "resnet50_dcd"
     """Name of the model; an unknown one prints the nearest."""
-    num_classes: int | None = None
+    num_classes: Annotated[int | None, "usual", "of the data"] = None
     """Width of the logits; by default the number of classes in the data, in an evaluation in the checkpoint."""
-    dropout: float | None = None
+    dropout: Annotated[float | None, "usual"] = None
     """Probability of dropout before the classifier."""
-    width_mult: float = 1.0
+    width_mult: Annotated[float, "usual"] = 1.0
     """Width multiplier (mobilenetv2 and mobilenetv2_dcd)."""
-    fc_squeeze: int = 8
+    fc_squeeze: Annotated[int, "usual"] = 8
     """Divides the width of the coefficient branch (mobilenetv2_dcd)."""
-    zero_init_fusion: bool = False
+    zero_init_fusion: Annotated[bool, "usual"] = False
     """Start the dynamic layers without their fusion, which they learn (*_dcd): evaluations are finite early."""
     zero_init_residual: bool = False
     """Start the residual branches at 0, as torchvision's option does."""
-    weight: Path | None = None
+    weight: Annotated[Path | None, "usual"] = None
     """Start from, or evaluate, the weights of this checkpoint: official or own. A classifier of other classes is not
     loaded into a training; an evaluation matches the classes by name."""
 

@@ -1,4 +1,5 @@
-"""The options of the data: what is read, and how it is cut. A string beside a type is a flag of the command line."""
+"""The options of the data: what is read, and how it is cut. A string beside a type is a flag of the command line,
+or a mark of `training/command_line.py`: "usual" options are in the short help."""
 
 import os
 from dataclasses import dataclass
@@ -17,19 +18,19 @@ BACKENDS = get_args(Backend)
 class DataConfig:
     """What is read, and how."""
 
-    root: Annotated[Path | None, "--data", "-d"] = None
+    root: Annotated[Path | None, "--data", "-d", "usual"] = None
     """Folder with train.beton and val.beton or their shards (tools.make_dataset), or with train/CLASS/*.JPEG and
     val/CLASS/*.JPEG, or other formats that Pillow reads."""
-    backend: Backend = "auto"
+    backend: Annotated[Backend, "usual"] = "auto"
     """What reads the data; auto: DALI on a GPU if installed, else FFCV for .beton files, else torchvision; synthetic
     reads nothing and shows the upper bound."""
-    batch_size: Annotated[int, "-b"] = 256
+    batch_size: Annotated[int, "-b", "usual"] = 256
     """Images in an optimizer step, over all ranks."""
-    workers: Annotated[int | None, "-j"] = None
+    workers: Annotated[int | None, "-j", "usual"] = None
     """Loading threads or processes of this machine, shared by its ranks; at most, and by default, one for each core."""
-    input_size: int = 224
+    input_size: Annotated[int, "usual"] = 224
     """Side of the training images in pixels."""
-    eval_size: int | None = None
+    eval_size: Annotated[int | None, "usual"] = None
     """Side of the evaluation images in pixels; by default --input-size."""
     start_size: int | None = None
     """Progressive resizing: train with this size at first, and grow to --input-size ..."""
@@ -93,11 +94,11 @@ class DataConfig:
 class AugmentationConfig(*reversed(OPTIONS)):
     """What is cut from an image, whether it is flipped, and what is done to its pixels."""
 
-    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_area: Annotated[tuple[float, float], "usual"] = (0.08, 1.0)
     """Lowest and highest share of the image's area in a training crop."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Lowest and highest width / height of a training crop."""
-    flip: float = 0.5
+    flip: Annotated[float, "usual"] = 0.5
     """Probability of a horizontal flip in training."""
     eval_crop: float = 224 / 256
     """Share of the shorter side that evaluation keeps (224/256: resize to 256, cut 224)."""

@@ -50,6 +50,8 @@ class ThroughputConfig(Config):
             raise ConfigError(
                 "--cuda-graphs: a graph has no phases to time: leave it out; train_dist.py logs the images/s with it"
             )
+        if self.run.dry_run:
+            raise ConfigError("--dry-run is of train_dist.py: leave it out")
         for flag, value in (("windows", self.windows), ("window-steps", self.window_steps)):
             if value is not None and value < 1:
                 raise ConfigError(f"--{flag} {value}: must be at least 1")

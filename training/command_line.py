@@ -11,7 +11,12 @@ from dataclasses import Field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
+
+USUAL = "usual"  # marks an option that the short help has
+ONE_RUN = "one run"  # marks an option that another run does not take over from a `config.json`
+OF_DATA = "of the data"  # and one that it does not with other data
 
 
 class OptionError(ValueError):
@@ -52,9 +57,58 @@ def option_name(field: Field) -> str:
     return next((flag[2:].replace("-", "_") for flag in _flags(field) if flag.startswith("--")), field.name)
 
 
+def _words(field: Field) -> list[str]:
+    """The strings in `Annotated[type, "--flag", "-f", "mark"]`."""
+    return [word for word in getattr(field.type, "__metadata__", ()) if isinstance(word, str)]
+
+
 def _flags(field: Field) -> list[str]:
-    """The strings in `Annotated[type, "--flag", "-f"]`."""
-    return [flag for flag in getattr(field.type, "__metadata__", ()) if isinstance(flag, str)]
+    return [word for word in _words(field) if word.startswith("-")]
+
+
+class Option(NamedTuple):
+    """One option of a program, as its dataclass declares it."""
+
+    name: str  # as in config.json: with `_`
+    group: str | None  # the name of the dataclass that it belongs to, in the one that is composed of them
+    flags: list[str]  # `-f`, `--flag`, and other names of it
+    marks: list[str]  # USUAL, ONE_RUN, OF_DATA
+    kind: Any  # its type, without None and what is Annotated
+    optional: bool  # whether it may be None
+    default: Any
+    text: str  # what it does, one paragraph
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+
+def options_of(settings: Any, group: str | None = None) -> list[Option]:
+    """Every option of a dataclass, those of dataclasses in it included, with the values there as defaults."""
+    texts, found = _descriptions(type(settings)), []
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            found += options_of(value, field.name)
+            continue
+        name = option_name(field)
+        flags = _flags(field)
+        if not any(flag.startswith("--") for flag in flags):
+            flags.append(f"--{name.replace('_', '-')}")
+        flags.sort(key=lambda flag: flag.startswith("--"))
+        marks = [word for word in _words(field) if not word.startswith("-")]
+        kind = get_args(field.type)[0] if get_origin(field.type) is Annotated else field.type
+        optional = NoneType in get_args(kind)
+        if optional:
+            kind = next(each for each in get_args(kind) if each is not NoneType)
+        found.append(Option(name, group, flags, marks, kind, optional, value, texts.get(field.name, "")))
+    return found
+
+
+def titles_of(settings: Any) -> dict[str, str]:
+    """The title of each dataclass in a dataclass, by its name: the string beside its type, or else the name."""
+    groups = [field for field in fields(settings) if is_dataclass(getattr(settings, field.name))]
+    return {field.name: next(iter(_words(field)), field.name) for field in groups}
 
 
 def _descriptions(kind: type) -> dict[str, str]:
@@ -78,7 +132,7 @@ def parse(program: Callable[..., Any] | type, **options: Any) -> Any:
 
 
 def read_options(program: Callable[..., Any] | type, **options: Any) -> Any:
-    """`tyro.cli`, where a `Path` may begin with `~`, and strings beside the types of a dataclass are flags.
+    """`tyro.cli`, where a `Path` may begin with `~`, and strings with a dash beside the types of a dataclass are flags.
 
     What has no default has no flag, but its place. Dataclasses in a dataclass are groups of the help; their options
     have no prefix.

@@ -1,13 +1,19 @@
 """Every option of `train_dist.py`. Each room declares its own, where it is used; here they come together."""
 
+import os
+import sys
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from dcd.config import ModelConfig
+from dcd.registry import list_models
 from pipelines.config import AugmentationConfig, DataConfig
-from training.command_line import OptionError, option_name, read_options
+from training.command_line import OptionError, option_name, path, read_options
+from training.config_file import FileOptions, read_config_file
+from training.help_page import help_page
 from training.options import ConfigError, OptimConfig, PrecisionConfig, RunConfig, require
+from training.slurm import rank_variables
 
 C = TypeVar("C", bound="Config")
 
@@ -19,8 +25,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: Annotated[OptimConfig, "optimisation"] = field(default_factory=OptimConfig)
+    precision: Annotated[PrecisionConfig, "precision and speed"] = field(default_factory=PrecisionConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
@@ -75,7 +81,9 @@ def _plain(value: Any) -> Any:
 
 
 def parse_config(argv: list[str], recipes: dict[str, Config], default: C, prog: str = "train_dist.py") -> C:
-    """The options in `argv`, over those of `--recipe` where one is named. `--help` prints them and exits.
+    """The options in `argv`, over those of the file of `--config`, over those of `--recipe`, where they are named.
+
+    `--help` prints the usual options and exits, `--help all` every option.
 
     Args:
         argv: the command line without the program. recipes: a Config for each name.
@@ -83,14 +91,66 @@ def parse_config(argv: list[str], recipes: dict[str, Config], default: C, prog: 
         prog: the program's name, for the help.
 
     Raises:
-        ConfigError: an unknown flag or recipe, or a value that no run can carry out.
+        ConfigError: an unknown flag, key or recipe, or a value that no run can carry out.
     """
-    for i, word in enumerate(argv):
-        if word == "--recipe" or word.startswith("--recipe="):
-            name = word.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
-            require(name in recipes, f"unknown recipe {name!r}: use one of {', '.join(sorted(recipes))}")
-            default = replace(default, **vars(recipes[name]))
+    config_file, name = _last(argv, "--config"), _last(argv, "--recipe")
+    file, given = FileOptions([]), {word.partition("=")[0] for word in argv}
+    if config_file is not None:
+        file = read_config_file(_checked_path(config_file), default, given)
+    name = file.recipe if name is None else name
+    if name is not None:
+        require(name in recipes, f"unknown recipe {name!r}: use one of {', '.join(sorted(recipes))}")
+        default = replace(default, **vars(recipes[name]))
+    if given & {"-h", "--help"}:
+        everything = (_last(argv, "--help") or _last(argv, "-h")) == "all"
+        _say_once(help_page(default, prog, everything, {"models": list_models(), "recipes": _in_words(recipes)}))
+        sys.exit(0)
     try:
-        return read_options(type(default), args=argv, default=default, prog=prog)
+        config = read_options(type(default), args=[*file.arguments, *argv], default=default, prog=prog)
     except OptionError as error:
-        raise ConfigError(f"{error}; --help lists every option") from error
+        where = f"--config {config_file}: " if _fails_alone(file.arguments, default, error) else ""
+        raise ConfigError(f"{where}{error}; --help all lists every option") from error
+    if file.left_out:
+        _say_once(f"--config {config_file}: an earlier run's; not taken over: {', '.join(file.left_out)}")
+    return config
+
+
+def _last(argv: list[str], flag: str) -> str | None:
+    """What stands behind the last `flag` of a command line, as in `--flag value` or `--flag=value`."""
+    found = None
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word == flag:
+            found = following
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _checked_path(text: str) -> Path:
+    try:
+        return path(text)
+    except ValueError as error:
+        raise ConfigError(f"--config {error}") from error
+
+
+def _fails_alone(arguments: list[str], default: Config, error: OptionError) -> bool:
+    """Whether the options of a file make this error without the command line."""
+    try:
+        read_options(type(default), args=arguments, default=default)
+    except OptionError as found:
+        return str(found) == str(error)
+    return False
+
+
+def _in_words(recipes: dict[str, Config]) -> list[str]:
+    """What each recipe trains, for the help."""
+    return [
+        f"{name} ({recipe.model.arch}, {recipe.optim.epochs} epochs, {recipe.data.batch_size} images a step)"
+        for name, recipe in recipes.items()
+    ]
+
+
+def _say_once(text: str) -> None:
+    """Print on one rank only; the ranks have not met yet."""
+    if {**rank_variables(os.environ), **os.environ}.get("RANK", "0") == "0":
+        print(text, flush=True)

@@ -1,7 +1,8 @@
 """The options of training: how the weights are optimised, in which precision, and what a run does around it.
 
-A string beside a type is a flag of the command line. Model and data have theirs in `dcd/config.py` and
-`pipelines/config.py`; `training/config.py` composes all of them.
+A string beside a type is a flag of the command line, or a mark of `training/command_line.py`: "usual" options are in
+the short help, those of "one run" are not taken over by `--config` from an earlier run. Model and data have theirs in
+`dcd/config.py` and `pipelines/config.py`; `training/config.py` composes all of them.
 """
 
 import math
@@ -18,47 +19,47 @@ class ConfigError(ValueError):
 class OptimConfig:
     """How the weights are optimised."""
 
-    epochs: int = 90
+    epochs: Annotated[int, "usual"] = 90
     """Epochs in all."""
-    accumulate: int = 1
+    accumulate: Annotated[int, "usual"] = 1
     """Forward and backward passes in an optimizer step: splits each rank's batch to save memory."""
-    optimizer: Literal["sgd"] = "sgd"
+    optimizer: Annotated[Literal["sgd"], "usual"] = "sgd"
     """What makes steps of gradients; a checkpoint goes on with its own alone."""
-    lr: Annotated[float, "--lr", "--learning-rate"] = 0.1
+    lr: Annotated[float, "--lr", "--learning-rate", "usual"] = 0.1
     """Highest learning rate."""
-    lr_decay: Literal["schedule", "step", "cos", "linear"] = "step"
+    lr_decay: Annotated[Literal["schedule", "step", "cos", "linear"], "usual"] = "step"
     """schedule: times --gamma at each epoch of --schedule; step: every --step epochs; cos and linear: to 0."""
-    schedule: tuple[int, ...] = (30, 60, 90)
+    schedule: Annotated[tuple[int, ...], "usual"] = (30, 60, 90)
     """Epochs at which `--lr-decay schedule` decays."""
     step: int = 30
     """Epochs between the decays of `--lr-decay step`."""
     gamma: float = 0.1
     """Factor of one decay."""
-    warmup: bool = False
+    warmup: Annotated[bool, "usual"] = False
     """Raise the learning rate linearly from 0 over the first --warmup-epochs."""
-    warmup_epochs: int = 5
+    warmup_epochs: Annotated[int, "usual"] = 5
     """Length of --warmup."""
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
     """Nesterov momentum."""
-    wd: Annotated[float, "--wd", "--weight-decay"] = 1e-4
+    wd: Annotated[float, "--wd", "--weight-decay", "usual"] = 1e-4
     """Weight decay, on all parameters."""
     norm_decay: bool = True
     """--no-norm-decay leaves batch norm and biases out of the weight decay."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, "usual"] = 0.0
     """Share of the target that is spread over the other classes."""
-    mixup: float = 0.0
+    mixup: Annotated[float, "usual"] = 0.0
     """Mixup's alpha; it rises linearly from 0 over the first --mixup-epochs."""
     mixup_epochs: int = 100
     """Epochs until mixup's alpha is reached."""
-    cutmix: float = 0.0
+    cutmix: Annotated[float, "usual"] = 0.0
     """CutMix's alpha, in its paper 1; with --mixup each step draws one of the two."""
-    clip_grad: float | None = None
+    clip_grad: Annotated[float | None, "usual"] = None
     """Highest norm of the gradient over all parameters; longer ones are scaled down."""
-    ema: float | None = None
+    ema: Annotated[float | None, "usual"] = None
     """Decay of an exponential moving average of the weights, evaluated beside the model (e.g. 0.9999)."""
-    freeze: bool = False
+    freeze: Annotated[bool, "usual"] = False
     """Train the classifier alone: everything else stays as --weight has it, batch-norm statistics included."""
 
     def __post_init__(self):
@@ -79,17 +80,17 @@ class OptimConfig:
 class PrecisionConfig:
     """Precision and speed: on what the model computes, in which numbers and layout."""
 
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Annotated[Literal["auto", "cuda", "cpu"], "usual"] = "auto"
     """auto: the GPU where there is one."""
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    amp: Annotated[Literal["auto", "bf16", "fp16", "off"], "usual"] = "auto"
     """Mixed precision; auto: bf16 where the device computes in it, else off."""
     channels_last: bool = True
     """Memory format of the model; --no-channels-last for NCHW."""
-    compile: bool = False
+    compile: Annotated[bool, "usual"] = False
     """Compile the blocks of the model with torch.compile: a minute or more at the start, faster steps."""
-    cuda_graphs: bool = False
+    cuda_graphs: Annotated[bool, "usual"] = False
     """Record a training step once and start its kernels by one call (GPU only): less work for the host."""
-    sync_bn: bool = False
+    sync_bn: Annotated[bool, "usual"] = False
     """Batch statistics over all ranks (GPU only)."""
 
 
@@ -97,17 +98,21 @@ class PrecisionConfig:
 class RunConfig:
     """What a run reads, writes and does around the training."""
 
-    checkpoint: Annotated[Path, "-c"] = Path("checkpoints")
+    checkpoint: Annotated[Path, "-c", "usual", "one run"] = Path("checkpoints")
     """Output folder. A run that finds its own checkpoint here continues from it."""
-    resume: Path | None = None
+    resume: Annotated[Path | None, "usual", "one run"] = None
     """Continue from this checkpoint instead of the one in the output folder."""
-    evaluate: Annotated[bool, "-e"] = False
+    evaluate: Annotated[bool, "-e", "usual"] = False
     """Only evaluate: --weight, or else the checkpoint in the output folder."""
-    recipe: str | None = None
-    """Begin from a named recipe; the options given besides override it."""
-    seed: int = 0
+    recipe: Annotated[str | None, "usual"] = None
+    """Begin from a named recipe; --config and flags override it."""
+    config: Annotated[Path | None, "usual", "one run"] = None
+    """Options from a YAML or JSON file, by their names here, or an earlier run's config.json; flags override them."""
+    dry_run: Annotated[bool, "usual", "one run"] = False
+    """Build the run, print what it is, its memory and its rate in ten steps on synthetic images, and write nothing."""
+    seed: Annotated[int, "usual"] = 0
     """Everything random follows from it."""
-    print_freq: Annotated[int, "-p"] = 10
+    print_freq: Annotated[int, "-p", "usual"] = 10
     """Steps between two lines of the log."""
     eval_every: int = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
@@ -121,9 +126,9 @@ class RunConfig:
     """Seconds without any progress after which a run ends, with the name of the rank that it hangs on."""
     max_bad_steps: int = 0
     """Steps whose loss or gradient is not finite that are left out before the run ends."""
-    stop_after_steps: int | None = None
+    stop_after_steps: Annotated[int | None, "one run"] = None
     """Write a checkpoint and stop after this many steps of this start, as for a job with a time limit."""
-    profile: int | None = None
+    profile: Annotated[int | None, "usual", "one run"] = None
     """Time the phases of this many steps, and trace three more: what bounds the run is logged and written to
     profile.json, the trace to trace.json."""
 
@@ -131,6 +136,7 @@ class RunConfig:
         """Raise ConfigError for a value that no run can carry out."""
         _at_least(1, self, "print_freq", "eval_every", "keep", "checkpoint_steps", "profile")
         _at_least(0, self, "checkpoint_minutes", "seed", "max_bad_steps")
+        require(not (self.dry_run and self.evaluate), "--dry-run tries a training: leave out --evaluate")
         longest = 30 * 86400  # the group's own limit is a little longer, and must fit into a timedelta
         require(1 <= self.timeout <= longest, f"--timeout {self.timeout}: must lie between 1 and {longest} seconds")
 

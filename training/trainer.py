@@ -213,10 +213,14 @@ class Trainer:
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.saver.save(is_best)
 
+    @property
+    def peak_memory(self) -> int:
+        """Bytes at most so far: allocated on this rank's GPU, or else resident in this process."""
+        on_gpu = self.ranks.device.type == "cuda"
+        return torch.cuda.max_memory_allocated() if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+
     def summary(self) -> dict:
         """What the run came to, for `summary.json`."""
-        on_gpu = self.ranks.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
         return {
             "arch": self.config.model.arch,
             "epochs": self.config.optim.epochs,
@@ -225,7 +229,7 @@ class Trainer:
             **{kind: asdict(result) for kind, result in self.results.items()},
             "train_images_per_sec": self.images_per_sec,
             "train_time_s": sum(seconds for _, seconds in self._rates),
-            "peak_memory_gib": peak / 2**30,
+            "peak_memory_gib": self.peak_memory / 2**30,
             "bad_steps": self.progress.bad_steps,
             "skipped_steps": self.skipped_steps,
         }

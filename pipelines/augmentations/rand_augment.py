@@ -1,6 +1,7 @@
 """RandAugment (Cubuk et al., arXiv 1909.13719): some operations on each image, all with the same level of magnitude."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from pipelines.plan import random_bits, uniform
 
 @dataclass(frozen=True)
 class RandAugmentOption:
-    rand_augment: tuple[int, int] | None = None
+    rand_augment: Annotated[tuple[int, int] | None, "usual"] = None
     """RandAugment: operations on each image, and their level of magnitude in [0, 30]; usual are 2 9."""
 
     def augmentation(self) -> "RandAugment | None":

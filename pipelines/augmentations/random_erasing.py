@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from pipelines.plan import TRIES, random_bits, uniform
 
 @dataclass(frozen=True)
 class RandomErasingOption:
-    random_erasing: float = 0.0
+    random_erasing: Annotated[float, "usual"] = 0.0
     """Probability that a rectangle of an image, of 2 to 33 % of its area, is erased."""
 
     def augmentation(self) -> "RandomErasing | None":

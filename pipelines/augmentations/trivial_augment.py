@@ -1,6 +1,7 @@
 """TrivialAugment (Müller and Hutter, arXiv 2103.10158), with its wide magnitudes: one operation of a random level."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from pipelines.plan import random_bits, uniform
 
 @dataclass(frozen=True)
 class TrivialAugmentOption:
-    trivial_augment: bool = False
+    trivial_augment: Annotated[bool, "usual"] = False
     """TrivialAugment: one operation on each image, of a random magnitude."""
 
     def augmentation(self) -> "TrivialAugment | None":

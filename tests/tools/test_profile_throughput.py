@@ -104,6 +104,7 @@ def test_converted_images(tiny, tmp_path, capsys):
         (["--window-steps", "0"], "--window-steps 0: must be at least 1"),
         (["--json", "/nowhere/found.json"], "--json /nowhere/found.json: must be a file in a folder that exists"),
         (["--cuda-graphs"], "--cuda-graphs: a graph has no phases to time: leave it out"),
+        (["--dry-run"], "--dry-run is of train_dist.py: leave it out"),
         (["--trace", "/"], "--trace /: must be a file in a folder that exists"),
         (["-a", "mobilenetv2_dc"], "unknown model 'mobilenetv2_dc'"),
         (["--synthetic-images", "8"], "8 training images do not fill one batch of 12"),

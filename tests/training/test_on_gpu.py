@@ -16,6 +16,7 @@ from training import checkpoint, step_graph
 from training.build import open_trainer
 from training.config import Config
 from training.distributed import barrier, sum_over_ranks
+from training.dry_run import dry_run
 from training.evaluator import Evaluator
 from training.lockstep import Lockstep
 from training.run_log import RunLog
@@ -185,3 +186,15 @@ def test_replayed_steps_have_the_losses_of_ordinary_ones(tmp_path, monkeypatch, 
     assert len(losses[True]) == 12
     assert losses[True][:5] == pytest.approx(losses[False][:5], rel=1e-3 if amp == "off" else 0.05)
     assert losses[True] == pytest.approx(losses[False], rel=0.2)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_dry_run_tells_what_the_gpu_allocates(tmp_path, graphs):
+    said = []
+    with opened(tmp_path, cuda_graphs=graphs, **EVERYTHING) as trainer:
+        trainer.log.say = said.append
+        dry_run(trainer)
+    (memory,) = [line for line in said if line.startswith("memory: ")]
+    allocated, total = float(memory.split()[1]), torch.cuda.get_device_properties(0).total_memory / 2**30
+    assert 0 < allocated < total and f"of the GPU's {total:.2f} GiB" in memory
+    assert not list(tmp_path.iterdir())
