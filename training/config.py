@@ -153,4 +153,7 @@ def _in_words(recipes: dict[str, Config]) -> list[str]:
 def _say_once(text: str) -> None:
     """Print on one rank only; the ranks have not met yet."""
     if {**rank_variables(os.environ), **os.environ}.get("RANK", "0") == "0":
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # as by `--help | head`: what is left is for nobody
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

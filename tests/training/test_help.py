@@ -1,5 +1,6 @@
 """`--help` on two screens and `--help all` with every option, on terminals of any width."""
 
+import os
 import subprocess
 import sys
 
@@ -65,6 +66,15 @@ def test_any_width(printed, columns):
 def test_one_rank_prints_for_all(printed, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert printed("--help") == ""
+
+
+def test_a_reader_may_leave():
+    """As `head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command("--help"), stdout=writer, stderr=subprocess.PIPE, env=environment())
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_process_without_a_terminal():
