@@ -97,7 +97,7 @@ def stop(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
     gc.collect()
     # An operation that waits for a silent rank would block here for as long as `--timeout`.
-    faulthandler.dump_traceback_later(SECONDS_TO_LEAVE, exit=True)
+    faulthandler.dump_traceback_later(SECONDS_TO_LEAVE, exit=True, file=2)
     dist.destroy_process_group()
     faulthandler.cancel_dump_traceback_later()
 

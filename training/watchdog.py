@@ -143,7 +143,7 @@ class Watchdog:
 
 def _show_where() -> None:
     """Print the stacks of this process's threads, and have its loading processes print theirs, one after another."""
-    faulthandler.dump_traceback()
+    faulthandler.dump_traceback(file=2)
     for process in multiprocessing.active_children():
         os.kill(process.pid, SIGUSR2)
         time.sleep(0.2)

@@ -140,7 +140,7 @@ def _start_worker(worker_id: int) -> None:
     # checkpoint is written.
     for number in (SIGINT, SIGTERM, SIGUSR1):
         signal(number, SIG_IGN)
-    faulthandler.register(SIGUSR2)  # by which a watchdog asks where this process is
+    faulthandler.register(SIGUSR2, file=2)  # by which a watchdog asks where this process is; sys.stderr may be no file
     Queue._on_queue_feeder_error = staticmethod(_give_up)
 
 
