@@ -22,8 +22,9 @@ class OptimConfig:
     """Epochs in all."""
     accumulate: int = 1
     """Forward and backward passes in an optimizer step: splits each rank's batch to save memory."""
-    optimizer: Literal["sgd"] = "sgd"
-    """What makes steps of gradients; a checkpoint goes on with its own alone."""
+    optimizer: Literal["sgd", "adamw", "lamb", "lars", "muon", "apex-sgd", "apex-lamb"] = "sgd"
+    """What makes steps of gradients; a checkpoint goes on with its own alone. lamb, lars and muon are timm's; apex-sgd
+    and apex-lamb are of NVIDIA's apex."""
     lr: Annotated[float, "--lr", "--learning-rate"] = 0.1
     """Highest learning rate."""
     lr_decay: Literal["schedule", "step", "cos", "linear"] = "step"
@@ -39,9 +40,13 @@ class OptimConfig:
     warmup_epochs: int = 5
     """Length of --warmup."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD, LARS and Muon."""
     nesterov: bool = False
     """Nesterov momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of the two moments of AdamW and LAMB, and of Muon's AdamW."""
+    eps: float | None = None
+    """Added to the root of the second moment; by default 1e-8, in LAMB 1e-6, in Muon 1e-7."""
     wd: Annotated[float, "--wd", "--weight-decay"] = 1e-4
     """Weight decay, on all parameters."""
     norm_decay: bool = True
@@ -62,7 +67,8 @@ class OptimConfig:
     def __post_init__(self):
         """Raise ConfigError for a value that no run can carry out."""
         _at_least(1, self, "epochs", "accumulate", "step", "mixup_epochs")
-        _at_least(0, self, "lr", "wd", "momentum", "mixup", "warmup_epochs", "gamma")
+        _at_least(0, self, "lr", "wd", "momentum", "eps", "mixup", "warmup_epochs", "gamma")
+        require(all(0 <= beta < 1 for beta in self.betas), f"--betas {self.betas}: must lie in [0, 1)")
         require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must lie in [0, 1)")
         require(self.ema is None or 0 <= self.ema < 1, f"--ema {self.ema}: must lie in [0, 1)")
         require(self.clip_grad is None or self.clip_grad > 0, f"--clip-grad {self.clip_grad}: must be above 0")

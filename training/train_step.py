@@ -17,6 +17,7 @@ from training.metrics import Metrics
 from training.mixup import Targets, mix, mixed_cross_entropy, mixup_share
 from training.moving_average import MovingAverage
 from training.optim import build_optimizer, learning_rate
+from training.optimizers import WITH_LR_ON_HOST
 from training.precision import Precision
 from training.progress import Progress
 from training.safe_step import SafeStep
@@ -57,13 +58,18 @@ class TrainStep:
         self._lr = torch.full((), config.optim.lr, device=device)
         self._share = torch.ones((), dtype=precision.dtype or torch.float32, device=device)
         self.optimizer = build_optimizer(model, config.optim, self._lr)
+        self._lr_on_host = config.optim.optimizer in WITH_LR_ON_HOST
         self.scaler = GradScaler(device.type, enabled=precision.dtype == torch.float16)
         self.ema = None if config.optim.ema is None else MovingAverage(model, config.optim.ema)
         average = None if self.ema is None else self.ema.module
         self.safe = SafeStep(model, self.optimizer, self.scaler, config.optim.clip_grad, average)
         self.metrics = Metrics(device)
         self._parallel, self._graph, stream = model, None, None
-        if config.precision.cuda_graphs and device.type == "cuda":
+        if config.precision.cuda_graphs and self._lr_on_host:
+            say(
+                f"--cuda-graphs: a step of --optimizer {config.optim.optimizer} cannot be recorded, and is not replayed"
+            )
+        elif config.precision.cuda_graphs and device.type == "cuda":
             stream = torch.cuda.Stream(device)
             self.record(lambda: CudaGraph(stream), say, stream)
         elif config.precision.cuda_graphs:
@@ -97,7 +103,9 @@ class TrainStep:
         torch.manual_seed(((self._seed * 1_000_003 + progress.global_step) * 65_537 + self._ranks.rank) % 2**63)
         if optim.mixup > 0:
             self._share.fill_(mixup_share(optim.mixup, progress.epoch, optim.mixup_epochs, self._seed, progress.step))
-        self._lr.fill_(self.learning_rate(progress.epochs_done))
+        self._lr.fill_(rate := self.learning_rate(progress.epochs_done))
+        for group in self.optimizer.param_groups if self._lr_on_host else ():
+            group["lr"] = rate
         with listener.phase("copy"):
             images = self.precision.in_format(images)
         if self._graph is None or listener.listens:
@@ -112,7 +120,7 @@ class TrainStep:
         """All that the device does in a step. Returns `finite` and `skipped` of its record."""
         optim, parts = self.optim, self.optim.accumulate
         with listener.phase("optimizer"):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad()  # apex's optimizers have a zero_grad of another kind
             self.safe.begin()
         finite = []
         for part, (part_images, part_labels) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):

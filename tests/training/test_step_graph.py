@@ -117,6 +117,9 @@ def train(folder, steps: int, replayed: bool, **options) -> tuple[dict, dict, in
         {"accumulate": 2, "dropout": 0.2, "norm_decay": False, "label_smoothing": 0.1},
         {"amp": "bf16", "mixup": 0.5, "mixup_epochs": 1},
         {"amp": "fp16", "clip_grad": 1.0},
+        {"optimizer": "adamw", "norm_decay": False},
+        {"optimizer": "lamb", "amp": "fp16"},
+        {"optimizer": "lars", "clip_grad": 1.0},
     ],
 )
 def test_replayed_steps_are_ordinary_ones_bit_for_bit(tmp_path, options):
