@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from dcd.config import ModelConfig
 from pipelines.config import AugmentationConfig, DataConfig
 from training.command_line import OptionError, option_name, read_options
-from training.options import ConfigError, OptimConfig, PrecisionConfig, RunConfig, require
+from training.options import ConfigError, DistillConfig, OptimConfig, PrecisionConfig, RunConfig, require
 
 C = TypeVar("C", bound="Config")
 
@@ -20,6 +20,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distillation: DistillConfig = field(default_factory=DistillConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

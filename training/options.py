@@ -80,6 +80,34 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Learning from another network, the teacher."""
+
+    teacher: str | None = None
+    """Name of the teacher: one of our models, or timm/NAME for one of timm's."""
+    teacher_weight: Path | None = None
+    """Checkpoint of the teacher."""
+    distill: Literal["soft", "hard"] = "soft"
+    """soft: all of the teacher's probabilities, at --distill-temperature; hard: its most probable class alone."""
+    distill_alpha: float = 0.5
+    """Share of what the teacher says in the loss; the rest is that of the labels."""
+    distill_temperature: float = 3.0
+    """Divides the logits of teacher and student in the soft loss."""
+
+    def __post_init__(self):
+        """Raise ConfigError for a value that no run can carry out."""
+        require(
+            (self.teacher is None) == (self.teacher_weight is None),
+            "--teacher and --teacher-weight name the teacher and its checkpoint: give both, or none",
+        )
+        require(0 <= self.distill_alpha <= 1, f"--distill-alpha {self.distill_alpha}: must lie in [0, 1]")
+        require(
+            0 < self.distill_temperature < math.inf,
+            f"--distill-temperature {self.distill_temperature}: must be above 0",
+        )
+
+
+@dataclass(frozen=True)
 class PrecisionConfig:
     """Precision and speed: on what the model computes, in which numbers and layout."""
 

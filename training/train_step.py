@@ -11,6 +11,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from training.config import Config
+from training.distill import distillation_loss
 from training.distributed import Ranks
 from training.freezing import train_what_is_not_frozen
 from training.metrics import Metrics
@@ -42,6 +43,7 @@ class TrainStep:
         config: the options. ranks: this process among the others.
         model: on the device, in its memory format. precision: what it computes in.
         say: is told in one line where --cuda-graphs can't be had.
+        teacher: that the model learns from, too, in evaluation mode; None for none. It is no part of the state.
     """
 
     def __init__(
@@ -51,9 +53,12 @@ class TrainStep:
         model: nn.Module,
         precision: Precision,
         say: Callable[[str], None] = print,
+        teacher: nn.Module | None = None,
     ):
         self.model, self.optim, self._seed, self._ranks = model, config.optim, config.run.seed, ranks
         self.precision, device = precision, ranks.device
+        self._distillation = config.distillation
+        self._teacher = None if teacher is None else precision.to_device(teacher)
         # What changes from step to step lies on the device, where a recorded step reads it.
         self._lr = torch.full((), config.optim.lr, device=device)
         self._share = torch.ones((), dtype=precision.dtype or torch.float32, device=device)
@@ -133,6 +138,10 @@ class TrainStep:
                     with self.precision.autocast():
                         logits = self._parallel(mixed)
                     loss = mixed_cross_entropy(logits, targets, optim.label_smoothing)
+                    if self._teacher is not None:
+                        with torch.no_grad(), self.precision.autocast():
+                            taught = self._teacher(mixed)
+                        loss = distillation_loss(loss, logits, taught, self._distillation)
                 with listener.phase("backward"):
                     self.scaler.scale(loss / parts).backward()
             finite.append(self.metrics.update(loss.detach() * len(part_labels), logits.detach(), part_labels))
