@@ -121,6 +121,8 @@ class PrecisionConfig:
     """Compile the blocks of the model with torch.compile: a minute or more at the start, faster steps."""
     cuda_graphs: bool = False
     """Record a training step once and start its kernels by one call (GPU only): less work for the host."""
+    checkpoint_activations: bool = False
+    """Compute the blocks once more in the backward pass instead of keeping what is inside them: less memory."""
     sync_bn: bool = False
     """Batch statistics over all ranks (GPU only)."""
 
