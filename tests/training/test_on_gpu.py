@@ -185,3 +185,18 @@ def test_replayed_steps_have_the_losses_of_ordinary_ones(tmp_path, monkeypatch, 
     assert len(losses[True]) == 12
     assert losses[True][:5] == pytest.approx(losses[False][:5], rel=1e-3 if amp == "off" else 0.05)
     assert losses[True] == pytest.approx(losses[False], rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "muon"])
+def test_steps_of_other_optimizers_can_be_recorded(tmp_path, monkeypatch, name):
+    """So they do not wait for the device either: a recording does not allow that."""
+    if name != "adamw":
+        pytest.importorskip("timm")
+    monkeypatch.setattr(step_graph, "WARM_UP", 3)
+    losses = {}
+    for graphs in (False, True):
+        with opened(tmp_path, cuda_graphs=graphs, amp="bf16", print_freq=1, optimizer=name, lr=1e-3) as run:
+            run.train_epoch()
+            assert (run.train_step._graph is not None and run.train_step._graph._recorder is not None) == graphs
+            losses[graphs] = run.log.losses
+    assert losses[True] == pytest.approx(losses[False], rel=0.2)
