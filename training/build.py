@@ -28,6 +28,7 @@ from training.lockstep import Lockstep
 from training.options import ConfigError
 from training.precision import autocast_dtype
 from training.profile.verdict import Setting
+from training.recomputing import checkpoint_blocks
 from training.run_log import RunLog
 from training.saver import DivergedError
 from training.trainer import Trainer
@@ -198,6 +199,8 @@ def build_model(
         if ranks.device.type == "cpu":
             raise ConfigError("--sync-bn works on GPUs only: leave it out on a CPU")
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.precision.checkpoint_activations:
+        checkpoint_blocks(model)
     if config.precision.compile:
         compile_blocks(model)
     memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format

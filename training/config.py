@@ -12,7 +12,7 @@ from pipelines.config import AugmentationConfig, DataConfig
 from training.command_line import OptionError, option_name, path, read_options
 from training.config_file import FileOptions, read_config_file
 from training.help_page import help_page
-from training.options import ConfigError, OptimConfig, PrecisionConfig, RunConfig, require
+from training.options import ConfigError, DistillConfig, OptimConfig, PrecisionConfig, RunConfig, require
 from training.slurm import rank_variables
 
 C = TypeVar("C", bound="Config")
@@ -26,6 +26,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optim: Annotated[OptimConfig, "optimisation"] = field(default_factory=OptimConfig)
+    distillation: DistillConfig = field(default_factory=DistillConfig)
     precision: Annotated[PrecisionConfig, "precision and speed"] = field(default_factory=PrecisionConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

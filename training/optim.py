@@ -1,37 +1,12 @@
 """Optimizer and learning-rate schedule."""
 
 import math
-from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
+from training.optimizers import OPTIMIZERS, WITH_LR_ON_HOST
 from training.options import ConfigError, OptimConfig
-
-
-def sgd(groups: list[dict], config: OptimConfig) -> SGD:
-    """SGD with momentum."""
-    optimizer = SGD(
-        groups,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.wd,
-        nesterov=config.nesterov,
-        # One kernel for all parameters; and with it GradScaler.step does not wait for the device.
-        fused=True,
-    )
-    if config.momentum:
-        # Fused SGD takes its first buffers from uninitialised memory, and leaves them so when GradScaler skips the
-        # first step, as it does in fp16. Zeros give the same first step.
-        for parameter in (parameter for group in groups for parameter in group["params"]):
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-# By the names of `OptimConfig.optimizer`: from groups of parameters and the options to an optimizer that is fused, for
-# `SafeStep` leaves out an update by its `found_inf`.
-OPTIMIZERS: dict[str, Callable[[list[dict], OptimConfig], Optimizer]] = {"sgd": sgd}
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, lr: Tensor | None = None) -> Optimizer:
@@ -39,16 +14,30 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: Tensor | None = N
     dimension).
 
     Args:
-        lr: a scalar on the device, float32: what it holds at a step is the learning rate. By default that of `config`.
+        lr: a scalar on the device, float32: what it holds at a step is the learning rate, unless the optimizer is
+            `WITH_LR_ON_HOST`. By default that of `config`.
+
+    Raises:
+        ConfigError: the optimizer is of a package that is not there.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if config.norm_decay or p.dim() > 1]
     spared = [p for p in trained if not config.norm_decay and p.dim() <= 1]
     groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    if config.optimizer == "muon":
+        groups = [part for group in groups for part in _classifier_apart(group, model)]
     optimizer = OPTIMIZERS[config.optimizer]([group for group in groups if group["params"]], config)
-    for group in optimizer.param_groups if lr is not None else ():
+    for group in optimizer.param_groups if lr is not None and config.optimizer not in WITH_LR_ON_HOST else ():
         group["lr"] = lr
     return optimizer
+
+
+def _classifier_apart(group: dict, model: nn.Module) -> list[dict]:
+    """Muon is for hidden weights: those of `model.classifier` in a group of their own, for AdamW."""
+    ids = {id(parameter) for parameter in getattr(model, "classifier", nn.Identity()).parameters()}
+    hidden = [parameter for parameter in group["params"] if id(parameter) not in ids]
+    last = [parameter for parameter in group["params"] if id(parameter) in ids]
+    return [{**group, "params": hidden}, {**group, "params": last, "use_fallback": True}]
 
 
 def learning_rate(config: OptimConfig, epochs_done: float) -> float:

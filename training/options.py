@@ -23,8 +23,9 @@ class OptimConfig:
     """Epochs in all."""
     accumulate: Annotated[int, "usual"] = 1
     """Forward and backward passes in an optimizer step: splits each rank's batch to save memory."""
-    optimizer: Annotated[Literal["sgd"], "usual"] = "sgd"
-    """What makes steps of gradients; a checkpoint goes on with its own alone."""
+    optimizer: Annotated[Literal["sgd", "adamw", "lamb", "lars", "muon", "apex-sgd", "apex-lamb"], "usual"] = "sgd"
+    """What makes steps of gradients; a checkpoint goes on with its own alone. lamb, lars and muon are timm's; apex-sgd
+    and apex-lamb are of NVIDIA's apex."""
     lr: Annotated[float, "--lr", "--learning-rate", "usual"] = 0.1
     """Highest learning rate."""
     lr_decay: Annotated[Literal["schedule", "step", "cos", "linear"], "usual"] = "step"
@@ -40,9 +41,13 @@ class OptimConfig:
     warmup_epochs: Annotated[int, "usual"] = 5
     """Length of --warmup."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD, LARS and Muon."""
     nesterov: bool = False
     """Nesterov momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of the two moments of AdamW and LAMB, and of Muon's AdamW."""
+    eps: float | None = None
+    """Added to the root of the second moment; by default 1e-8, in LAMB 1e-6, in Muon 1e-7."""
     wd: Annotated[float, "--wd", "--weight-decay", "usual"] = 1e-4
     """Weight decay, on all parameters."""
     norm_decay: bool = True
@@ -65,7 +70,8 @@ class OptimConfig:
     def __post_init__(self):
         """Raise ConfigError for a value that no run can carry out."""
         _at_least(1, self, "epochs", "accumulate", "step", "mixup_epochs")
-        _at_least(0, self, "lr", "wd", "momentum", "mixup", "cutmix", "warmup_epochs", "gamma")
+        _at_least(0, self, "lr", "wd", "momentum", "eps", "mixup", "cutmix", "warmup_epochs", "gamma")
+        require(all(0 <= beta < 1 for beta in self.betas), f"--betas {self.betas}: must lie in [0, 1)")
         require(0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must lie in [0, 1)")
         require(self.ema is None or 0 <= self.ema < 1, f"--ema {self.ema}: must lie in [0, 1)")
         require(self.clip_grad is None or self.clip_grad > 0, f"--clip-grad {self.clip_grad}: must be above 0")
@@ -73,6 +79,34 @@ class OptimConfig:
         require(
             not self.warmup or self.warmup_epochs < self.epochs,
             f"--warmup takes {self.warmup_epochs} epochs: use more --epochs or fewer --warmup-epochs",
+        )
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Learning from another network, the teacher."""
+
+    teacher: str | None = None
+    """Name of the teacher: one of our models, or timm/NAME for one of timm's."""
+    teacher_weight: Path | None = None
+    """Checkpoint of the teacher."""
+    distill: Literal["soft", "hard"] = "soft"
+    """soft: all of the teacher's probabilities, at --distill-temperature; hard: its most probable class alone."""
+    distill_alpha: float = 0.5
+    """Share of what the teacher says in the loss; the rest is that of the labels."""
+    distill_temperature: float = 3.0
+    """Divides the logits of teacher and student in the soft loss."""
+
+    def __post_init__(self):
+        """Raise ConfigError for a value that no run can carry out."""
+        require(
+            (self.teacher is None) == (self.teacher_weight is None),
+            "--teacher and --teacher-weight name the teacher and its checkpoint: give both, or none",
+        )
+        require(0 <= self.distill_alpha <= 1, f"--distill-alpha {self.distill_alpha}: must lie in [0, 1]")
+        require(
+            0 < self.distill_temperature < math.inf,
+            f"--distill-temperature {self.distill_temperature}: must be above 0",
         )
 
 
@@ -90,6 +124,8 @@ class PrecisionConfig:
     """Compile the blocks of the model with torch.compile: a minute or more at the start, faster steps."""
     cuda_graphs: Annotated[bool, "usual"] = False
     """Record a training step once and start its kernels by one call (GPU only): less work for the host."""
+    checkpoint_activations: bool = False
+    """Compute the blocks once more in the backward pass instead of keeping what is inside them: less memory."""
     sync_bn: Annotated[bool, "usual"] = False
     """Batch statistics over all ranks (GPU only)."""
 

@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.options import PrecisionConfig
 
@@ -33,6 +33,11 @@ class Precision:
     def autocast(self) -> AbstractContextManager:
         """The body computes in mixed precision, where it is wanted."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def to_device(self, model: nn.Module) -> nn.Module:
+        """The model on the device, in its memory format."""
+        memory_format = torch.channels_last if self._config.channels_last else torch.contiguous_format
+        return model.to(self.device, memory_format=memory_format)
 
     def in_format(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) of a loader, channels_last, in the model's memory format."""

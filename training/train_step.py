@@ -11,12 +11,14 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from training.config import Config
+from training.distill import distillation_loss
 from training.distributed import Ranks
 from training.freezing import train_what_is_not_frozen
 from training.metrics import Metrics
 from training.mixup import Mixer, mixed_cross_entropy
 from training.moving_average import MovingAverage
 from training.optim import build_optimizer, learning_rate
+from training.optimizers import WITH_LR_ON_HOST
 from training.precision import Precision
 from training.progress import Progress
 from training.safe_step import SafeStep
@@ -41,6 +43,7 @@ class TrainStep:
         config: the options. ranks: this process among the others.
         model: on the device, in its memory format. precision: what it computes in.
         say: is told in one line where --cuda-graphs can't be had.
+        teacher: that the model learns from, too, in evaluation mode; None for none. It is no part of the state.
     """
 
     def __init__(
@@ -50,20 +53,28 @@ class TrainStep:
         model: nn.Module,
         precision: Precision,
         say: Callable[[str], None] = print,
+        teacher: nn.Module | None = None,
     ):
         self.model, self.optim, self._seed, self._ranks = model, config.optim, config.run.seed, ranks
         self.precision, device = precision, ranks.device
+        self._distillation = config.distillation
+        self._teacher = None if teacher is None else precision.to_device(teacher)
         # What changes from step to step lies on the device, where a recorded step reads it.
         self._lr = torch.full((), config.optim.lr, device=device)
         self._mixer = Mixer(config.optim, self._seed, device, precision.dtype or torch.float32)
         self.optimizer = build_optimizer(model, config.optim, self._lr)
+        self._lr_on_host = config.optim.optimizer in WITH_LR_ON_HOST
         self.scaler = GradScaler(device.type, enabled=precision.dtype == torch.float16)
         self.ema = None if config.optim.ema is None else MovingAverage(model, config.optim.ema)
         average = None if self.ema is None else self.ema.module
         self.safe = SafeStep(model, self.optimizer, self.scaler, config.optim.clip_grad, average)
         self.metrics = Metrics(device)
         self._parallel, self._graph, stream = model, None, None
-        if config.precision.cuda_graphs and device.type == "cuda":
+        if config.precision.cuda_graphs and self._lr_on_host:
+            say(
+                f"--cuda-graphs: a step of --optimizer {config.optim.optimizer} cannot be recorded, and is not replayed"
+            )
+        elif config.precision.cuda_graphs and device.type == "cuda":
             stream = torch.cuda.Stream(device)
             self.record(lambda: CudaGraph(stream), say, stream)
         elif config.precision.cuda_graphs:
@@ -95,7 +106,9 @@ class TrainStep:
         # One number for (seed, global step, rank): the factors are primes above usual numbers of steps and ranks.
         torch.manual_seed(((self._seed * 1_000_003 + progress.global_step) * 65_537 + self._ranks.rank) % 2**63)
         self._mixer.draw(progress.epoch, progress.step, images.shape[-2:])
-        self._lr.fill_(self.learning_rate(progress.epochs_done))
+        self._lr.fill_(rate := self.learning_rate(progress.epochs_done))
+        for group in self.optimizer.param_groups if self._lr_on_host else ():
+            group["lr"] = rate
         with listener.phase("copy"):
             images = self.precision.in_format(images)
         if self._graph is None or listener.listens:
@@ -110,7 +123,7 @@ class TrainStep:
         """All that the device does in a step. Returns `finite` and `skipped` of its record."""
         optim, parts = self.optim, self.optim.accumulate
         with listener.phase("optimizer"):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad()  # apex's optimizers have a zero_grad of another kind
             self.safe.begin()
         finite = []
         for part, (part_images, part_labels) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
@@ -121,6 +134,10 @@ class TrainStep:
                     with self.precision.autocast():
                         logits = self._parallel(mixed)
                     loss = mixed_cross_entropy(logits, targets, optim.label_smoothing)
+                    if self._teacher is not None:
+                        with torch.no_grad(), self.precision.autocast():
+                            taught = self._teacher(mixed)
+                        loss = distillation_loss(loss, logits, taught, self._distillation)
                 with listener.phase("backward"):
                     self.scaler.scale(loss / parts).backward()
             finite.append(self.metrics.update(loss.detach() * len(part_labels), logits.detach(), part_labels))

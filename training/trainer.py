@@ -12,6 +12,7 @@ from torch import nn
 
 from training.classes import Classes
 from training.config import Config
+from training.distill import load_teacher
 from training.distributed import Ranks, sum_over_ranks
 from training.evaluator import Evaluator
 from training.lockstep import Stopwatch
@@ -38,8 +39,10 @@ class Trainer:
         self.config, self.ranks, self.model, self.log = config, ranks, model, log
         self.loader, self.evaluator, self.lockstep = loader, evaluator, evaluator.lockstep
         self.progress = Progress(loader.steps_per_epoch)
-        self.train_step = TrainStep(config, ranks, model, evaluator.precision, log.say)
         classes = Classes(len(evaluator.loader.classes), evaluator.loader.class_names)
+        outputs = Classes(config.model.num_classes, classes.names)
+        teacher = load_teacher(config.distillation, outputs)
+        self.train_step = TrainStep(config, ranks, model, evaluator.precision, log.say, teacher)
         self.saver = Saver(config, ranks, self.train_step, self.progress, classes, loader.fingerprint(), log)
         self.skipped_steps = 0  # whose update was left out, those where fp16 looks for its scale included
         self.results: dict[str, Summary] = {}  # of the evaluations of this epoch

@@ -198,3 +198,18 @@ def test_a_dry_run_tells_what_the_gpu_allocates(tmp_path, graphs):
     allocated, total = float(memory.split()[1]), torch.cuda.get_device_properties(0).total_memory / 2**30
     assert 0 < allocated < total and f"of the GPU's {total:.2f} GiB" in memory
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "muon"])
+def test_steps_of_other_optimizers_can_be_recorded(tmp_path, monkeypatch, name):
+    """So they do not wait for the device either: a recording does not allow that."""
+    if name != "adamw":
+        pytest.importorskip("timm")
+    monkeypatch.setattr(step_graph, "WARM_UP", 3)
+    losses = {}
+    for graphs in (False, True):
+        with opened(tmp_path, cuda_graphs=graphs, amp="bf16", print_freq=1, optimizer=name, lr=1e-3) as run:
+            run.train_epoch()
+            assert (run.train_step._graph is not None and run.train_step._graph._recorder is not None) == graphs
+            losses[graphs] = run.log.losses
+    assert losses[True] == pytest.approx(losses[False], rel=0.2)

@@ -119,6 +119,9 @@ def train(folder, steps: int, replayed: bool, **options) -> tuple[dict, dict, in
         {"amp": "fp16", "clip_grad": 1.0},
         {"cutmix": 1.0, "accumulate": 2},
         {"amp": "bf16", "cutmix": 1.0, "mixup": 0.5, "mixup_epochs": 1},
+        {"optimizer": "adamw", "norm_decay": False},
+        {"optimizer": "lamb", "amp": "fp16"},
+        {"optimizer": "lars", "clip_grad": 1.0},
     ],
 )
 def test_replayed_steps_are_ordinary_ones_bit_for_bit(tmp_path, options):
