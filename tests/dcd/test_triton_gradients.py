@@ -139,19 +139,21 @@ def test_gradient_of_q_where_proj_in_sees_x(stride, height, width, pool_size, dt
 @pytest.mark.parametrize("amp", HALVES)
 @pytest.mark.parametrize("shape", LAYERS.values(), ids=LAYERS)
 def test_layers_are_at_most_twice_as_far_off_as_the_reference(shape, amp):
-    """The median over five inputs, as behind a batch norm and ReLU: see `test_fused.py`."""
+    """The median over three inputs, as behind a batch norm and ReLU: see `test_fused.py`. The gradients of the
+    coefficients' weights are left out: at the bounds of a scale, a rounding decides whether they are 0, by either way.
+    `test_triton_coefficients.py` has them."""
     mean, deviation = 3, 0.3
     *sizes, batch, height, width, form = shape
     layer = create_layer(*sizes).to(DEVICE)
     set_form(layer, form)
     by_reference, by_kernels = defaultdict(list), defaultdict(list)
-    for _ in range(5):
+    for _ in range(3):
         x = deviation * torch.randn(batch, sizes[0], height, width) + mean * torch.rand(sizes[0], 1, 1)
         x = x.relu().to(DEVICE, amp, memory_format=torch.channels_last)
         exact = results(layer.double(), "reference", x.double())
         layer = layer.float()
         plain, found = results(layer, "reference", x, amp), results(layer, "triton", x, amp)
-        for name in exact:
+        for name in (name for name in exact if "gradient of coefficients" not in name):
             by_reference[name].append(error(plain[name], exact[name]))
             by_kernels[name].append(error(found[name], exact[name]))
     for name, errors in by_kernels.items():

@@ -236,7 +236,6 @@ def test_a_cpu_takes_pytorch_s_operations_to_the_bit(act, has_shortcut, monkeypa
 # options, and norms with an activation or a shortcut behind them
 NETWORKS = {
     "resnet18_dcd": ({}, 17),
-    "mobilenetv2": ({"width_mult": 0.1}, 35 + 11),
     "mobilenetv2_dcd": ({"width_mult": 0.1}, 35 + 11),
 }
 
