@@ -79,8 +79,9 @@ class Mixer:
             self._labels.copy_(self._pixels)
         else:
             return
-        for border, place in zip(self._box, box, strict=True):
-            border.fill_(place)
+        if options.cutmix > 0:  # else nothing reads them
+            for border, place in zip(self._box, box, strict=True):
+                border.fill_(place)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Targets]:
         """The images (N, C, H, W) mixed as `draw` has set it, and what they are to be classified as."""

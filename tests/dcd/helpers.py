@@ -60,3 +60,14 @@ def results(layer: DCDConv2d, path: str, x: torch.Tensor, amp: torch.dtype | Non
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """The largest difference, relative to the largest value."""
     return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
+
+
+def calls_of(monkeypatch, module, *names: str) -> list[str]:
+    """The functions of a module that are called from now on, of those with these names."""
+    called = []
+    for name in names:
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, original=original, name=name: called.append(name) or original(*args)
+        )
+    return called

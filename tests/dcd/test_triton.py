@@ -10,7 +10,7 @@ import torch
 import dcd
 from dcd.layers import PATHS, available_paths, set_form, set_path
 from dcd.ops import triton_combine
-from tests.dcd.helpers import SHAPES, create_layer, error, results
+from tests.dcd.helpers import SHAPES, calls_of, create_layer, error, results
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WITH_MAPS = {name: shape for name, shape in SHAPES.items() if shape[2] == 3 or shape[3] == 2 or name == "many channels"}
@@ -26,13 +26,7 @@ if DEVICE.type == "cuda":
 
 def launches(monkeypatch) -> list[str]:
     """The kernels' functions that are called from now on."""
-    called = []
-    for name in ("combine", "combine_backward"):
-        original = getattr(triton_combine, name)
-        monkeypatch.setattr(
-            triton_combine, name, lambda *args, original=original, name=name: called.append(name) or original(*args)
-        )
-    return called
+    return calls_of(monkeypatch, triton_combine, "combine", "combine_backward")
 
 
 @pytest.mark.usefixtures("poisoned", "exact_float32")

@@ -13,7 +13,7 @@ from torch import nn
 import dcd
 from dcd.layers import NormAct, set_path
 from dcd.ops import triton_norm
-from tests.dcd.helpers import error
+from tests.dcd.helpers import calls_of, error
 from tests.dcd.test_triton import PRECISIONS
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -43,13 +43,7 @@ def create_norm(channels: int) -> nn.BatchNorm2d:
 
 def count_calls(monkeypatch) -> list[str]:
     """The functions of the kernels that are called from now on."""
-    called = []
-    for name in ("train", "infer"):
-        original = getattr(triton_norm, name)
-        monkeypatch.setattr(
-            triton_norm, name, lambda *args, original=original, name=name: called.append(name) or original(*args)
-        )
-    return called
+    return calls_of(monkeypatch, triton_norm, "train", "infer")
 
 
 def results(path: str, act, norm: nn.BatchNorm2d, d_out: torch.Tensor, *maps: torch.Tensor) -> dict[str, torch.Tensor]:
