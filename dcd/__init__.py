@@ -1,5 +1,6 @@
 """Dynamic convolution decomposition (DCD, ICLR 2021, arXiv 2103.08756) models.
 
+    model = dcd.load("runs/x")  # or a checkpoint: a trained model with its class names and preprocessing
     model = dcd.create_model("resnet50_dcd", num_classes=1000, dropout=0.1)
     dcd.load_checkpoint(model, "resnet50_dcd.pth.tar")
     model = dcd.deploy.fold(model)  # for inference
@@ -10,6 +11,8 @@ Importing this package needs torch and nothing else.
 from dcd import deploy
 from dcd import models as _models  # noqa: F401  (fills the registry)
 from dcd.checkpoint_file import CheckpointError, DamagedCheckpointError, Weights, read_weights
+from dcd.model_file import load
+from dcd.preprocessing import Preprocessing
 from dcd.registry import create_model, list_models
 from dcd.upstream import LoadReport, load_checkpoint, load_weights, upstream_names
 
@@ -17,10 +20,12 @@ __all__ = [
     "CheckpointError",
     "DamagedCheckpointError",
     "LoadReport",
+    "Preprocessing",
     "Weights",
     "create_model",
     "deploy",
     "list_models",
+    "load",
     "load_checkpoint",
     "load_weights",
     "read_weights",

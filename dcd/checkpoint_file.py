@@ -118,16 +118,22 @@ class Weights:
 
 
 def read_weights(path: str | Path, ema: bool = False) -> Weights:
-    """The weights in a checkpoint file, without the prefixes of DataParallel, DDP, torch.compile and Lightning.
+    """The weights in a checkpoint file: `weights_in` what `read_file` reads; raises what they raise."""
+    return weights_in(read_file(path), Path(path), ema)
+
+
+def weights_in(content: dict, path: Path, ema: bool = False) -> Weights:
+    """The weights in what a checkpoint file holds, without the prefixes of DataParallel, DDP, torch.compile and
+    Lightning.
 
     Args:
-        path: a checkpoint of ours, the official code, timm, torchvision's references, or a bare state dict.
+        content: of a checkpoint of ours, the official code, timm, torchvision's references, or a bare state dict.
+        path: of the file, for messages.
         ema: the moving average of the weights, from a checkpoint of a trainer that keeps one.
 
     Raises:
-        CheckpointError: the file cannot be read, or does not hold what is asked for.
+        CheckpointError: it does not hold what is asked for.
     """
-    path, content = Path(path), read_file(path)
     wanted, places = ("moving average", _AVERAGES) if ema else ("weights", _WEIGHTS)
     where = next((key for key in places if isinstance(content.get(key), dict) and content[key]), None)
     if where is None and (ema or not any(isinstance(value, Tensor) for value in content.values())):

@@ -1,16 +1,15 @@
 """The checkpoints of a run: each is there as a whole or not at all, and an older one stays beside the newest.
 
-checkpoints/last.pth      the newest; if it is the best so far, best.pth is the same file
+checkpoints/last.pth      the newest
 checkpoints/last.1.pth    the one before it, and so on; `--keep` is their number
-checkpoints/best.pth      the one with the best evaluation
+checkpoints/best.pth      the model with the best evaluation: what `dcd.load` needs, without the rest of the run
 """
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +17,10 @@ from torch import Tensor
 from dcd.checkpoint_file import CheckpointError, DamagedCheckpointError, read_file
 from training.folder_sync import sync_folder
 from training.options import ConfigError
+
+Best = Literal["model", "ema"]  # what the best evaluation was of
+# What best.pth has of the state of a run. "best" says which of its weights the evaluation was of.
+OF_THE_MODEL = ("architecture", "classes", "preprocessing", "config", "best_epoch", "best_top1", "model", "ema")
 
 
 class CheckpointWriter:
@@ -32,6 +35,7 @@ class CheckpointWriter:
         self._folder, self._keep, self._say = folder, keep, say
         self._thread: Thread | None = None
         self.failure: OSError | None = None  # of the newest checkpoint
+        self._fault: Exception | None = None  # of this program
 
     def prepare(self) -> None:
         """Check that the folder can be written to, and remove half-written files of a killed run.
@@ -49,24 +53,26 @@ class CheckpointWriter:
                 f"cannot write to {self._folder} ({error.strerror}): use another --checkpoint folder"
             ) from error
 
-    def save(self, state: dict, is_best: bool) -> None:
+    def save(self, state: dict, best: Best | None = None) -> None:
         """Copy the state to the host, wait until the last checkpoint is written, then write this one in the background.
 
         Args:
-            is_best: whether to write it as best.pth as well.
+            best: write best.pth as well; this is what the evaluation was of.
         """
         state = _on_host(state)
         self.wait()
-        self._thread = Thread(target=self._write, args=(state, is_best))
+        self._thread = Thread(target=self._write, args=(state, best))
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until everything is written or has failed."""
+        """Wait until everything is written or has failed, and raise what is no failure of the disk."""
         if self._thread is not None:
             self._thread.join()
         self._thread = None
+        if self._fault is not None:
+            raise self._fault
 
-    def _write(self, state: dict, is_best: bool) -> None:
+    def _write(self, state: dict, best: Best | None) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_file(state, self._folder / "last.tmp")
@@ -74,8 +80,8 @@ class CheckpointWriter:
                 if (newer := generation(self._folder, age - 1)).exists():
                     os.replace(newer, generation(self._folder, age))
             os.replace(self._folder / "last.tmp", generation(self._folder, 0))
-            if is_best:
-                _link(generation(self._folder, 0), self._folder / "best.tmp")
+            if best is not None:
+                write_file({"best": best, **{key: state[key] for key in OF_THE_MODEL}}, self._folder / "best.tmp")
                 os.replace(self._folder / "best.tmp", self._folder / "best.pth")
             sync_folder(self._folder)
             self.failure = None
@@ -87,6 +93,8 @@ class CheckpointWriter:
                 f"warning: no checkpoint of epoch {state['epoch'] + 1}, step {state['step']} could be written "
                 f"({error}); training goes on, and the one before it is still there"
             )
+        except Exception as error:
+            self._fault = error
 
 
 def generation(folder: Path, age: int) -> Path:
@@ -111,17 +119,6 @@ def _on_host(value: Any) -> Any:
     if isinstance(value, list):
         return [_on_host(item) for item in value]
     return value
-
-
-def _link(path: Path, other: Path) -> None:
-    """Give the file a second name; make a copy if the file system has no hard links."""
-    other.unlink(missing_ok=True)
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)
-        with open(other, "rb") as file:
-            os.fsync(file.fileno())
 
 
 def load_newest(folder: Path, architecture: dict, say: Callable[[str], None]) -> tuple[dict, Path] | None:

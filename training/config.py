@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from dcd.config import ModelConfig
+from dcd.preprocessing import Preprocessing
 from dcd.registry import list_models
 from pipelines.config import AugmentationConfig, DataConfig
+from pipelines.imagenet import MEAN, STD
 from training.command_line import OptionError, option_name, path, read_options
 from training.config_file import FileOptions, read_config_file
 from training.help_page import help_page
@@ -36,6 +38,13 @@ class Config:
             not self.optim.freeze or self.model.weight is not None,
             "--freeze trains the classifier alone: it needs a --weight",
         )
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What an evaluation does to an image."""
+        size, crop = self.data.image_size(training=False, epoch=0), self.augmentation.eval_crop
+        mean, std = (tuple(value / 255 for value in values) for values in (MEAN, STD))
+        return Preprocessing(size, crop, mean, std)
 
     def with_options(self: C, **options: Any) -> C:
         """These options changed, by the names that they have on the command line, with `_` for `-`.

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from training.checkpoint import CheckpointWriter
+from training.checkpoint import Best, CheckpointWriter
 from training.classes import Classes, check_same
 from training.config import Config
 from training.distributed import Ranks, highest_over_ranks
@@ -68,13 +68,13 @@ class Saver:
         """Whether `--checkpoint-minutes` have passed since the last checkpoint."""
         return time.monotonic() - self._last_save > 60 * self._config.run.checkpoint_minutes
 
-    def save(self, is_best: bool = False) -> None:
+    def save(self, best: Best | None = None) -> None:
         """Write a checkpoint in the background.
 
         One that is already there for this step is not written again: it would take the place of an older one.
 
         Args:
-            is_best: whether it is `best.pth` as well as `last.pth`.
+            best: this model is the best so far, and is written to best.pth as well; what its evaluation was of.
 
         Raises:
             DivergedError: the weights are not finite any more; the last checkpoint stays.
@@ -88,6 +88,7 @@ class Saver:
         state = {
             "architecture": self._config.model.architecture,
             "classes": self._classes.names,  # what the outputs mean; None where the data does not say
+            "preprocessing": self._config.preprocessing.to_dict(),
             "data": self._data,  # which images it was trained on
             "config": self._config.to_dict(),
             "optimizer_name": self._config.optim.optimizer,
@@ -96,7 +97,7 @@ class Saver:
             # All of it: every draw is keyed by the seed and by (epoch, step, rank or image).
             "random_state": {"seed": self._config.run.seed, "repeats": self._config.augmentation.repeats},
         }
-        self._writer.save(state, is_best)
+        self._writer.save(state, best)
         self._saved = self._progress.epoch, self._progress.step
 
     def _is_saved(self) -> bool:

@@ -10,6 +10,7 @@ from resource import RUSAGE_SELF, getrusage
 import torch
 from torch import nn
 
+from training.checkpoint import Best
 from training.classes import Classes
 from training.config import Config
 from training.distill import load_teacher
@@ -198,7 +199,7 @@ class Trainer:
                 self.results[kind] = self.evaluator.evaluate(model, global_step=self.progress.global_step)
 
     def end_epoch(self) -> None:
-        """Log the evaluation, go to the next epoch, and write the checkpoint; the best top-1 is also `best.pth`."""
+        """Log the evaluation, go to the next epoch, and write the checkpoint; the best top-1 also to `best.pth`."""
         progress = self.progress
         for kind, result in self.results.items():
             figures = {"loss": result.loss, "top1": result.top1, "top5": result.top5, "not_finite": result.not_finite}
@@ -209,12 +210,13 @@ class Trainer:
             )
             if result.not_finite:
                 self.log.say(f"warning: {kind}: {result.warning}; no best.pth comes from it")
-        top1 = max((result.top1 for result in self.results.values() if not result.not_finite), default=-1.0)
-        is_best = top1 > progress.best_top1
-        if is_best:
-            progress.best_top1, progress.best_epoch = top1, progress.epoch
+        best: Best | None = None
+        for kind, result in self.results.items():
+            if not result.not_finite and result.top1 > progress.best_top1:
+                progress.best_top1, progress.best_epoch = result.top1, progress.epoch
+                best = "ema" if kind == "eval_ema" else "model"
         progress.epoch, progress.step = progress.epoch + 1, 0
-        self.saver.save(is_best)
+        self.saver.save(best)
 
     @property
     def peak_memory(self) -> int:

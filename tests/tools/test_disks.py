@@ -50,7 +50,7 @@ for case, variables in cases.items():
         except Exception as error:
             found[case].append(f"{type(error).__name__}: {error}")
     writer = CheckpointWriter(out / "checkpoints" / case, 1, found[case].append)
-    writer.save({"epoch": 0, "step": 0}, is_best=False)
+    writer.save({"epoch": 0, "step": 0})
     writer.wait()
     for name in variables:
         del os.environ[name]

@@ -9,7 +9,8 @@ from dcd.checkpoint_file import CheckpointError
 from training import checkpoint
 
 THIS = {"arch": "mobilenetv2_dcd", "num_classes": 10, "width_mult": 1.0, "fc_squeeze": 16}
-STATE = {"architecture": THIS, "epoch": 0, "step": 0, "optimizer": {}, "model": {"w": torch.ones(3)}}
+MODEL = {**dict.fromkeys(checkpoint.OF_THE_MODEL), "architecture": THIS, "model": {"w": torch.ones(3)}}
+STATE = {**MODEL, "epoch": 0, "step": 0, "optimizer": {}}
 
 
 def saved(folder: Path, steps: int, keep: int = 2, **options) -> list[str]:
@@ -18,13 +19,15 @@ def saved(folder: Path, steps: int, keep: int = 2, **options) -> list[str]:
     writer = checkpoint.CheckpointWriter(folder, keep, said.append)
     writer.prepare()
     for step in range(steps):
-        writer.save({**STATE, "step": step, **options}, is_best=step == 1)
+        writer.save({**STATE, "step": step, "best_top1": step, **options}, best="model" if step == 1 else None)
     writer.wait()
     return said
 
 
 def steps_in(folder: Path) -> dict[str, int]:
-    return {file.name: torch.load(file, weights_only=True)["step"] for file in sorted(folder.iterdir())}
+    """Of every file; best.pth does not say it, but has the best top-1 of that step."""
+    found = {file.name: torch.load(file, weights_only=True) for file in sorted(folder.iterdir())}
+    return {name: state["best_top1"] if name == "best.pth" else state["step"] for name, state in found.items()}
 
 
 def test_generations(tmp_path):
@@ -40,7 +43,7 @@ def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path):
     """What is written is the state at the time of the call."""
     writer = checkpoint.CheckpointWriter(tmp_path, 1, pytest.fail)
     weights = torch.zeros(1_000_000)
-    writer.save({**STATE, "model": {"w": weights}}, is_best=False)
+    writer.save({**STATE, "model": {"w": weights}})
     weights += 1
     writer.wait()
     assert not checkpoint.load(tmp_path / "last.pth", THIS)["model"]["w"].any()
@@ -87,3 +90,11 @@ def test_foreign_checkpoints(tmp_path, state, message):
     checkpoint.write_file(state, tmp_path / "last.pth")
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(tmp_path / "last.pth", THIS)
+
+
+def test_a_fault_in_the_thread_that_writes_ends_the_run(tmp_path):
+    """What is no failure of the disk is not passed over as one."""
+    writer = checkpoint.CheckpointWriter(tmp_path, 1, pytest.fail)
+    writer.save({**STATE, "more": lambda: None})
+    with pytest.raises(Exception, match="pickle"):
+        writer.wait()

@@ -1,0 +1,87 @@
+"""A trained model in one call: architecture, class names, preprocessing and weights from one file."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dcd.checkpoint_file import CheckpointError, Weights, read_file, weights_in
+from dcd.preprocessing import Preprocessing
+from dcd.registry import create_model
+from dcd.upstream import load_weights
+
+
+def load(path: str | Path, arch: str | None = None, *, ema: bool | None = None, **options: Any) -> nn.Module:
+    """A trained model, ready to evaluate.
+
+        model = dcd.load("runs/x")                        # the run's best checkpoint
+        logits = model(model.preprocessing(image)[None])  # image (3, H, W), uint8, RGB
+        model.class_names[logits.argmax()]
+
+    Args:
+        path: a checkpoint of this project's trainer, or the output folder of a run, of which it is
+            checkpoints/best.pth; or any other file of `load_checkpoint`.
+        arch, options: name and options of `create_model`, for a file that does not say them; official files say
+            neither sizes nor options. dropout has no meaning here: it changes nothing in an evaluation.
+        ema: whether to take the moving average of the weights; by default what the best evaluation was of, where the
+            file says so, else the weights.
+
+    Returns:
+        the model of `create_model`, in evaluation mode, on the CPU, with these attributes: `class_names`, a list in the
+        order of the logits, or None where the file has no names; `preprocessing` (`Preprocessing`), that of the run's
+        evaluations, or the usual one, 224 of 256 pixels, where the file does not say; and `architecture`, the arguments
+        of `create_model` as a dictionary.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, or one that is not of this model.
+        ValueError: unknown names or values of `create_model`.
+    """
+    path = find(path)
+    content = read_file(path)
+    if ema is None:
+        ema = content.get("best") == "ema"
+    weights = weights_in(content, path, ema)
+    architecture = _architecture(path, content, weights, arch, options)
+    model = create_model(
+        architecture["arch"], **{name: value for name, value in architecture.items() if name != "arch"}
+    )
+    load_weights(model, weights)
+    described = content.get("preprocessing")
+    model.architecture = architecture
+    model.class_names = weights.classes
+    model.preprocessing = Preprocessing.from_dict(described) if described else Preprocessing()
+    return model.eval()
+
+
+def find(path: str | Path) -> Path:
+    """The file of a model: `path`, or the best checkpoint of the run in that folder.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    best, last = (path / "checkpoints" / name for name in ("best.pth", "last.pth"))
+    if best.is_file():
+        return best
+    if last.is_file():
+        raise CheckpointError(f"{path} has no best.pth, because no evaluation is done: name {last} to take that")
+    raise CheckpointError(f"{path} is no output folder of a run: it has no checkpoints/best.pth; name a checkpoint")
+
+
+def _architecture(
+    path: Path, content: dict, weights: Weights, arch: str | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of `create_model`: what the file says, or else what the caller says."""
+    said = content.get("architecture")
+    if isinstance(said, dict):
+        for name, value in {"arch": arch, **options}.items():
+            if value is not None and said.get(name, value) != value:
+                raise CheckpointError(f"{path} is of {name} {said[name]}, not {value}: leave it out")
+        return said
+    arch = arch or content.get("arch")
+    if not isinstance(arch, str):
+        raise CheckpointError(f'{path} does not say what it is of: name it, as in dcd.load(path, "resnet50_dcd")')
+    found = {} if weights.num_classes is None else {"num_classes": weights.num_classes}
+    return {"arch": arch, **found, **options}

@@ -1,0 +1,92 @@
+"""`dcd.load`: a trained model in one call, as the run that made it evaluates it."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import dcd
+from pipelines.build import build_loader
+from pipelines.config import AugmentationConfig, DataConfig
+from pipelines.sources.folder import FolderSource
+from tests.dcd.test_golden import GOLDEN, golden_input
+from tests.helpers import SMALL, lines
+
+OFFICIAL = GOLDEN / "mobilenetv2_dcd_w0.1_c10.pth.tar"
+TRAINED = {"arch": "mobilenetv2_dcd", "num_classes": 3, "width_mult": 0.1, "fc_squeeze": 16}
+
+
+def accuracy(model: torch.nn.Module, source: FolderSource) -> float:
+    """Top-1 in percent, by what the model itself says of its images and classes."""
+    images = torch.stack([model.preprocessing(source.decode(index)) for index in range(len(source))])
+    with torch.no_grad():
+        answers = [model.class_names[answer] for answer in model(images).argmax(1)]
+    return 100 * np.mean(
+        [answer == source.classes[label] for answer, label in zip(answers, source.labels, strict=True)]
+    )
+
+
+def test_a_run_in_one_call(tiny, main, tmp_path):
+    """Architecture, names, preprocessing and weights: what its own evaluations said."""
+    shape = ["--eval-size", 48, "--eval-crop", 0.8]
+    assert "error: " not in main(
+        *SMALL, "-d", tiny, "-c", tmp_path, "-b", 12, "--epochs", 2, "--ema", 0.5, "--lr", 0.05, *shape
+    )
+    source, best = FolderSource(tiny / "val"), torch.load(tmp_path / "checkpoints" / "best.pth", weights_only=True)
+    assert best.keys() == {
+        "best", "architecture", "classes", "preprocessing", "config", "best_epoch", "best_top1", "model", "ema"
+    }  # fmt: skip
+    said = {kind: [line["top1"] for line in lines(tmp_path, kind)] for kind in ("eval", "eval_ema")}
+    kind = "eval_ema" if best["best"] == "ema" else "eval"
+    assert best["best_top1"] == max(said["eval"] + said["eval_ema"]) == said[kind][best["best_epoch"]]
+
+    model = dcd.load(tmp_path)
+    assert not model.training and model.class_names == ["0_zero", "1_one", "2_two"] and model.architecture == TRAINED
+    assert (model.preprocessing.size, model.preprocessing.crop) == (48, 0.8)
+    assert accuracy(model, source) == pytest.approx(best["best_top1"])
+    for ema, kind in ((False, "eval"), (True, "eval_ema")):
+        newest = dcd.load(tmp_path / "checkpoints" / "last.pth", ema=ema)
+        assert accuracy(newest, source) == pytest.approx(said[kind][-1])
+
+    with pytest.raises(dcd.CheckpointError, match=r"is of width_mult 0.1, not 1.0: leave it out"):
+        dcd.load(tmp_path, width_mult=1.0)
+    (tmp_path / "checkpoints" / "best.pth").unlink()
+    with pytest.raises(dcd.CheckpointError, match=r"no evaluation is done: name .*last\.pth"):
+        dcd.load(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(dcd.CheckpointError, match="no output folder of a run"):
+        dcd.load(tmp_path)
+
+
+def test_an_official_checkpoint(tmp_path):
+    """It says its name, and not its sizes; a bare state dict does not even say the name."""
+    model = dcd.load(OFFICIAL, width_mult=0.1, fc_squeeze=16)
+    assert model.architecture == {"arch": "mobilenetv2_dcd", "num_classes": 10, "width_mult": 0.1, "fc_squeeze": 16}
+    assert model.class_names is None and model.preprocessing == dcd.Preprocessing()
+    with torch.no_grad():
+        logits = model(golden_input(2).float()).numpy()
+    expected = np.load(f"{OFFICIAL}.npz")["logits"]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    with pytest.raises(dcd.CheckpointError, match="does not fit this model"):
+        dcd.load(OFFICIAL)
+
+    bare = tmp_path / "bare.pth"
+    torch.save(model.state_dict(), bare)
+    with pytest.raises(dcd.CheckpointError, match=re.escape(f"{bare} does not say what it is of: name it")):
+        dcd.load(bare)
+    assert dcd.load(bare, "mobilenetv2_dcd", width_mult=0.1, fc_squeeze=16).architecture == model.architecture
+
+
+@pytest.mark.parametrize("crop", [0.8, 1.0])
+def test_preprocessing_is_that_of_the_loaders(tiny, crop):
+    config = DataConfig(tiny, "torchvision", batch_size=23, workers=0, eval_size=48)
+    loader = build_loader(config, "val", augmentation=AugmentationConfig(eval_crop=crop))
+    (batch,) = list(loader)
+    loader.close()
+    source = FolderSource(tiny / "val")
+    one_by_one = torch.stack([dcd.Preprocessing(48, crop)(source.decode(index)) for index in range(len(source))])
+    torch.testing.assert_close(one_by_one, batch.images, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"\(3, height, width\) in uint8, not \(3, 8, 8\) in torch.float32"):
+        dcd.Preprocessing()(torch.zeros(3, 8, 8))
