@@ -102,12 +102,14 @@ class Weights:
     """What a checkpoint file holds of a model.
 
     state: the weights, by name, on the CPU. classes: the names of the outputs' classes, in order, or None where the
-    file has none. path: of the file, for messages.
+    file has none. path: of the file, for messages. options: of the run that wrote it, by their names in its
+    config.json; None where it is not one of ours.
     """
 
     state: dict[str, Tensor]
     classes: list[str] | None
     path: Path
+    options: dict | None = None
 
     @property
     def num_classes(self) -> int | None:
@@ -149,4 +151,6 @@ def weights_in(content: dict, path: Path, ema: bool = False) -> Weights:
         raise CheckpointError(f"{path} holds several models, whose names are the same behind 'module.' and 'model.'")
     classes = content.get("classes")
     is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    return Weights(plain, classes if is_named else None, path)
+    options = content.get("config")
+    is_ours = isinstance(options, dict) and isinstance(content.get("architecture"), dict)
+    return Weights(plain, classes if is_named else None, path, options if is_ours else None)

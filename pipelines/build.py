@@ -2,7 +2,6 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -16,16 +15,19 @@ HERE, DEFAULT_AUGMENTATION = Place(), AugmentationConfig()
 
 def build_loader(
     config: DataConfig,
-    split: Literal["train", "val"],
+    split: str,
     place: Place = HERE,
     augmentation: AugmentationConfig = DEFAULT_AUGMENTATION,
     seed: int = 0,
+    training: bool | None = None,
 ) -> Loader:
     """The loader of one split; its backend is imported here, on use.
 
     Args:
         config, augmentation: the options. place: where the batches go, by default to one rank on the CPU.
+        split: the name of a folder or .beton file in the folder of the data.
         seed: the order of the images, their boxes and flips follow from it; at least 0.
+        training: in shuffled order, cut and changed at random; by default if the split is train.
 
     Raises:
         DataError: missing or damaged data, a backend that can't be used, or a batch size that the world size or
@@ -42,7 +44,7 @@ def build_loader(
     backend = _choose_backend(source, place.device) if config.backend == "auto" else config.backend
     if backend not in BACKENDS:
         raise DataError(f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
-    training = split == "train"
+    training = split == "train" if training is None else training
     options = ExecutorOptions(config, training, place, as_bytes=bool(augmentation.pixel_augmentations(training)))
     # A backend is a module of this name with a `create_executor`, and its name in `config.Backend`.
     executor = import_module(f"pipelines.executors.{backend}_executor").create_executor(source, options)

@@ -72,17 +72,24 @@ def open_evaluator(config: Config, write_log: bool = True) -> Iterator[Evaluator
 
 
 @contextmanager
-def _open_parts(config: Config, write_log: bool) -> Iterator[Parts]:
+def open_ranks(config: Config) -> Iterator[Ranks]:
+    """This process among the others, who have met. At the end, however it comes, they part.
+
+    Raises:
+        LostRankError: another rank has failed.
+    """
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     # A hang in training is the watchdog's, which knows more; before it, one rank may read the sizes of all images.
     spare_garbage_collector()
     timeout = timedelta(seconds=max(SETUP_TIMEOUT_S, config.run.timeout) + 60)
     ranks = distributed.start(config.precision.device, timeout)
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     failure = None
     try:
-        with distributed.lost_ranks_named(), _build_parts(config, ranks, write_log) as parts:
-            yield parts
+        with distributed.lost_ranks_named():
+            yield ranks
     except BaseException as error:
         failure = error
         raise
@@ -92,10 +99,14 @@ def _open_parts(config: Config, write_log: bool) -> Iterator[Parts]:
 
 
 @contextmanager
+def _open_parts(config: Config, write_log: bool) -> Iterator[Parts]:
+    with open_ranks(config) as ranks, _build_parts(config, ranks, write_log) as parts:
+        yield parts
+
+
+@contextmanager
 def _build_parts(config: Config, ranks: Ranks, write_log: bool) -> Iterator[Parts]:
     """Loaders and log are closed at the end."""
-    if ranks.device.type == "cpu":
-        keep_freed_memory()
     config, weights = read_weights(config)
     with ExitStack() as stack:
         with distributed.first_on_machine(ranks):  # it reads the sizes of the images, the others find them
@@ -168,18 +179,22 @@ def build_loaders(config: Config, ranks: Ranks) -> tuple[Loader | None, Loader]:
             f"--batch-size {config.data.batch_size} is global: {ranks.world_size} ranks times --accumulate "
             f"{config.optim.accumulate} must divide it; use a multiple of {shares}"
         )
-    data = replace(config.data, synthetic_classes=config.data.synthetic_classes or config.model.num_classes)
-    dtype = autocast_dtype(config.precision.amp, ranks.device) or torch.float32
-    place = Place(ranks.rank, ranks.world_size, ranks.local_world_size, ranks.device, dtype)
-    how = place, config.augmentation, config.run.seed
-    eval_loader = build_loader(data, "val", *how)
+    eval_loader = open_loader(config, ranks, "val", training=False)
     if config.run.evaluate:
         return None, eval_loader
-    train_loader = build_loader(data, "train", *how)
+    train_loader = open_loader(config, ranks, "train", training=True)
     if train_loader.classes != eval_loader.classes:
         differing = sorted(set(train_loader.classes) ^ set(eval_loader.classes))
         raise DataError(f"train and val of {config.data.root} hold different classes: {', '.join(differing[:5])}")
     return train_loader, eval_loader
+
+
+def open_loader(config: Config, ranks: Ranks, split: str, training: bool) -> Loader:
+    """The loader of this rank for a folder or .beton file of the data, see `pipelines.build.build_loader`."""
+    data = replace(config.data, synthetic_classes=config.data.synthetic_classes or config.model.num_classes)
+    dtype = autocast_dtype(config.precision.amp, ranks.device) or torch.float32
+    place = Place(ranks.rank, ranks.world_size, ranks.local_world_size, ranks.device, dtype)
+    return build_loader(data, split, place, config.augmentation, config.run.seed, training)
 
 
 def build_model(

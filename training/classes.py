@@ -21,6 +21,11 @@ class Classes:
     names: list[str] | None = None
 
 
+def is_wordnet_id(name: str) -> bool:
+    """Whether a class is called as ImageNet's are."""
+    return re.fullmatch(r"n\d{8}", name) is not None
+
+
 def match_by_name(path: Path, model: Classes, data: Classes) -> tuple[list[int], str | None]:
     """For an evaluation of the checkpoint at `path`: the output of the model for each class of the data.
 
@@ -37,7 +42,7 @@ def match_by_name(path: Path, model: Classes, data: Classes) -> tuple[list[int],
                 f"{path} has {model.count} classes, the data {data.count}, and {unnamed} does not name them: "
                 "only data with all of the classes, in the same order, can be evaluated"
             )
-        return list(range(data.count)), _assumption(path, model, data)
+        return list(range(data.count)), assumed_order(path, model, data)
     unknown = _some(set(data.names) - set(model.names))
     if unknown:
         raise CheckpointError(
@@ -58,7 +63,7 @@ def fits_classifier(path: Path, theirs: Classes, ours: Classes) -> tuple[bool, s
     if theirs.count != ours.count:
         difference = f"{theirs.count} classes there, {ours.count} here"
     elif theirs.names is None or ours.names is None:
-        return True, _assumption(path, theirs, ours)
+        return True, assumed_order(path, theirs, ours)
     elif theirs.names != ours.names:
         difference = _difference(theirs.names, ours.names)
     else:
@@ -77,15 +82,16 @@ def check_same(model: Classes, data: Classes) -> str | None:
             f"the checkpoint is of other classes ({_difference(model.names, data.names)}): "
             "use the same data, or begin in another --checkpoint folder with its weights as --weight"
         )
-    return None if model.names == data.names else _assumption("the checkpoint", model, data)
+    return None if model.names == data.names else assumed_order("the checkpoint", model, data)
 
 
-def _assumption(path: Path | str, model: Classes, data: Classes) -> str:
+def assumed_order(path: Path | str, model: Classes, data: Classes) -> str:
+    """What to say where the model or the data does not name its classes."""
     if model.names is not None:
         return f"the data does not name its classes: their order is assumed to be that of {path}"
     if model.count != 1000:
         return f"{path} does not name its classes: their order is assumed to be that of the data"
-    others = [name for name in data.names or [] if not re.fullmatch(r"n\d{8}", name)]
+    others = [name for name in data.names or [] if not is_wordnet_id(name)]
     called = f", though the data's are called {_some(others)}" if others else ""
     return f"{path} does not name its classes: ImageNet's order, of sorted WordNet IDs, is assumed{called}"
 

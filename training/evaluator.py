@@ -1,10 +1,10 @@
 """Evaluation: each image counted once over all ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from training.config import Config
 from training.distributed import Ranks, share_buffers
@@ -31,13 +31,19 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module | None = None, batches: Iterable | None = None, global_step: int = 0
+        self,
+        model: nn.Module | None = None,
+        batches: Iterable | None = None,
+        global_step: int = 0,
+        collect: Callable[[Tensor, Tensor, Tensor], None] | None = None,
     ) -> Summary | None:
         """Loss, top-1 and top-5 over the evaluation data.
 
         Args:
             model: by default the evaluator's own. batches: in place of the loader's.
             global_step: tells the watchdog where this rank is.
+            collect: is handed each batch of this rank: indices (N,) on the CPU, labels (N,) and logits (N, K) on the
+                device. It should not wait for the device.
 
         Returns:
             the same numbers on every rank, or None when the ranks have agreed to stop meanwhile.
@@ -53,7 +59,7 @@ class Evaluator:
         for batch in self.lockstep.batches(batches, lambda: global_step, Stopwatch()):
             if batch is None:
                 continue
-            images, labels, _ = batch
+            images, labels, indices = batch
             full = max(full, len(images))
             if self.config.precision.compile and len(images) < full:  # fill it up: it is compiled for full ones
                 images = F.pad(images, (0, 0) * 3 + (0, full - len(images)))
@@ -61,6 +67,8 @@ class Evaluator:
                 logits = model(self.precision.in_format(images))[: len(labels)]
             losses = F.cross_entropy(logits.float(), labels, reduction="none")
             metrics.update(losses.double().sum(), logits, labels)
+            if collect is not None:
+                collect(indices, labels, logits)
             self.log.advance()
         self.log.end_epoch()
         return None if self.lockstep.stopped else metrics.reduce()

@@ -1,0 +1,1 @@
+"""What `tools.evaluate` knows: kinds of evaluation data, records of each image, figures, and the report."""

@@ -1,0 +1,73 @@
+"""What `tools.evaluate` prints, of the figures that its JSON file has."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from tools.evaluation.figures import ALEXNET
+from tools.evaluation.kinds import SEVERITIES
+from tools.profiling.report import markdown_table
+
+COLUMNS = ("images", "top-1 %", "top-5 %", "loss", "ECE %")
+
+
+def summary_cells(found: dict[str, Any]) -> list[str]:
+    """The cells under COLUMNS."""
+    loss = "–" if found.get("loss") is None else f"{found['loss']:.4f}"
+    ece = found["calibration"]["ece"]
+    return [f"{found['images']:,}", f"{found['top1']:.2f}", f"{found['top5']:.2f}", loss, f"{ece:.2f}"]
+
+
+def sections(found: dict[str, Any], rows: int) -> Iterator[str]:
+    """The tables of data that is evaluated as a whole; `rows` of the worst classes and of the most confused pairs."""
+    names, words, real = found["names"], found["words"], found.get("real")
+    table = [["all", *summary_cells(found)]]
+    if real is not None:
+        table.append([f"ReaL ({real['without_labels']:,} without labels left out)", *summary_cells(real)])
+    yield markdown_table(["", *COLUMNS], table)
+    bins = [
+        [f"{each['from']:.1f} – {each['to']:.1f}", f"{each['images']:,}", each["confidence"], each["accuracy"]]
+        for each in found["calibration"]["bins"]
+        if each["images"]
+    ]
+    yield markdown_table(["confidence %", "images", "mean confidence %", "accuracy %"], bins)
+    mistakes = [row for row in found["confusion"] if row[0] != row[1]]
+    taken_for: dict[int, list[int]] = {}
+    for label, answer, images in mistakes:
+        taken_for.setdefault(label, [answer, images])
+    worst = sorted(found["classes"], key=lambda each: each["top1"])[:rows]
+    if worst:
+        label_of = {name: label for label, name in enumerate(names)}
+        cells = []
+        for each in worst:
+            answer = taken_for.get(label_of[each["class"]])
+            most = f"{called(names[answer[0]], words)} ({answer[1]:,})" if answer else "–"
+            cells.append([called(each["class"], words), f"{each['images']:,}", f"{each['top1']:.2f}", most])
+        yield markdown_table(["worst classes", "images", "top-1 %", "most often taken for"], cells)
+    if mistakes[:rows]:
+        pairs = [[called(names[a], words), called(names[b], words), f"{images:,}"] for a, b, images in mistakes[:rows]]
+        yield markdown_table(["most confused: class", "taken for", "images"], pairs)
+
+
+def corruption_sections(found: dict[str, Any]) -> Iterator[str]:
+    """The table of ImageNet-C, and a line about its means."""
+    errors, rows = found["errors"], []
+    for name, severities in found["corruptions"].items():
+        cells = [f"{100 - severities[each]['top1']:.2f}" if each in severities else "–" for each in SEVERITIES]
+        ece = sum(each["calibration"]["ece"] for each in severities.values()) / len(severities)
+        rows.append([name, *cells, f"{errors['error'][name]:.2f}", f"{ece:.2f}"])
+    yield markdown_table(["top-1 error % by severity", *SEVERITIES, "mean", "mean ECE %"], rows)
+    if errors["mce"] is not None:
+        yield f"mean error {errors['mean_error']:.2f} %, mCE {errors['mce']:.2f} % (AlexNet's errors are 100 %)"
+    else:
+        what = ", ".join(errors["missing"][:5])
+        more = f" and {len(errors['missing']) - 5} more" if len(errors["missing"]) > 5 else ""
+        there = [name for name in errors["error"] if name in ALEXNET]
+        mean = f"mean error {errors['mean_error']:.2f} % of {', '.join(there)}" if there else "no mean error"
+        yield f"{mean}; no mCE, since these are missing: {what}{more}"
+    if errors["extra"]:
+        yield f"not counted in the means, since ImageNet-C's 15 do not have them: {', '.join(errors['extra'])}"
+
+
+def called(name: str, words: dict[str, str]) -> str:
+    """A class with what it means, the first of its words."""
+    return f"{name} {words[name].partition(',')[0]}" if name in words else name
