@@ -103,13 +103,16 @@ class Weights:
 
     state: the weights, by name, on the CPU. classes: the names of the outputs' classes, in order, or None where the
     file has none. path: of the file, for messages. options: of the run that wrote it, by their names in its
-    config.json; None where it is not one of ours.
+    config.json; None where it is not one of ours. of: "weights", or "moving average"
+    where the state is that. has_average: whether the file has one.
     """
 
     state: dict[str, Tensor]
     classes: list[str] | None
     path: Path
     options: dict | None = None
+    of: str = "weights"
+    has_average: bool = False
 
     @property
     def num_classes(self) -> int | None:
@@ -119,23 +122,25 @@ class Weights:
         return widths[0] if len(widths) == 1 else self.classes and len(self.classes)
 
 
-def read_weights(path: str | Path, ema: bool = False) -> Weights:
+def read_weights(path: str | Path, ema: bool | None = False) -> Weights:
     """The weights in a checkpoint file: `weights_in` what `read_file` reads; raises what they raise."""
     return weights_in(read_file(path), Path(path), ema)
 
 
-def weights_in(content: dict, path: Path, ema: bool = False) -> Weights:
+def weights_in(content: dict, path: Path, ema: bool | None = False) -> Weights:
     """The weights in what a checkpoint file holds, without the prefixes of DataParallel, DDP, torch.compile and
     Lightning.
 
     Args:
         content: of a checkpoint of ours, the official code, timm, torchvision's references, or a bare state dict.
         path: of the file, for messages.
-        ema: the moving average of the weights, from a checkpoint of a trainer that keeps one.
+        ema: the moving average of the weights, from a checkpoint of a trainer that keeps one. None: what the best
+            evaluation was of, which our best.pth says, and else the weights.
 
     Raises:
         CheckpointError: it does not hold what is asked for.
     """
+    ema = content.get("best") == "ema" if ema is None else ema
     wanted, places = ("moving average", _AVERAGES) if ema else ("weights", _WEIGHTS)
     where = next((key for key in places if isinstance(content.get(key), dict) and content[key]), None)
     if where is None and (ema or not any(isinstance(value, Tensor) for value in content.values())):
@@ -153,4 +158,5 @@ def weights_in(content: dict, path: Path, ema: bool = False) -> Weights:
     is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     options = content.get("config")
     is_ours = isinstance(options, dict) and isinstance(content.get("architecture"), dict)
-    return Weights(plain, classes if is_named else None, path, options if is_ours else None)
+    has_average = any(isinstance(content.get(key), dict) for key in _AVERAGES)
+    return Weights(plain, classes if is_named else None, path, options if is_ours else None, wanted, has_average)

@@ -23,8 +23,7 @@ def load(path: str | Path, arch: str | None = None, *, ema: bool | None = None, 
             checkpoints/best.pth; or any other file of `load_checkpoint`.
         arch, options: name and options of `create_model`, for a file that does not say them; official files say
             neither sizes nor options. dropout has no meaning here: it changes nothing in an evaluation.
-        ema: whether to take the moving average of the weights; by default what the best evaluation was of, where the
-            file says so, else the weights.
+        ema: whether to take the moving average of the weights; by default as `weights_in`.
 
     Returns:
         the model of `create_model`, in evaluation mode, on the CPU, with these attributes: `class_names`, a list in the
@@ -38,8 +37,6 @@ def load(path: str | Path, arch: str | None = None, *, ema: bool | None = None, 
     """
     path = find(path)
     content = read_file(path)
-    if ema is None:
-        ema = content.get("best") == "ema"
     weights = weights_in(content, path, ema)
     architecture = _architecture(path, content, weights, arch, options)
     model = create_model(

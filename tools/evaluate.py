@@ -46,7 +46,8 @@ class Options:
     """Evaluate a checkpoint: python -m tools.evaluate CHECKPOINT DATA, or by torchrun."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A checkpoint of ours, which says its model and its classes, or any that --weight of train_dist.py takes."""
+    """A checkpoint of ours, which says its model and its classes, or a run's folder, whose best.pth is taken; or any
+    that --weight of train_dist.py takes."""
     data: Annotated[Path, tyro.conf.arg(metavar="DATA")]
     """Class folders; a folder with val or val.beton in it; a .beton file; or ImageNet-C."""
     arch: Annotated[str | None, tyro.conf.arg(aliases=("-a",))] = None
@@ -59,8 +60,8 @@ class Options:
     """What the data is; auto: seen from its folders. classes: class folders by name, as ImageNet's val."""
     real: Path | None = None
     """real.json of ImageNet-ReaL: labels of the images in ImageNet's val."""
-    ema: bool = False
-    """Evaluate the moving average of the weights."""
+    ema: bool | None = None
+    """Evaluate the moving average of the weights; by default what best.pth was chosen by, and else the weights."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=("-b",))] = 256
     """Images in a step, over all ranks."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=("-j",))] = None
@@ -165,7 +166,7 @@ class Evaluation:
 
 def main(options: Options) -> None:
     """Evaluate; print and write on rank 0."""
-    weights = dcd.read_weights(options.checkpoint, options.ema)
+    weights = dcd.read_weights(dcd.model_file.find(options.checkpoint), options.ema)
     parts = find_parts(options.data, options.kind)
     config = find_config(options, weights, "imagenet-c" if parts[0].corruption else options.kind)
     with open_ranks(config) as ranks:
@@ -191,7 +192,7 @@ def find_config(options: Options, weights: dcd.Weights, kind: Asked) -> Config:
     same = ("batch_size", "workers", "backend", "device", "amp")
     return Config().with_options(
         evaluate=True,
-        weight=options.checkpoint,
+        weight=weights.path,
         num_classes=num_classes,
         **{name: getattr(options, name) for name in same},
         **chosen,
@@ -202,15 +203,15 @@ def evaluate(options: Options, config: Config, weights: dcd.Weights, ranks: Rank
     """Evaluate each part of the data, and report; what is found so far is written after each."""
     evaluation = Evaluation(options, config, weights, ranks)
     say, crop = evaluation.say, config.augmentation.eval_crop
-    size, trained = config.data.image_size(training=False, epoch=0), weights.options or {}
+    size = config.data.image_size(training=False, epoch=0)
     precision = str(autocast_dtype(config.precision.amp, ranks.device) or torch.float32).removeprefix("torch.")
     say(
-        f"{options.checkpoint}: {config.model.arch}, {size} pixels of {100 * crop:.4g} % of the shorter side, "
+        f"{weights.path}: {config.model.arch}, {size} pixels of {100 * crop:.4g} % of the shorter side, "
         f"{precision}, world size {ranks.world_size}"
     )
-    if trained.get("ema") is not None and not options.ema:
-        say(f"{options.checkpoint} also holds the moving average of its weights, which --ema evaluates")
-    about = {"checkpoint": str(options.checkpoint), "ema": options.ema, "data": str(options.data)}
+    if weights.has_average:
+        say(f"{weights.path} has weights and their moving average, between which --ema chooses: the {weights.of}")
+    about = {"checkpoint": str(weights.path), "of": weights.of, "data": str(options.data)}
     about |= resolve(config, ranks)
     of_corruptions = bool(parts[0].corruption)
     with evaluation.lockstep.watchdog:

@@ -128,7 +128,9 @@ def test_imagenet_and_its_reassessed_labels_on_one_rank_and_on_two(val, checkpoi
     assert found["real"]["top1"] == pytest.approx(100 * sum(right) / 16) and 0 < sum(right) < 16
     output = capsys.readouterr().out
     assert f"evaluating on 3 of the 5 classes of {checkpoint}" in output
-    assert "which --ema evaluates" in output and "| ReaL (7 without labels left out) | 16 |" in output
+    assert (
+        "between which --ema chooses: the weights" in output and "| ReaL (7 without labels left out) | 16 |" in output
+    )
     assert "| worst classes | images | top-1 % | most often taken for |" in output
     assert "goldfish" in output
 
@@ -224,7 +226,7 @@ def test_imagenet_c(val, checkpoint, tmp_path, capsys):
     assert "no mCE, since these are missing: gaussian_noise" in output and "and 12 more" in output
     assert "the parts have 15 to 23 images: is one of them incomplete?" in output
     assert "not counted in the means, since ImageNet-C's 15 do not have them: spatter" in output
-    assert "--ema evaluates" not in output
+    assert "between which --ema chooses: the moving average" in output
 
 
 def test_images_are_not_cut_again_on_imagenet_c(val, expected, tmp_path):
