@@ -102,12 +102,14 @@ class Weights:
     """What a checkpoint file holds of a model.
 
     state: the weights, by name, on the CPU. classes: the names of the outputs' classes, in order, or None where the
-    file has none. path: of the file, for messages.
+    file has none. path: of the file, for messages. blur_pool: whether they were trained with blur pooling, which only
+    our own checkpoints say; all others are taken for weights without.
     """
 
     state: dict[str, Tensor]
     classes: list[str] | None
     path: Path
+    blur_pool: bool = False
 
     @property
     def num_classes(self) -> int | None:
@@ -143,4 +145,6 @@ def read_weights(path: str | Path, ema: bool = False) -> Weights:
         raise CheckpointError(f"{path} holds several models, whose names are the same behind 'module.' and 'model.'")
     classes = content.get("classes")
     is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    return Weights(plain, classes if is_named else None, path)
+    architecture = content.get("architecture")
+    blur_pool = isinstance(architecture, dict) and architecture.get("blur_pool") is True
+    return Weights(plain, classes if is_named else None, path, blur_pool)
