@@ -102,17 +102,24 @@ class Weights:
     """What a checkpoint file holds of a model.
 
     state: the weights, by name, on the CPU. classes: the names of the outputs' classes, in order, or None where the
-    file has none. path: of the file, for messages. options: of the run that wrote it, by their names in its
-    config.json; None where it is not one of ours. of: "weights", or "moving average"
-    where the state is that. has_average: whether the file has one.
+    file has none. path: of the file, for messages. architecture, options: of a checkpoint of ours, the arguments of
+    `create_model` and the options of the run by their names in its config.json; None in other files. of: "weights", or
+    "moving average" where the state is that. has_average: whether the file has one.
     """
 
     state: dict[str, Tensor]
     classes: list[str] | None
     path: Path
+    architecture: dict | None = None
     options: dict | None = None
     of: str = "weights"
     has_average: bool = False
+
+    @property
+    def blur_pool(self) -> bool:
+        """Whether they were trained with blur pooling, which only our own checkpoints say; all others are taken for
+        weights without."""
+        return (self.architecture or {}).get("blur_pool") is True
 
     @property
     def num_classes(self) -> int | None:
@@ -156,7 +163,8 @@ def weights_in(content: dict, path: Path, ema: bool | None = False) -> Weights:
         raise CheckpointError(f"{path} holds several models, whose names are the same behind 'module.' and 'model.'")
     classes = content.get("classes")
     is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    options = content.get("config")
-    is_ours = isinstance(options, dict) and isinstance(content.get("architecture"), dict)
+    architecture, options = content.get("architecture"), content.get("config")
+    architecture = architecture if isinstance(architecture, dict) else None
+    options = options if architecture is not None and isinstance(options, dict) else None
     has_average = any(isinstance(content.get(key), dict) for key in _AVERAGES)
-    return Weights(plain, classes if is_named else None, path, options if is_ours else None, wanted, has_average)
+    return Weights(plain, classes if is_named else None, path, architecture, options, wanted, has_average)

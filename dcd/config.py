@@ -9,9 +9,11 @@ from torch import nn
 
 from dcd.registry import create_model, list_models, models_with
 
-# The options that only some models take, by what they decide on: the shapes of the weights, or their values at the
-# start. Which models take them is read from the models' constructors, so that a new model needs no line here.
+# The options that only some models take, by what they decide on: the shapes of the weights, what is computed with them,
+# or their values at the start. Which models take them is read from the models' constructors, so that a new model needs
+# no line here.
 SHAPE_OPTIONS = ("width_mult", "fc_squeeze")
+FUNCTION_OPTIONS = ("blur_pool",)
 START_OPTIONS = ("zero_init_fusion", "zero_init_residual")
 
 
@@ -29,6 +31,8 @@ class ModelConfig:
     """Width multiplier (mobilenetv2 and mobilenetv2_dcd)."""
     fc_squeeze: Annotated[int, "usual"] = 8
     """Divides the width of the coefficient branch (mobilenetv2_dcd)."""
+    blur_pool: bool = False
+    """Blur before each convolution that strides, but the first (resnet*): weights trained with it need it."""
     zero_init_fusion: Annotated[bool, "usual"] = False
     """Start the dynamic layers without their fusion, which they learn (*_dcd): evaluations are finite early."""
     zero_init_residual: bool = False
@@ -41,7 +45,7 @@ class ModelConfig:
         """Raise ValueError for an option that this model does not take; a value that is the default passes."""
         if self.arch not in list_models():
             return  # `create` names the nearest
-        for option in SHAPE_OPTIONS + START_OPTIONS:
+        for option in SHAPE_OPTIONS + FUNCTION_OPTIONS + START_OPTIONS:
             default, models = getattr(ModelConfig, option), models_with(option)
             if getattr(self, option) != default and self.arch not in models:
                 flag = option.replace("_", "-")
@@ -52,9 +56,12 @@ class ModelConfig:
                 )
 
     @property
-    def architecture(self) -> dict[str, str | int | float | None]:
-        """What decides on the shapes of the weights: a checkpoint fits where all of it agrees."""
-        return {"arch": self.arch, "num_classes": self.num_classes, **self._taken(SHAPE_OPTIONS)}
+    def architecture(self) -> dict[str, str | int | float | bool | None]:
+        """What decides on the shapes and the meaning of the weights: a checkpoint fits where all of it agrees."""
+        chosen = self._taken(FUNCTION_OPTIONS)
+        # A checkpoint from before there was such an option does not name it: so nothing at its default is named.
+        chosen = {option: value for option, value in chosen.items() if value != getattr(ModelConfig, option)}
+        return {"arch": self.arch, "num_classes": self.num_classes, **self._taken(SHAPE_OPTIONS), **chosen}
 
     def create(self) -> nn.Module:
         """The model with freshly initialised weights, in training mode; `num_classes` must be known.
@@ -62,7 +69,7 @@ class ModelConfig:
         Raises:
             ValueError: as `create_model`.
         """
-        options = self._taken(SHAPE_OPTIONS + START_OPTIONS)
+        options = self._taken(SHAPE_OPTIONS + FUNCTION_OPTIONS + START_OPTIONS)
         return create_model(self.arch, self.num_classes, self.dropout, **options)
 
     def _taken(self, options: tuple[str, ...]) -> dict[str, int | float | bool]:

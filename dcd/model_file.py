@@ -71,11 +71,11 @@ def _architecture(
     path: Path, content: dict, weights: Weights, arch: str | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """The arguments of `create_model`: what the file says, or else what the caller says."""
-    said = content.get("architecture")
-    if isinstance(said, dict):
+    said = weights.architecture
+    if said is not None:
         for name, value in {"arch": arch, **options}.items():
-            if value is not None and said.get(name, value) != value:
-                raise CheckpointError(f"{path} is of {name} {said[name]}, not {value}: leave it out")
+            if value is not None and said.get(name) != value:
+                raise CheckpointError(f"{path} is of {name} {said.get(name)}, not {value}: leave it out")
         return said
     arch = arch or content.get("arch")
     if not isinstance(arch, str):

@@ -41,7 +41,8 @@ def create_model(name: str, num_classes: int = 1000, dropout: float | None = Non
         dropout: probability in [0, 1) of the dropout before the classifier; None for no dropout layer.
         **kwargs: further options. `resnet*` and `mobilenetv2*`: `zero_init_residual`, the residual branches start at 0,
             as torchvision's. `*_dcd`: `zero_init_fusion`, the dynamic layers start without their fusion
-            (`dcd.layers.zero_fusion`). `mobilenetv2*`: `width_mult`, and `fc_squeeze` when dynamic.
+            (`dcd.layers.zero_fusion`). `resnet*`: `blur_pool`, a blur before each convolution that strides
+            (`dcd.layers.BlurPool`). `mobilenetv2*`: `width_mult`, and `fc_squeeze` when dynamic.
 
     Returns:
         a module from images (B, 3, H, W), 32 <= H, W <= 512, to logits (B, num_classes).

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dcd.checkpoint_file import CheckpointError, Weights, read_weights
-from dcd.layers import DCDLinear
+from dcd.layers import BlurPool, DCDLinear
 from dcd.layers.rivals import RIVAL_LAYERS
 from dcd.models.mobilenet_v2 import MobileNetV2
 from dcd.models.resnet import ResNet
@@ -145,7 +145,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, ema
         what did not fit.
 
     Raises:
-        CheckpointError: the file is missing or no checkpoint, or, if strict, does not fit; the model is unchanged.
+        CheckpointError: the file is missing or no checkpoint, or, if strict, does not fit, or the one of file and model
+            has blur pooling and the other has not; the model is unchanged.
     """
     return load_weights(model, read_weights(path, ema), strict)
 
@@ -179,5 +180,20 @@ def load_weights(model: nn.Module, weights: Weights, strict: bool = True, classi
 
     if strict and str(report):
         raise CheckpointError(f"{weights.path} does not fit this model (check --arch and its options): {report}")
+    _check_blur_pool(model, weights)
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def _check_blur_pool(model: nn.Module, weights: Weights) -> None:
+    """No name and no shape tells weights with blur pooling from others, but they are of no use to each other."""
+    if weights.blur_pool == any(isinstance(module, BlurPool) for module in model.modules()):
+        return
+    if weights.blur_pool:
+        reason = "was trained with blur pooling, this model has none: use --blur-pool (blur_pool=True)"
+    else:
+        reason = (
+            "does not say that it was trained with blur pooling, which this model has: leave out --blur-pool "
+            "(blur_pool=True), or undo a recipe's by --no-blur-pool"
+        )
+    raise CheckpointError(f"{weights.path} {reason}")

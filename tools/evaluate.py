@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor, nn
 
 import dcd
-from dcd.config import SHAPE_OPTIONS
+from dcd.config import FUNCTION_OPTIONS, SHAPE_OPTIONS
 from pipelines.loader import Loader
 from tools.evaluation.figures import calibration, confusion, corruption_errors, per_class, reassessed
 from tools.evaluation.kinds import KINDS, Asked, Matched, Part, find_parts, imagenet_ids, in_words, match
@@ -38,7 +38,7 @@ from training.precision import autocast_dtype
 from training.run_log import RunLog, resolve, write_json
 
 # What a checkpoint of ours says about itself and its images; options override it.
-OF_CHECKPOINT = ("arch", *SHAPE_OPTIONS, "input_size", "eval_size", "eval_crop")
+OF_CHECKPOINT = ("arch", *SHAPE_OPTIONS, *FUNCTION_OPTIONS, "input_size", "eval_size", "eval_crop", "eval_flip")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Options:
     """Side of the images in pixels; by default the checkpoint's, else 224."""
     eval_crop: float | None = None
     """Share of the shorter side that is kept; by default the checkpoint's, else 224/256; all of it on ImageNet-C."""
+    eval_flip: bool | None = None
+    """Evaluate each image and its mirror image, and average their logits; by default as the checkpoint's run did."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU where there is one."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
@@ -207,7 +209,7 @@ def evaluate(options: Options, config: Config, weights: dcd.Weights, ranks: Rank
     precision = str(autocast_dtype(config.precision.amp, ranks.device) or torch.float32).removeprefix("torch.")
     say(
         f"{weights.path}: {config.model.arch}, {size} pixels of {100 * crop:.4g} % of the shorter side, "
-        f"{precision}, world size {ranks.world_size}"
+        f"{'each image with its mirror image, ' * config.run.eval_flip}{precision}, world size {ranks.world_size}"
     )
     if weights.has_average:
         say(f"{weights.path} has weights and their moving average, between which --ema chooses: the {weights.of}")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dcd
+from dcd.registry import models_with
 from training.classes import Classes
 from training.options import ConfigError, DistillConfig
 
@@ -31,8 +32,10 @@ def load_teacher(config: DistillConfig, classes: Classes) -> nn.Module | None:
 def _load_own(config: DistillConfig, classes: Classes) -> nn.Module:
     weights = dcd.read_weights(config.teacher_weight)
     _check_classes(config, Classes(weights.num_classes or classes.count, weights.classes), classes)
+    # The teacher has no options here: it is built as its checkpoint says.
+    options = {"blur_pool": True} if weights.blur_pool and config.teacher in models_with("blur_pool") else {}
     try:
-        model = dcd.create_model(config.teacher, classes.count)
+        model = dcd.create_model(config.teacher, classes.count, **options)
     except ValueError as error:
         raise ConfigError(f"--teacher: {error} (or timm/NAME)") from error
     try:

@@ -1,6 +1,7 @@
 """Evaluation: each image counted once over all ranks."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -63,12 +64,22 @@ class Evaluator:
             full = max(full, len(images))
             if self.config.precision.compile and len(images) < full:  # fill it up: it is compiled for full ones
                 images = F.pad(images, (0, 0) * 3 + (0, full - len(images)))
-            with self.precision.autocast():
-                logits = model(self.precision.in_format(images))[: len(labels)]
+            logits = self._logits(model, images)[: len(labels)]
             losses = F.cross_entropy(logits.float(), labels, reduction="none")
             metrics.update(losses.double().sum(), logits, labels)
             if collect is not None:
                 collect(indices, labels, logits)
             self.log.advance()
         self.log.end_epoch()
-        return None if self.lockstep.stopped else metrics.reduce()
+        return None if self.lockstep.stopped else replace(metrics.reduce(), flipped=self.config.run.eval_flip)
+
+    def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """(N, K), of images (N, 3, H, W); by --eval-flip in float32, the mean of those of each image and its mirror.
+
+        Two passes, so that memory, and the sizes that a model is compiled for, are those of one.
+        """
+        with self.precision.autocast():
+            logits = model(self.precision.in_format(images))
+            if self.config.run.eval_flip:
+                logits = (logits.float() + model(self.precision.in_format(images.flip(3))).float()) / 2
+        return logits

@@ -13,6 +13,7 @@ class Summary:
     """Means over `images` images of all ranks; top1 and top5 in percent.
 
     not_finite: how many images had logits that were not finite. They count as wrong, and the loss is then nan.
+    flipped: whether the logits are the mean of those of each image and its mirror image, as by --eval-flip.
     """
 
     loss: float
@@ -20,6 +21,12 @@ class Summary:
     top5: float
     images: int
     not_finite: int = 0
+    flipped: bool = False
+
+    @property
+    def counted(self) -> str:
+        """Over what the means are, in words."""
+        return f"{self.images} images" + (", each with its mirror image" if self.flipped else "")
 
     @property
     def warning(self) -> str:

@@ -140,6 +140,8 @@ class RunConfig:
     """Continue from this checkpoint instead of the one in the output folder."""
     evaluate: Annotated[bool, "-e", "usual"] = False
     """Only evaluate: --weight, or else the checkpoint in the output folder."""
+    eval_flip: bool = False
+    """Evaluate each image and its mirror image, and average their logits: twice the work."""
     recipe: Annotated[str | None, "usual"] = None
     """Begin from a named recipe; --config and flags override it."""
     config: Annotated[Path | None, "usual", "one run"] = None

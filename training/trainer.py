@@ -202,11 +202,11 @@ class Trainer:
         """Log the evaluation, go to the next epoch, and write the checkpoint; the best top-1 also to `best.pth`."""
         progress = self.progress
         for kind, result in self.results.items():
-            figures = {"loss": result.loss, "top1": result.top1, "top5": result.top5, "not_finite": result.not_finite}
+            figures = {name: value for name, value in asdict(result).items() if name != "images"}
             self.log.write(kind, progress.global_step, epoch=progress.epoch, **figures)
             self.log.say(
                 f"epoch {self._epoch_of_epochs} {kind} loss {result.loss:.4f} "
-                f"top1 {result.top1:.2f} top5 {result.top5:.2f} ({result.images} images)"
+                f"top1 {result.top1:.2f} top5 {result.top5:.2f} ({result.counted})"
             )
             if result.not_finite:
                 self.log.say(f"warning: {kind}: {result.warning}; no best.pth comes from it")

@@ -1,5 +1,6 @@
 """Dynamic layers: parameters and state over the functions of `dcd.ops`."""
 
+from dcd.layers.blur_pool import BlurPool
 from dcd.layers.choices import set_form, set_path
 from dcd.layers.coefficients import CoefficientGenerator
 from dcd.layers.dcd_conv2d import FORMS, PATHS, DCDConv2d, available_paths
@@ -10,6 +11,7 @@ from dcd.layers.zero_fusion import zero_fusion
 __all__ = [
     "FORMS",
     "PATHS",
+    "BlurPool",
     "CoefficientGenerator",
     "DCDConv2d",
     "DCDLinear",

@@ -7,13 +7,14 @@ Names follow torchvision's ResNet, except for the last layer, `classifier`.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcd.layers import DCDConv2d, DCDLinear, NormAct, zero_fusion
+from dcd.layers import BlurPool, DCDConv2d, DCDLinear, NormAct, zero_fusion
 from dcd.layers.rivals import RIVALS
 from dcd.registry import register_model
 
@@ -60,18 +61,20 @@ class BasicBlock(nn.Module):
         conv: ConvFactory,
         shortcut_conv: ConvFactory,
         recalibrate: RecalibrationFactory,
+        blur_pool: bool,
     ):
         super().__init__()
+        self.blur = BlurPool(in_channels) if blur_pool and stride > 1 else nn.Identity()
         self.conv1 = conv(in_channels, width, 3, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv(width, width, 3, 1)
         self.bn2 = nn.BatchNorm2d(width)
         self.recalibrate = recalibrate(width)
-        self.downsample = shortcut(in_channels, width, stride, shortcut_conv)
+        self.downsample = shortcut(in_channels, width, stride, shortcut_conv, blur_pool)
         self.norm_act = NormAct(F.relu)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.norm_act(self.bn1, self.conv1(x))
+        out = self.norm_act(self.bn1, self.conv1(self.blur(x)))
         out = self.conv2(out)
         if isinstance(self.recalibrate, nn.Identity):
             return self.norm_act(self.bn2, out, self.downsample(x))
@@ -94,21 +97,23 @@ class Bottleneck(nn.Module):
         conv: ConvFactory,
         shortcut_conv: ConvFactory,
         recalibrate: RecalibrationFactory,
+        blur_pool: bool,
     ):
         super().__init__()
         self.conv1 = conv(in_channels, width, 1, 1)
         self.bn1 = nn.BatchNorm2d(width)
+        self.blur = BlurPool(width) if blur_pool and stride > 1 else nn.Identity()
         self.conv2 = conv(width, width, 3, stride)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = conv(width, width * self.expansion, 1, 1)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
         self.recalibrate = recalibrate(width * self.expansion)
-        self.downsample = shortcut(in_channels, width * self.expansion, stride, shortcut_conv)
+        self.downsample = shortcut(in_channels, width * self.expansion, stride, shortcut_conv, blur_pool)
         self.norm_act = NormAct(F.relu)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm_act(self.bn1, self.conv1(x))
-        out = self.norm_act(self.bn2, self.conv2(out))
+        out = self.norm_act(self.bn2, self.conv2(self.blur(out)))
         out = self.conv3(out)
         if isinstance(self.recalibrate, nn.Identity):
             return self.norm_act(self.bn3, out, self.downsample(x))
@@ -116,11 +121,20 @@ class Bottleneck(nn.Module):
         return self.norm_act(None, self.recalibrate(out), self.downsample(x))
 
 
-def shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactory) -> nn.Module:
-    """The identity where the shapes agree, else a 1×1 convolution with batch norm."""
+def shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactory, blur_pool: bool) -> nn.Module:
+    """The identity where the shapes agree, else a 1×1 convolution with batch norm.
+
+    A 1×1 convolution reads only the positions that it strides to. So a blur before it strides for it: the same numbers,
+    by a quarter of the work.
+    """
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+    layers = OrderedDict()
+    if blur_pool and stride > 1:
+        layers["blur"], stride = BlurPool(in_channels, stride), 1
+    layers["0"] = conv(in_channels, out_channels, 1, stride)  # the names are the same with a blur
+    layers["1"] = nn.BatchNorm2d(out_channels)
+    return nn.Sequential(layers)
 
 
 class ResNet(nn.Module):
@@ -136,6 +150,9 @@ class ResNet(nn.Module):
         recalibrate: makes the module behind the last batch norm of each block, from the number of channels.
         conv_blocks: how many of the last blocks use `conv`; the blocks before them are static. None for all.
         zero_init_residual: as torchvision's: the last batch norm of each block starts with weight 0.
+        blur_pool: a blur (`BlurPool`) before each convolution that strides, but for the stem's, which reads the image.
+            Names and shapes of the weights are the same with it. A dynamic layer reads the blurred map whole, for its
+            coefficients too.
     """
 
     # names of a layer and of the batch norm behind it
@@ -153,6 +170,7 @@ class ResNet(nn.Module):
         recalibrate: RecalibrationFactory = nn.Identity,
         conv_blocks: int | None = None,
         zero_init_residual: bool = False,
+        blur_pool: bool = False,
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
@@ -166,7 +184,7 @@ class ResNet(nn.Module):
             for i in range(depth):
                 width, stride = 64 * 2**stage, 2 if stage > 0 and i == 0 else 1
                 make = conv if sum(depths[:stage]) + i >= static_blocks else static_conv
-                blocks.append(block(channels, width, stride, make, shortcut_conv, recalibrate))
+                blocks.append(block(channels, width, stride, make, shortcut_conv, recalibrate, blur_pool))
                 channels = width * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -193,16 +211,18 @@ def resnet_dcd(
     dropout: float | None,
     zero_init_fusion: bool = False,
     zero_init_residual: bool = False,
+    blur_pool: bool = False,
 ) -> ResNet:
     """ResNet with dynamic convolutions in its blocks, and a dynamic classifier.
 
     Args:
         sizes: `pool_size` and `min_squeeze` of `dynamic_conv`.
         zero_init_fusion: `dcd.layers.zero_fusion`.
-        block, depths, num_classes, dropout, zero_init_residual: as `ResNet`.
+        block, depths, num_classes, dropout, zero_init_residual, blur_pool: as `ResNet`.
     """
     conv = partial(dynamic_conv, **sizes)
-    model = ResNet(block, depths, conv, DCDLinear, num_classes, dropout, zero_init_residual=zero_init_residual)
+    options = {"zero_init_residual": zero_init_residual, "blur_pool": blur_pool}
+    model = ResNet(block, depths, conv, DCDLinear, num_classes, dropout, **options)
     if zero_init_fusion:
         zero_fusion(model)
     return model

@@ -116,5 +116,6 @@ def test_an_initialisation_reaches_the_model_and_leaves_checkpoints_fitting():
     model, model_zero = official.model.create(), zero.model.create()
     assert model.classifier.bn2.weight.all() and not model_zero.classifier.bn2.weight.any()
     assert not parse("-a resnet18 --num-classes 3 --zero-init-residual").model.create().layer1[0].bn2.weight.any()
-    assert parse("--recipe resnet50_dcd_fast").model.zero_init_fusion
+    fast = parse("--recipe resnet50_dcd_fast")
+    assert fast.model.zero_init_fusion and fast.model.blur_pool and fast.run.eval_flip
     assert not parse("--recipe resnet50_dcd_fast -a resnet50 --no-zero-init-fusion").model.zero_init_fusion
