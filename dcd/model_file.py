@@ -75,7 +75,7 @@ def _architecture(
     if said is not None:
         for name, value in {"arch": arch, **options}.items():
             if value is not None and said.get(name) != value:
-                raise CheckpointError(f"{path} is of {name} {said.get(name)}, not {value}: leave it out")
+                raise CheckpointError(f"{path} is of {name} {said.get(name)}, not {value}")
         return said
     arch = arch or content.get("arch")
     if not isinstance(arch, str):

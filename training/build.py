@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 import dcd
+from dcd.recomputing import checkpoint_blocks
 from pipelines.batch import Place
 from pipelines.build import build_loader
 from pipelines.loader import Loader
@@ -28,7 +29,6 @@ from training.lockstep import Lockstep
 from training.options import ConfigError
 from training.precision import autocast_dtype
 from training.profile.verdict import Setting
-from training.recomputing import checkpoint_blocks
 from training.run_log import RunLog
 from training.saver import DivergedError
 from training.trainer import Trainer

@@ -1,10 +1,10 @@
 """torch.compile for a network, block by block."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 from torch._functorch import config as functorch_config
+
+from dcd.recomputing import blocks_of
 
 # A block is compiled once for each size of its input, in training and in evaluation; equal blocks share that. Past its
 # usual limit of 8, PyTorch would go on without compiling, with a warning.
@@ -22,12 +22,3 @@ def compile_blocks(model: nn.Module) -> None:
     functorch_config.backward_pass_autocast = "off"
     for block in blocks_of(model):
         block.compile(dynamic=False)  # sizes as constants: blocks of many sizes would else be taken for one of any size
-
-
-def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules with children in the outermost `nn.Sequential`s."""
-    for child in module.children():
-        if isinstance(child, nn.Sequential):
-            yield from (block for block in child if any(block.children()))
-        else:
-            yield from blocks_of(child)

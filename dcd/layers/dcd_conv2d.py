@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcd.layers.coefficients import CoefficientGenerator
+from dcd.layers.tracing import traced_whole
 from dcd.ops import fused, reference
 from dcd.ops.fused_core import Convolutions, Implementation, Parameters, Settings
 from dcd.ops.image_matrices import Norms, Statistics
@@ -65,6 +66,7 @@ class DCDConv2d(nn.Module):
         self.proj_out = nn.Conv2d(latent_dim, out_channels, 1, bias=False)
         self.coefficients = CoefficientGenerator(in_channels * pool_size**2, squeeze_dim, latent_dim, out_channels)
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C, H, W) to (B, O, H', W') with H' and W' of the static convolution; keeps channels_last."""
         path = available_paths(x.device)[-1] if self.path == "auto" else self.path

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from dcd.layers.coefficients import CoefficientGenerator
+from dcd.layers.tracing import traced_whole
 from dcd.ops import reference
 
 
@@ -26,6 +27,7 @@ class DCDLinear(nn.Module):
         self.proj_out = nn.Linear(latent_dim, out_features, bias=False)
         self.coefficients = CoefficientGenerator(in_features, squeeze_dim, latent_dim, out_features)
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C) to (B, O)."""
         phi, channel_scale = self.coefficients(x)

@@ -9,6 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from dcd.layers.coefficients import CoefficientGenerator
 from dcd.layers.dcd_conv2d import DCDConv2d, leave_autocast
 from dcd.layers.dcd_linear import DCDLinear
+from dcd.layers.tracing import traced_whole
 from dcd.ops import folded
 from dcd.ops.fused import choose_form
 from dcd.ops.fused_kernels import form_kernels, project
@@ -79,6 +80,7 @@ class FoldedDCDConv2d(nn.Module):
         self.register_buffer("proj_in", _pad(proj_in, (latent_dim, *proj_in.shape[1:])))  # [L, C, 1, 1]
         self.register_buffer("proj_out", _pad(proj_out.t(), (latent_dim, len(proj_out))))  # [L, O]
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C, H, W) to (B, O, H', W') with H' and W' of the static convolution, in channels_last.
 
@@ -119,6 +121,7 @@ class FoldedDCDLinear(nn.Module):
         self.register_buffer("proj_in", _pad(proj_in, (latent_dim, proj_in.shape[1])))  # [L, C]
         self.register_buffer("proj_out", _pad(proj_out.t(), (latent_dim, len(proj_out))))  # [L, O]
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C) to (B, O); for autocast see `FoldedDCDConv2d`."""
         return leave_autocast(self._forward, x)

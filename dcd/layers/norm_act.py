@@ -13,7 +13,8 @@ class NormAct(nn.Module):
 
     On a GPU, Triton's kernels (`dcd.ops.triton_norm`) do so in one pass over the maps where there is more than a batch
     norm to do, and the batch norm is a plain one: one that has weights and statistics of this rank alone, and a fixed
-    momentum. Then hooks of the norm are not called. torch.compile gets PyTorch's operations, which it fuses by itself.
+    momentum. Then hooks of the norm are not called. torch.compile and torch.fx get PyTorch's operations, which the
+    former fuses by itself.
 
     Args:
         act: `F.relu`, `F.relu6`, another function with an argument `inplace`, or None.
@@ -35,7 +36,7 @@ class NormAct(nn.Module):
             return by_batch(norm, y, shortcut, triton_norm.ACTS[self.act])
         out = y if norm is None else norm(y)
         if shortcut is not None:
-            out += shortcut
+            out = out.add_(shortcut)  # of += a trace by torch.fx makes an addition that is not in place
         return out if self.act is None else self.act(out, inplace=True)
 
     def _has_kernels(self, norm: nn.BatchNorm2d, y: Tensor, shortcut: Tensor | None) -> bool:

@@ -51,6 +51,17 @@ def dynamic_pointwise(in_channels: int, out_channels: int, *, fc_squeeze: int) -
     return DCDConv2d(in_channels, out_channels, latent_dim=latent_dim, squeeze_dim=squeeze_dim, pool_size=pool_size)
 
 
+def init_weights(module: nn.Module) -> None:
+    """Draw the weights of a convolution or a linear layer, by those of the latter small, as in the official release: Φ
+    starts near 0."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class InvertedResidual(nn.Module):
     """1×1 expansion, 3×3 depthwise and linear 1×1 projection: (B, C, H, W) -> (B, O, H/stride, W/stride).
 
@@ -125,20 +136,19 @@ class MobileNetV2(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Identity() if dropout is None else nn.Dropout(dropout)
         self.classifier = classifier(head_channels, num_classes)
+        self.apply(init_weights)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
-            elif isinstance(module, nn.Linear):  # small, as in the official release: Φ starts near 0
-                nn.init.normal_(module.weight, std=0.01)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif zero_init_residual and isinstance(module, InvertedResidual) and module.has_shortcut:
+            if zero_init_residual and isinstance(module, InvertedResidual) and module.has_shortcut:
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.blocks(self.norm_act(self.stem_bn, self.stem(images)))
-        x = self.norm_act(self.head_bn, self.head(x))
+        x = self.forward_features(images)
         return self.classifier(self.dropout(self.avgpool(x).flatten(1)))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """From images (B, 3, H, W) to the last feature map (B, head_channels, H/32, W/32)."""
+        x = self.blocks(self.norm_act(self.stem_bn, self.stem(images)))
+        return self.norm_act(self.head_bn, self.head(x))
 
 
 def mobilenetv2_dcd(

@@ -198,9 +198,13 @@ class ResNet(nn.Module):
                 nn.init.zeros_(getattr(module, last_norm).weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.maxpool(self.norm_act(self.bn1, self.conv1(images)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.forward_features(images)
         return self.classifier(self.dropout(self.avgpool(x).flatten(1)))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """From images (B, 3, H, W) to the last feature map (B, 512·expansion, H/32, W/32)."""
+        x = self.maxpool(self.norm_act(self.bn1, self.conv1(images)))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
 def resnet_dcd(

@@ -7,6 +7,7 @@ import dcd
 from dcd.checkpoint_file import CheckpointError
 from dcd.layers import BlurPool
 from dcd.models.resnet import BasicBlock
+from dcd.recomputing import checkpoint_blocks
 from tests.dcd.test_blur_pool import shallow
 from tests.helpers import difference
 from tests.training.test_recomputing import step
@@ -16,7 +17,6 @@ from training.classes import Classes
 from training.config import Config
 from training.distill import load_teacher
 from training.options import DistillConfig
-from training.recomputing import checkpoint_blocks
 
 SIZES = {"arch": "resnet18", "num_classes": 5, "input_size": 32, "device": "cpu", "amp": "off"}
 DATA = {"backend": "synthetic", "synthetic_images": 40, "batch_size": 16, "workers": 1}

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import dcd
+from dcd.recomputing import blocks_of
 from training.build import open_trainer
-from training.compiling import blocks_of, compile_blocks
+from training.compiling import compile_blocks
 from training.config import Config
 
 SIZES = {"arch": "resnet18_dcd", "num_classes": 5, "input_size": 32, "device": "cpu", "amp": "off"}

@@ -8,13 +8,13 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import dcd
+from dcd.recomputing import checkpoint_blocks
 from tests.helpers import CPU, build_trainer, difference
 from tests.training.test_step_graph import WARM_UP, train
 from training import step_graph
 from training.build import build_model
 from training.compiling import compile_blocks
 from training.config import Config
-from training.recomputing import checkpoint_blocks
 
 
 def pair(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dcd.layers.rivals.kernels import shared_kernels
+from dcd.layers.tracing import traced_whole
 from dcd.ops.per_sample import convolve_per_sample, mix_kernels
 
 
@@ -36,6 +37,7 @@ class CondConv2d(nn.Module):
         """The experts' shares α (B, experts) in (0, 1), independent of each other."""
         return torch.sigmoid(self.routing(x.mean((2, 3))))
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C, H, W) to (B, O, H', W'); keeps channels_last."""
         return convolve_per_sample(x, mix_kernels(self.attention(x), self.weight, self.kernel_size), self.stride)
@@ -57,6 +59,7 @@ class CondConvLinear(nn.Module):
         self.experts = nn.Linear(in_features, experts * out_features)
         self.routing = nn.Linear(in_features, experts)
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C) to (B, O)."""
         shares = torch.sigmoid(self.routing(x))  # [B, experts]

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcd.layers.rivals.kernels import shared_kernels
+from dcd.layers.tracing import traced_whole
 from dcd.ops.per_sample import convolve_per_sample, mix_kernels
 
 
@@ -44,6 +45,7 @@ class DYConv2d(nn.Module):
         logits = self.to_kernel(F.relu(self.squeeze(x.mean((2, 3)))))
         return F.softmax(logits / self.temperature, 1)
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C, H, W) to (B, O, H', W'); keeps channels_last."""
         return convolve_per_sample(x, mix_kernels(self.attention(x), self.weight, self.kernel_size), self.stride)

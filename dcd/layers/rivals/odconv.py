@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcd.layers.rivals.kernels import shared_kernels
+from dcd.layers.tracing import traced_whole
 from dcd.ops.per_sample import convolve_per_sample, mix_kernels
 
 
@@ -71,6 +72,7 @@ class ODConv2d(nn.Module):
             kernel = F.softmax(self.to_kernel(h) / self.temperature, 1)
         return Attentions(channel, filter_, spatial, kernel)
 
+    @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C, H, W) to (B, O, H', W'); keeps channels_last.
 

@@ -9,18 +9,27 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from training.compiling import blocks_of
 
+def checkpoint_blocks(model: nn.Module, enable: bool = True) -> None:
+    """Have each block of a network computed again in the backward pass, in training, or no longer; state and names stay
+    as they are.
 
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Have each block of a network computed again in the backward pass, in training; state and names stay as they are.
-
-    Gradients and running statistics are the same as without. Blocks are those of `compiling.blocks_of`, compiled or
-    not; nothing in them may be random.
+    Gradients and running statistics are the same as without. Blocks are those of `blocks_of`, compiled or not; nothing
+    in them may be random.
     """
     for block in blocks_of(model):
         # A class, not an attribute: a copy of the model, as that of --ema, must call its own block.
-        block.__class__ = _checkpointed(type(block))
+        plain = type(block).plain if isinstance(block, _Checkpointed) else type(block)
+        block.__class__ = _checkpointed(plain) if enable else plain
+
+
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules with children in the outermost `nn.Sequential`s."""
+    for child in module.children():
+        if isinstance(child, nn.Sequential):
+            yield from (block for block in child if any(block.children()))
+        else:
+            yield from blocks_of(child)
 
 
 class _Checkpointed(nn.Module):
@@ -48,4 +57,4 @@ class _Checkpointed(nn.Module):
 
 @cache
 def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Checkpointed{kind.__name__}", (_Checkpointed, kind), {})
+    return type(f"Checkpointed{kind.__name__}", (_Checkpointed, kind), {"plain": kind})
