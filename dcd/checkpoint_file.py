@@ -1,5 +1,6 @@
 """Reads checkpoint files of any trainer, without running code that they may contain."""
 
+import json
 import pickle
 import re
 import zipfile
@@ -9,12 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dcd.file_kinds import HEAD_BYTES, LEGACY, ZIP, foreign_kind, foreign_zip
+from dcd.file_kinds import HEAD_BYTES, LEGACY, ZIP, foreign_kind, foreign_zip, is_safetensors
 from dcd.foreign_types import STAND_INS
 
 # The keys of the weights and of their moving average, by ours, timm, torchvision's references, DeepSpeed.
-_WEIGHTS = ("model", "state_dict", "module")
-_AVERAGES = ("ema", "state_dict_ema", "model_ema")
+WEIGHTS = ("model", "state_dict", "module")
+AVERAGES = ("ema", "state_dict_ema", "model_ema")
+
+DESCRIPTION = "dcd"  # the key in the metadata of a safetensors file under which the rest of a checkpoint is, as JSON
 
 
 class CheckpointError(ValueError):
@@ -31,6 +34,9 @@ def read_file(path: str | Path) -> dict:
     The file is first compared with its checksums, which takes about as long as reading it once more. (The format
     before PyTorch 1.6 has no checksums.) Objects of other libraries are replaced by `foreign_types.Unread`.
 
+    Of a safetensors file, which has no checksums either, the tensors are under "model", beside what
+    `tools.convert_checkpoint` has written of the model.
+
     Raises:
         DamagedCheckpointError: empty, torn, or not as it was written.
         CheckpointError: no such file, not a checkpoint, or one with types that could run code.
@@ -46,6 +52,8 @@ def read_file(path: str | Path) -> dict:
     kind = foreign_kind(head, path.stat().st_size)
     if kind is not None:
         raise CheckpointError(f"{path} is {kind}")
+    if is_safetensors(head, path.stat().st_size):
+        return _read_safetensors(path)
     if not any(head):
         raise _damaged(path, "it begins with zeros" if head else "it is empty")
     if ZIP.startswith(head[:4]):
@@ -62,6 +70,19 @@ def read_file(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def _read_safetensors(path: Path) -> dict:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise CheckpointError(f"{path} is a safetensors file: pip install safetensors to read it") from error
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+            return {**json.loads((file.metadata() or {}).get(DESCRIPTION, "{}")), "model": state}
+    except (SafetensorError, OSError, ValueError, TypeError) as error:  # the last two: of a description that is none
+        raise _damaged(path, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
 
 def _check_zip(path: Path) -> None:
@@ -148,7 +169,7 @@ def weights_in(content: dict, path: Path, ema: bool | None = False) -> Weights:
         CheckpointError: it does not hold what is asked for.
     """
     ema = content.get("best") == "ema" if ema is None else ema
-    wanted, places = ("moving average", _AVERAGES) if ema else ("weights", _WEIGHTS)
+    wanted, places = ("moving average", AVERAGES) if ema else ("weights", WEIGHTS)
     where = next((key for key in places if isinstance(content.get(key), dict) and content[key]), None)
     if where is None and (ema or not any(isinstance(value, Tensor) for value in content.values())):
         keys = ", ".join([str(key) for key in content][:10])
@@ -166,5 +187,5 @@ def weights_in(content: dict, path: Path, ema: bool | None = False) -> Weights:
     architecture, options = content.get("architecture"), content.get("config")
     architecture = architecture if isinstance(architecture, dict) else None
     options = options if architecture is not None and isinstance(options, dict) else None
-    has_average = any(isinstance(content.get(key), dict) for key in _AVERAGES)
+    has_average = any(isinstance(content.get(key), dict) for key in AVERAGES)
     return Weights(plain, classes if is_named else None, path, architecture, options, wanted, has_average)

@@ -31,15 +31,17 @@ def foreign_kind(head: bytes, size: int) -> str | None:
         return "a web page, as a failed download leaves it: download the file itself"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it with tar xf"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
-        return (
-            "a safetensors file: convert it by torch.save(safetensors.torch.load_file(FILE), OTHER), and use the other"
-        )
     if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b":"):  # IR version, then the producer or the graph
         return f"an ONNX model: {_SAVE_AGAIN}"
     if head and not ZIP.startswith(head) and all(byte in string.printable.encode() for byte in head):
         return f"text, which begins with {head[:40].decode().split(chr(10))[0]!r}: download the file itself"
     return None
+
+
+def is_safetensors(head: bytes, size: int) -> bool:
+    """Whether a file of these first bytes and this size begins as one of safetensors: with the length of its header,
+    a JSON object."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
 
 
 def foreign_zip(names: list[str]) -> str | None:

@@ -1,5 +1,6 @@
 """A trained model in one call: architecture, class names, preprocessing and weights from one file."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def load(path: str | Path, arch: str | None = None, *, ema: bool | None = None, 
 
     Args:
         path: a checkpoint of this project's trainer, or the output folder of a run, of which it is
-            checkpoints/best.pth; or any other file of `load_checkpoint`.
+            checkpoints/best.pth; or a file of `tools.convert_checkpoint`, or any other of `load_checkpoint`.
         arch, options: name and options of `create_model`, for a file that does not say them; official files say
             neither sizes nor options. dropout has no meaning here: it changes nothing in an evaluation.
         ema: whether to take the moving average of the weights; by default as `weights_in`.
@@ -35,19 +36,53 @@ def load(path: str | Path, arch: str | None = None, *, ema: bool | None = None, 
         CheckpointError: no such file, not a checkpoint, or one that is not of this model.
         ValueError: unknown names or values of `create_model`.
     """
+    file = read_model_file(path, arch, ema=ema, **options)
+    model = file.create()
+    load_weights(model, file.weights)
+    model.architecture = file.architecture
+    model.class_names = file.weights.classes
+    model.preprocessing = file.preprocessing or Preprocessing()
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What a file says of a model.
+
+    content: all that `read_file` found. weights: those that were asked for. architecture: the arguments of
+    `create_model`. preprocessing: None where the file does not say.
+    """
+
+    content: dict[str, Any]
+    weights: Weights
+    architecture: dict[str, Any]
+    preprocessing: Preprocessing | None
+
+    def create(self, dropout: float | None = None) -> nn.Module:
+        """The model with freshly initialised weights, in training mode.
+
+        Raises:
+            ValueError: as `create_model`.
+        """
+        options = {name: value for name, value in self.architecture.items() if name != "arch"}
+        return create_model(self.architecture["arch"], dropout=dropout, **options)
+
+
+def read_model_file(path: str | Path, arch: str | None = None, *, ema: bool | None = None, **options: Any) -> ModelFile:
+    """What `load` takes from a file, before there is a model. An option that is None is not said.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
     path = find(path)
     content = read_file(path)
     weights = weights_in(content, path, ema)
-    architecture = _architecture(path, content, weights, arch, options)
-    model = create_model(
-        architecture["arch"], **{name: value for name, value in architecture.items() if name != "arch"}
-    )
-    load_weights(model, weights)
+    options = {name: value for name, value in options.items() if value is not None}
+    if weights.classes and weights.num_classes != len(weights.classes):
+        raise CheckpointError(f"{path} names {len(weights.classes)} classes of {weights.num_classes} outputs: mend it")
     described = content.get("preprocessing")
-    model.architecture = architecture
-    model.class_names = weights.classes
-    model.preprocessing = Preprocessing.from_dict(described) if described else Preprocessing()
-    return model.eval()
+    preprocessing = Preprocessing.from_dict(described) if isinstance(described, dict) else None
+    return ModelFile(content, weights, _architecture(path, content, weights, arch, options), preprocessing)
 
 
 def find(path: str | Path) -> Path:
@@ -80,5 +115,5 @@ def _architecture(
     arch = arch or content.get("arch")
     if not isinstance(arch, str):
         raise CheckpointError(f'{path} does not say what it is of: name it, as in dcd.load(path, "resnet50_dcd")')
-    found = {} if weights.num_classes is None else {"num_classes": weights.num_classes}
-    return {"arch": arch, **found, **options}
+    count = 1000 if weights.num_classes is None else weights.num_classes  # as create_model's default
+    return {"arch": arch, "num_classes": count, **options}

@@ -1,7 +1,8 @@
 """Own names <-> names of other releases, and checkpoints of both.
 
-The dynamic models are mapped to the official DCD release. It has no static models: those are mapped to torchvision.
-Other models than ResNet and MobileNetV2 have no names but their own.
+The dynamic models are mapped to the official DCD release. It has no static models: those are mapped to torchvision,
+and to timm, whose ResNets have torchvision's names and whose MobileNetV2 has its own. Other models than ResNet and
+MobileNetV2 have no names but their own.
 """
 
 import re
@@ -9,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dcd.checkpoint_file import CheckpointError, Weights, read_weights
 from dcd.layers import BlurPool, DCDLinear
 from dcd.layers.rivals import RIVAL_LAYERS
-from dcd.models.mobilenet_v2 import MobileNetV2
+from dcd.models.mobilenet_v2 import STAGES, MobileNetV2
 from dcd.models.resnet import ResNet
 
 # Each table is read from top to bottom: every pattern that matches an own name is replaced in it.
@@ -76,6 +77,19 @@ _MOBILENET_V2 = [
     (r"^head_bn\.", "features.18.1."),
     (r"^classifier\.", "classifier.{index}."),
 ]
+_TIMM_MOBILENET_V2 = [
+    (r"^stem\.", "conv_stem."),
+    (r"^stem_bn\.", "bn1."),
+    (r"^blocks\.0\.0\.depthwise\.", "blocks.0.0.conv_dw."),  # has no expansion, so that its norms begin at 1
+    (r"^blocks\.0\.0\.bn2\.", "blocks.0.0.bn1."),
+    (r"^blocks\.0\.0\.project\.", "blocks.0.0.conv_pw."),
+    (r"^blocks\.0\.0\.bn3\.", "blocks.0.0.bn2."),
+    (r"\.expand\.", ".conv_pw."),
+    (r"\.depthwise\.", ".conv_dw."),
+    (r"\.project\.", ".conv_pwl."),
+    (r"^head\.", "conv_head."),
+    (r"^head_bn\.", "bn2."),
+]
 
 
 @dataclass
@@ -94,6 +108,13 @@ class LoadReport:
                 parts.append(f"{kind} ({len(names)}): {', '.join(names[:5])}{more}")
         return "; ".join(parts)
 
+    def refuse(self, path: Path) -> None:
+        """Raises:
+        CheckpointError: something of the file `path` did not fit.
+        """
+        if str(self):
+            raise CheckpointError(f"{path} does not fit this model (check --arch and its options): {self}")
+
 
 def upstream_names(model: nn.Module) -> dict[str, str]:
     """Every own state-dict name of a model of `create_model` -> its official name, one to one, in order.
@@ -101,13 +122,10 @@ def upstream_names(model: nn.Module) -> dict[str, str]:
     Other models than ResNet and MobileNetV2, and those with other papers' layers (`dcd.layers.rivals`), have no names
     but their own.
     """
-    if not hasattr(model, "classifier") or not hasattr(model, "dropout"):
-        raise ValueError(f"{type(model).__name__} is not a model of dcd.create_model")
-    known = isinstance(model, (ResNet, MobileNetV2))
-    if not known or any(isinstance(module, RIVAL_LAYERS) for module in model.modules()):
+    if not _is_static(model) and not is_dynamic(model):
         return {name: name for name in model.state_dict()}
-    dynamic, mobilenet = isinstance(model.classifier, DCDLinear), isinstance(model, MobileNetV2)
-    if dynamic:
+    mobilenet = isinstance(model, MobileNetV2)
+    if is_dynamic(model):
         rules = _MOBILENET_V2_DCD if mobilenet else _RESNET_DCD
     else:
         rules = _MOBILENET_V2 if mobilenet else _RESNET
@@ -121,6 +139,47 @@ def upstream_names(model: nn.Module) -> dict[str, str]:
         return re.sub(r"^blocks\.(\d+)\.", lambda match: f"features.{int(match[1]) + 1}.", name)
 
     return {name: translate(name) for name in model.state_dict()}
+
+
+def timm_names(model: nn.Module) -> dict[str, str]:
+    """Every own state-dict name of a model of `create_model` -> its name in timm, one to one, in order.
+
+    timm has the static ResNets and MobileNetV2 only; the others have no names but their own.
+    """
+    if not _is_static(model):
+        return {name: name for name in model.state_dict()}
+    if isinstance(model, ResNet):
+        return upstream_names(model)  # timm's are torchvision's
+    places = [f"blocks.{stage}.{i}." for stage, (_, _, depth, _) in enumerate(STAGES) for i in range(depth)]
+
+    def translate(name: str) -> str:
+        name = re.sub(r"^blocks\.(\d+)\.", lambda match: places[int(match[1])], name)
+        for pattern, new in _TIMM_MOBILENET_V2:
+            name = re.sub(pattern, new, name)
+        return name
+
+    return {name: translate(name) for name in model.state_dict()}
+
+
+def is_dynamic(model: nn.Module) -> bool:
+    """Whether it is a DCD network, as the official release has them.
+
+    Raises:
+        ValueError: it is not of `create_model`.
+    """
+    return _is_known(model) and isinstance(model.classifier, DCDLinear)
+
+
+def _is_static(model: nn.Module) -> bool:
+    """Whether it is a network as torchvision and timm have them: with no layer of DCD or of other papers."""
+    return _is_known(model) and not isinstance(model.classifier, DCDLinear)
+
+
+def _is_known(model: nn.Module) -> bool:
+    if not hasattr(model, "classifier") or not hasattr(model, "dropout"):
+        raise ValueError(f"{type(model).__name__} is not a model of dcd.create_model")
+    rival = any(isinstance(module, RIVAL_LAYERS) for module in model.modules())
+    return isinstance(model, (ResNet, MobileNetV2)) and not rival
 
 
 def _classifier_index(model: nn.Module) -> int:
@@ -153,15 +212,24 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True, ema
 
 def load_weights(model: nn.Module, weights: Weights, strict: bool = True, classifier: bool = True) -> LoadReport:
     """As `load_checkpoint`, with weights already read. With classifier=False the model keeps its own classifier."""
+    state, report = own_state(model, weights, classifier)
+    if strict:
+        report.refuse(weights.path)
+    _check_blur_pool(model, weights)
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def own_state(model: nn.Module, weights: Weights, classifier: bool = True) -> tuple[dict[str, Tensor], LoadReport]:
+    """The tensors that fit into the model, as the file has them, by the model's own names; and what does not fit."""
     own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    to_upstream = upstream_names(model)
     # The file may come from a model with a dropout and this one have none, or the other way round.
     index = _classifier_index(model)
     state = {re.sub(r"^classifier\.\d+\.", f"classifier.{index}.", name): t for name, t in weights.state.items()}
-    if len(state.keys() & own_shapes.keys()) < len(state.keys() & set(to_upstream.values())):
-        spelling = to_upstream
-    else:
-        spelling = {name: name for name in own_shapes}
+    spellings = [{name: name for name in own_shapes}, upstream_names(model)]
+    if _is_static(model):
+        spellings.append(timm_names(model))
+    spelling = max(spellings, key=lambda names: len(state.keys() & set(names.values())))
 
     report, fitting = LoadReport(), {}
     for own, theirs in spelling.items():
@@ -177,12 +245,7 @@ def load_weights(model: nn.Module, weights: Weights, strict: bool = True, classi
         else:
             fitting[own] = state[theirs]
     report.unexpected = sorted(state.keys() - set(spelling.values()))
-
-    if strict and str(report):
-        raise CheckpointError(f"{weights.path} does not fit this model (check --arch and its options): {report}")
-    _check_blur_pool(model, weights)
-    model.load_state_dict(fitting, strict=False)
-    return report
+    return fitting, report
 
 
 def _check_blur_pool(model: nn.Module, weights: Weights) -> None:

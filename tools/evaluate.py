@@ -40,6 +40,9 @@ from training.run_log import RunLog, resolve, write_json
 # What a checkpoint of ours says about itself and its images; options override it.
 OF_CHECKPOINT = ("arch", *SHAPE_OPTIONS, *FUNCTION_OPTIONS, "input_size", "eval_size", "eval_crop", "eval_flip")
 
+Choice = Literal["auto", "yes", "no"]
+CHOICES = {"auto": None, "yes": True, "no": False}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -60,8 +63,8 @@ class Options:
     """What the data is; auto: seen from its folders. classes: class folders by name, as ImageNet's val."""
     real: Path | None = None
     """real.json of ImageNet-ReaL: labels of the images in ImageNet's val."""
-    ema: bool | None = None
-    """Evaluate the moving average of the weights; by default what best.pth was chosen by, and else the weights."""
+    ema: Choice = "auto"
+    """Evaluate the moving average of the weights; auto: what best.pth was chosen by, and else the weights."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=("-b",))] = 256
     """Images in a step, over all ranks."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=("-j",))] = None
@@ -72,8 +75,8 @@ class Options:
     """Side of the images in pixels; by default the checkpoint's, else 224."""
     eval_crop: float | None = None
     """Share of the shorter side that is kept; by default the checkpoint's, else 224/256; all of it on ImageNet-C."""
-    eval_flip: bool | None = None
-    """Evaluate each image and its mirror image, and average their logits; by default as the checkpoint's run did."""
+    eval_flip: Choice = "auto"
+    """Evaluate each image and its mirror image, and average their logits; auto: as the checkpoint's run did."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU where there is one."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
@@ -168,7 +171,7 @@ class Evaluation:
 
 def main(options: Options) -> None:
     """Evaluate; print and write on rank 0."""
-    weights = dcd.read_weights(dcd.model_file.find(options.checkpoint), options.ema)
+    weights = dcd.read_weights(dcd.model_file.find(options.checkpoint), CHOICES[options.ema])
     parts = find_parts(options.data, options.kind)
     config = find_config(options, weights, "imagenet-c" if parts[0].corruption else options.kind)
     with open_ranks(config) as ranks:
@@ -185,6 +188,7 @@ def find_config(options: Options, weights: dcd.Weights, kind: Asked) -> Config:
     if kind != "auto" and KINDS[kind].eval_crop is not None:
         trained = {**trained, "eval_crop": KINDS[kind].eval_crop}
     chosen = {name: trained[name] for name in OF_CHECKPOINT if name in trained}
+    given["eval_flip"] = CHOICES[options.eval_flip]
     chosen |= {name: value for name, value in given.items() if value is not None}
     num_classes = weights.num_classes or trained.get("num_classes")
     if "arch" not in chosen:

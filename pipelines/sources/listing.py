@@ -133,6 +133,19 @@ def list_folder(root: Path) -> tuple[list[str], list[str]]:
     return _Walk(root).entries("")
 
 
+def list_tree(root: Path) -> tuple[list[str], LeftOut]:
+    """The images below `root`, in whatever folders, as paths relative to it; and the files that are no images by their
+    names.
+
+    Raises:
+        DataError: as `list_images`, for what lies there.
+    """
+    walk = _Walk(root)
+    images = walk.images("")
+    walk.left_out.deeper = 0  # no folder is a class here
+    return images, walk.left_out
+
+
 def _class_folders(root: Path, walk: "_Walk") -> dict[str, list[str]]:
     """{class: its images} of a folder of class folders."""
     folders, files = walk.entries("")

@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import pickle
+import sys
 import tarfile
 import zipfile
 from pathlib import Path, PosixPath, PurePosixPath
@@ -207,7 +208,7 @@ def scripted() -> bytes:
     return content.getvalue()
 
 
-SAFETENSORS = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+SAFETENSORS = b'\x36\0\0\0\0\0\0\0{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(4)
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
 
@@ -215,7 +216,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda: len(SAFETENSORS).to_bytes(8, "little") + SAFETENSORS + bytes(4), "a safetensors file: convert it"),
+        (lambda: SAFETENSORS[:-1], "is torn or damaged (SafetensorError"),
+        (lambda: SAFETENSORS[:50], "is torn or damaged"),
         (lambda: b"\n<!DOCTYPE html><html><title>Quota exceeded</title>", "a web page, as a failed download"),
         (lambda: LFS, "a Git LFS pointer, not the file that it stands for: run git lfs pull"),
         (lambda: gzip.compress(b"weights"), "compressed by gzip: unpack it"),
@@ -235,6 +237,25 @@ def test_other_files_are_named_as_what_they_are(tmp_path, content, message):
     path = tmp_path / "file.pth"
     path.write_bytes(content())
     assert message in refused(path)
+
+
+@pytest.mark.parametrize("naming", ["own", "official"])
+def test_safetensors(model, source, tmp_path, naming):
+    """Of anyone: tensors alone, as timm's on Hugging Face."""
+    from safetensors.torch import save_file
+
+    names = dcd.upstream_names(source) if naming == "official" else {key: key for key in source.state_dict()}
+    path = tmp_path / "model.safetensors"
+    save_file({names[key]: tensor for key, tensor in source.state_dict().items()}, path, {"format": "pt"})
+    assert str(dcd.load_checkpoint(model, path)) == ""
+    assert_same(model.state_dict(), source.state_dict())
+
+
+def test_without_the_package_safetensors(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(SAFETENSORS)
+    assert_same(dcd.read_weights(tmp_path / "model.safetensors").state, {"w": torch.zeros(1)})
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "is a safetensors file: pip install safetensors" in refused(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,9 @@ def test_an_official_checkpoint(tmp_path):
     with pytest.raises(dcd.CheckpointError, match=re.escape(f"{bare} does not say what it is of: name it")):
         dcd.load(bare)
     assert dcd.load(bare, "mobilenetv2_dcd", width_mult=0.1, fc_squeeze=16).architecture == model.architecture
+    torch.save({"model": model.state_dict(), "classes": ["ant", "bee"], "architecture": model.architecture}, bare)
+    with pytest.raises(dcd.CheckpointError, match="names 2 classes of 10 outputs"):
+        dcd.load(bare)
 
 
 @pytest.mark.parametrize("crop", [0.8, 1.0])

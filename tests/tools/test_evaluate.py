@@ -216,7 +216,7 @@ def test_imagenet_c(val, checkpoint, tmp_path, capsys):
         for severity in severities:
             renamed(val, tmp_path / "c" / corruption / severity, IDS.__getitem__)
     shutil.rmtree(tmp_path / "c" / "fog" / "2" / IDS[10])
-    found = evaluate(checkpoint, tmp_path / "c", tmp_path / "found.json", ema=True)
+    found = evaluate(checkpoint, tmp_path / "c", tmp_path / "found.json", ema="yes")
     assert found["kind"] == "imagenet-c" and found["config"]["eval_crop"] == 1
     fog = found["corruptions"]["fog"]
     assert (fog["1"]["images"], fog["2"]["images"]) == (23, 15)
