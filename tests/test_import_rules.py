@@ -16,7 +16,7 @@ KERNELS = tuple(
     f"dcd.ops.triton_{name}"
     for name in ("coefficients", "combine", "gradients", "latent", "matrices", "norm", "project")
 )
-NOT_THE_PROJECT = {"build", "data", "runs", "out"}  # nor hidden folders
+NOT_THE_PROJECT = {"build", "dist", "data", "runs", "out"}  # nor hidden folders
 
 
 def python_files():
