@@ -19,7 +19,8 @@ from pipelines import native_library
 from tests.helpers import ROOT, SMALL, read
 from tests.jpegs import smooth
 
-PARTS = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "train_dist.py", "dcd", "pipelines", "training", "tools"]
+PARTS = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "train_dist.py"]
+PARTS += ["dcd", "pipelines", "training", "tools"]
 
 
 def call(*command, **options) -> str:
