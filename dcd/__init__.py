@@ -16,12 +16,15 @@ from dcd.preprocessing import Preprocessing
 from dcd.registry import create_model, list_models
 from dcd.upstream import LoadReport, load_checkpoint, load_weights, upstream_names
 
+__version__ = "0.1.0"  # the only place of it: the package takes it from here
+
 __all__ = [
     "CheckpointError",
     "DamagedCheckpointError",
     "LoadReport",
     "Preprocessing",
     "Weights",
+    "__version__",
     "create_model",
     "deploy",
     "list_models",

@@ -70,8 +70,8 @@ def _open_source(config: DataConfig, split: str) -> Source:
         return source
     if config.backend == "ffcv":
         raise DataError(
-            f"no file {Path(config.root) / split}.beton: convert the dataset with python -m tools.make_dataset "
-            "SRC OUT, or use --backend torchvision"
+            f"no file {Path(config.root) / split}.beton: convert the dataset with dcd-dataset SRC OUT (in a "
+            "checkout python -m tools.make_dataset SRC OUT), or use --backend torchvision"
         )
     return FolderSource(Path(config.root) / split, config.strict)
 

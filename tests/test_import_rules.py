@@ -10,20 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STDLIB = set(sys.stdlib_module_names)
 OURS = {"dcd", "pipelines", "training", "train_dist", "hubconf", "tools", "benchmarks", "tests"}
-OPTIONAL = {
-    "nvidia",
-    "ffcv",
-    "triton",
-    "apex",
-    "timm",
-    "onnx",
-    "onnxruntime",
-    "safetensors",
-}  # imported where they are used
+# imported where they are used
+OPTIONAL = {"nvidia", "ffcv", "triton", "apex", "timm", "onnx", "onnxruntime", "safetensors"}
 # are made of an optional package, timm or Triton, so they are imported like it
 KERNELS = ("coefficients", "combine", "gradients", "latent", "matrices", "norm", "project")
 MADE_OF_OPTIONAL = ("dcd.timm", *(f"dcd.ops.triton_{name}" for name in KERNELS))
-NOT_THE_PROJECT = {"build", "data", "runs", "out"}  # nor hidden folders
+NOT_THE_PROJECT = {"build", "dist", "data", "runs", "out"}  # nor hidden folders
 
 
 def python_files():

@@ -98,11 +98,13 @@ def parse_config(argv: list[str], recipes: dict[str, Config], default: C, prog: 
     Args:
         argv: the command line without the program. recipes: a Config for each name.
         default: what the options are without flags: a Config, or that of a program with options of its own.
-        prog: the program's name, for the help.
+        prog: the program's name, for the help, where it was not started by a command of an installed package.
 
     Raises:
         ConfigError: an unknown flag, key or recipe, or a value that no run can carry out.
     """
+    if Path(sys.argv[0]).name.startswith("dcd-"):
+        prog = Path(sys.argv[0]).name
     config_file, name = _last(argv, "--config"), _last(argv, "--recipe")
     file, given = FileOptions([]), {word.partition("=")[0] for word in argv}
     if config_file is not None:

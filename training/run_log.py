@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+import dcd
 from training.config import Config
 from training.distributed import Ranks
 from training.folder_lock import FolderLock
@@ -175,6 +176,7 @@ def resolve(config: Config, ranks: Ranks) -> dict:
         "device": device_name(ranks.device),
         "amp_dtype": str(autocast_dtype(config.precision.amp, ranks.device)),
         "versions": {
+            "dcd": dcd.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": version("torchvision"),
@@ -233,7 +235,10 @@ def _step_of(line: str) -> float:
 
 
 def _git_commit() -> str | None:
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None  # an installed package: a repository around it is another project's
+    command = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except OSError:

@@ -76,7 +76,10 @@ class DaliExecutor:
         as_bytes: bool = False,
     ):
         if not is_installed():
-            raise DataError("--backend dali needs NVIDIA DALI: pip install nvidia-dali-cuda130")
+            raise DataError(
+                "--backend dali needs NVIDIA DALI: pip install nvidia-dali-cuda130 "
+                "(nvidia-dali-cuda120 beside a torch for CUDA 12)"
+            )
         self._source, self._device = source, device
         # floats of half the bytes where the trainer wants 16 bits; bfloat16 has fewer digits still
         floats = torch.float32 if dtype == torch.float32 else torch.float16

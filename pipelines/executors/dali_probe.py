@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipelines.cache import cache_folder
 
+PACKAGES = ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12")
 LIMIT_S = 90.0  # for the attempt, of which DALI takes seconds to start
 TOLERANCE = 8.0  # mean |difference| from the CPU's pixels, of 255; decoders differ by less on smooth images
 
@@ -26,7 +27,7 @@ def why_no_box_decode(device: torch.device) -> str | None:
     """None if boxes can be decoded on this GPU, else the reason why not. The first call takes seconds."""
     driver = Path("/proc/driver/nvidia/version")
     setting = [
-        *(f"{package} {_version(package)}" for package in ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13")),
+        *(f"{package} {_version(package)}" for package in PACKAGES),
         torch.cuda.get_device_name(device),
         driver.read_text() if driver.exists() else "",
     ]

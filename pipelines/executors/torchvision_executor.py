@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, nullcontext
 from errno import ENOSPC
 from multiprocessing.queues import Queue
@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines.batch import Executed, ExecutorOptions, ImageSource, Place
 from pipelines.config import DataConfig
@@ -246,6 +245,25 @@ def _end(iterator: Any) -> None:
         thread.join(max(0.0, end - time.monotonic()))  # it ends at once unless its pipe is full
 
 
+def batch_decoder(device: torch.device) -> Callable[[list[Tensor]], list[Tensor]]:
+    """torchvision's decoder: of the bytes (N,) of JPEGs, at least one, to pixels (3, H, W) uint8 on the device.
+
+    torchvision's decoders are deprecated since its release 0.29, in favour of torchcodec's. Those turn an image by the
+    orientation in its EXIF data, which the plan, with the sizes of the stored images, does not know of.
+
+    Raises:
+        DataError: this torchvision has no decoder any more.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError as error:
+        raise DataError(
+            "this torchvision has no decoder of JPEGs for a GPU: pip install 'torchvision>=0.26,<0.27', or use "
+            "--backend dali, or --backend ffcv with .beton files"
+        ) from error
+    return lambda encoded: decode_jpeg(encoded, ImageReadMode.RGB, device=device)
+
+
 class TorchvisionGpuExecutor:
     """Decodes a folder or a .beton file on the GPU (nvJPEG), a batch at a time.
 
@@ -260,6 +278,7 @@ class TorchvisionGpuExecutor:
     def __init__(self, source: ImageSource, device: torch.device, workers: int):
         self._source, self._device = source, device
         self._threads = max(1, workers)
+        self._decoder = batch_decoder(device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
@@ -293,7 +312,7 @@ class TorchvisionGpuExecutor:
         """Whole images (3, H, W) uint8 on the device."""
         encoded = [one for one in data if one.ndim == 1]
         try:
-            decoded = iter(decode_jpeg(encoded, ImageReadMode.RGB, device=self._device) if encoded else [])
+            decoded = iter(self._decoder(encoded) if encoded else [])
         except RuntimeError:
             # nvJPEG can't decode one of them, or it has changed since it was found sound; this names a damaged image.
             return [self._source.decode(index).to(self._device) for index in step.indices]

@@ -1,27 +1,12 @@
-"""JPEG and raw images, decoded and resized by `native.cpp` on threads of this process: its Python binding.
-
-The C++ file is compiled at its first use on a machine, with the machine's own instructions, and kept under
-`$XDG_CACHE_HOME/dcd` (`~/.cache/dcd`) for every later start. It needs a C++ compiler and libjpeg-turbo's header.
-"""
+"""JPEG and raw images, decoded and resized by `native.cpp` on threads of this process: its Python binding."""
 
 import ctypes
-import hashlib
-import os
-import platform
-import subprocess
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.cache import cache_folder
-from pipelines.sources.errors import DataError
-
-SOURCE = Path(__file__).with_name("native.cpp")
-HEADERS = sorted(SOURCE.parent.glob("*.h"))
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
-PACKAGES = "g++ libjpeg-dev"  # by Debian's and Ubuntu's names
+from pipelines.native_library import load_library
 
 _MESSAGE_BYTES = 256
 
@@ -154,7 +139,7 @@ def _decode(data: NDArray[np.uint8], pixels: int | None, by_libjpeg_alone: bool 
 
 @lru_cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_compiled()))
+    library = load_library()
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
     library.dcd_render.argtypes = [
         *(pointer, ctypes.c_int64, integer, integer, integer),
@@ -166,36 +151,3 @@ def _library() -> ctypes.CDLL:
     library.dcd_jpeg_size.argtypes = [pointer, size, pointer, ctypes.c_char_p]
     library.dcd_decode.argtypes = [pointer, size, pointer, integer, ctypes.c_char_p]
     return library
-
-
-def _compiled() -> Path:
-    """The path of the compiled library; it is compiled now unless an earlier start has done so."""
-    compiler = os.environ.get("CXX", "g++")
-    key = hashlib.sha256(SOURCE.read_bytes() + b"".join(header.read_bytes() for header in HEADERS))
-    for part in (compiler, *FLAGS, platform.machine(), _processor()):
-        key.update(f"\0{part}".encode())
-    library = cache_folder() / f"native-{key.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    temporary = library.with_suffix(f".{os.getpid()}.tmp")  # renamed when it is whole: other ranks may compile it, too
-    try:
-        done = subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", str(temporary), "-ljpeg"], capture_output=True, text=True
-        )
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-    except OSError as error:
-        done, reason = None, str(error)
-    if done is None or done.returncode:
-        raise DataError(f"cannot compile {SOURCE} ({reason}): apt-get install {PACKAGES}")
-    temporary.rename(library)
-    return library
-
-
-def _processor() -> str:
-    """The processor's features, on which -march=native depends: machines that differ may share a home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

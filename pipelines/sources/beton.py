@@ -76,7 +76,10 @@ class BetonSource:
             with open(self.path, "rb") as file:
                 self._mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except FileNotFoundError as error:
-            raise DataError(f"no file {self.path}: make it with python -m tools.make_dataset SRC OUT") from error
+            raise DataError(
+                f"no file {self.path}: make it with dcd-dataset SRC OUT (in a checkout python -m tools.make_dataset "
+                "SRC OUT)"
+            ) from error
         except OSError as error:
             raise DataError(
                 f"cannot read {self.path} ({error.strerror}): name a .beton file that can be read"

@@ -93,8 +93,8 @@ class BetonShards:
             dataset = json.loads(record.read_text())
         except FileNotFoundError as error:
             raise DataError(
-                f"no file {record}: the shards beside it are no dataset until python -m tools.make_dataset SRC OUT "
-                f"--join has found all of them"
+                f"no file {record}: the shards beside it are no dataset until dcd-dataset SRC OUT --join (in a "
+                f"checkout python -m tools.make_dataset SRC OUT --join) has found all of them"
             ) from error
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{record} does not read ({error}): convert the dataset again") from error

@@ -16,6 +16,7 @@ import torch
 from pipelines.batch import ExecutorOptions, ImageSource, MappedSource, Place, Source
 from pipelines.build import build_loader
 from pipelines.config import BACKENDS, AugmentationConfig, DataConfig
+from pipelines.executors.torchvision_executor import TorchvisionGpuExecutor
 from pipelines.loader import Loader
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.errors import DataError
@@ -326,6 +327,12 @@ def test_auto_takes_the_fastest_that_reads_the_data(photos, build):
 def test_ffcv_on_a_folder_says_how_to_convert_it(photos):
     with pytest.raises(DataError, match=r"no file .*val\.beton.*tools\.make_dataset"):
         build_loader(DataConfig(root=photos.folder, backend="ffcv", batch_size=4), "val")
+
+
+def test_a_torchvision_without_its_decoder_says_which_one_has_it(photos, monkeypatch):
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    with pytest.raises(DataError, match=r"pip install 'torchvision>=0\.26,<0\.27', or use --backend dali"):
+        TorchvisionGpuExecutor(photos.source, torch.device("cpu"), 1)
 
 
 def test_images_get_the_labels_that_a_model_has_for_them(small, build):

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", "nvidia-dali-cuda130")
+ROOT = Path(__file__).parents[2]
+DALI = "nvidia-dali-cuda120" if (torch.version.cuda or "").startswith("12.") else "nvidia-dali-cuda130"
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "ffcv", DALI)
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
@@ -33,7 +35,9 @@ def describe_machine(device: torch.device) -> dict[str, str]:
         found = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}")
         machine |= {"gpu": found or torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
     machine |= {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
-    commit = output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40")
+    commit = ""
+    if (ROOT / ".git").exists():  # else it is installed: a repository around it is another project's
+        commit = output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
     return {
         **machine,
         "commit": commit or "unknown",
