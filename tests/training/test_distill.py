@@ -64,15 +64,15 @@ def test_the_teacher_sees_the_same_images_and_stays_as_it_is(tmp_path, teacher, 
 
 @pytest.mark.parametrize("distill", ["soft", "hard"])
 def test_the_student_learns_what_the_teacher_says(tmp_path, teacher, distill):
-    trainer = build_trainer(tmp_path, **teacher, distill=distill, distill_alpha=1.0, lr=0.02)
+    trainer = build_trainer(tmp_path, **teacher, distill=distill, distill_alpha=1.0, lr=0.002)
     step = trainer.train_step
     step.begin_epoch()
     batch = next(iter(trainer.loader))
     losses = []
-    for _ in range(12):
+    for _ in range(40):
         step(batch, trainer.progress)
         losses.append(step.metrics.reduce().loss)
-    assert losses[-1] < 0.7 * losses[0]
+    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]  # a fifth or less with AVX2 and AVX-512, of a curve with bumps
 
 
 def test_a_run_with_a_teacher_goes_on_exactly_and_its_checkpoint_has_no_teacher(tmp_path, teacher):
