@@ -115,7 +115,6 @@ def train(folder, steps: int, replayed: bool, **options) -> tuple[dict, dict, in
         {},
         {"mixup": 0.5, "mixup_epochs": 1, "ema": 0.9, "clip_grad": 1.0},
         {"accumulate": 2, "dropout": 0.2, "norm_decay": False, "label_smoothing": 0.1},
-        {"amp": "bf16", "mixup": 0.5, "mixup_epochs": 1},
         {"amp": "fp16", "clip_grad": 1.0},
         {"cutmix": 1.0, "accumulate": 2},
         {"amp": "bf16", "cutmix": 1.0, "mixup": 0.5, "mixup_epochs": 1},
