@@ -110,3 +110,17 @@ def build_trainer(tmp_path, images: int = 64, **options) -> Trainer:
     trainer = Trainer(config, CPU, model, train_loader, evaluator, log)
     log.open({}, 0)
     return trainer
+
+
+def whole_and_gone_on(tmp_path, **options) -> tuple[Trainer, Trainer]:
+    """After an epoch: a trainer that was not stopped, and one that went on from where another stopped, two steps in."""
+    whole, first = build_trainer(tmp_path, **options), build_trainer(tmp_path, stop_after_steps=2, **options)
+    whole.train_epoch()
+    first.train_epoch()
+    first.saver.save()
+    first.saver.finish()
+    second = build_trainer(tmp_path, **options)
+    second.saver.resume(last(tmp_path))
+    assert second.progress.step == 2
+    second.train_epoch()
+    return whole, second

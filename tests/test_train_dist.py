@@ -281,16 +281,11 @@ def break_class_names(data: Path) -> None:
     ("ranks", "args", "spoil", "message"),
     [
         (2, ["--wrong", "1"], None, "Unrecognized options: --wrong"),
-        (None, ["-a", "mobilenetv2_dc"], None, "unknown model 'mobilenetv2_dc'; did you mean mobilenetv2_dcd"),
         (2, ["-b", "13"], None, "--batch-size 13 is global: 2 ranks"),
-        (None, ["-b", "4096"], None, "48 training images do not fill one batch of 4096"),
         (2, ["-d", "/nowhere"], None, "no folder /nowhere/val: it must hold CLASS/"),
-        (None, ["--weight", "/nowhere.pth"], None, "no checkpoint at /nowhere.pth"),
-        (None, ["--crop-area", "0.5", "0.2"], None, "the crop's area must lie in"),
         (None, ["--num-classes", "2"], None, "--num-classes 2: the data has 3 classes"),
         (2, ["--sync-bn"], None, "--sync-bn works on GPUs only"),
         (2, [], break_class, "has no images in"),
-        (None, [], break_class_names, "hold different classes: 0_zero, renamed"),
     ],
 )
 def test_errors_are_one_line_on_every_rank(tiny, tmp_path, ranks, args, spoil, message):
@@ -303,6 +298,27 @@ def test_errors_are_one_line_on_every_rank(tiny, tmp_path, ranks, args, spoil, m
     # torchrun may end the second rank before it has spoken; what is said is the same line
     assert found and all(message in line for line in found), output
     assert "]: Traceback" not in output and output.count("Traceback") == (1 if ranks else 0), "only torchrun's own"
+
+
+@pytest.mark.parametrize(
+    ("args", "spoil", "message"),
+    [
+        (["-a", "mobilenetv2_dc"], None, "unknown model 'mobilenetv2_dc'; did you mean mobilenetv2_dcd"),
+        (["-b", "4096"], None, "48 training images do not fill one batch of 4096"),
+        (["--weight", "/nowhere.pth"], None, "no checkpoint at /nowhere.pth"),
+        (["--crop-area", "0.5", "0.2"], None, "the crop's area must lie in"),
+        ([], break_class_names, "hold different classes: 0_zero, renamed"),
+    ],
+)
+def test_more_errors_are_one_line(tiny, tmp_path, main, args, spoil, message):
+    """In this process: above are those whose end is seen from outside."""
+    data = tiny
+    if spoil:
+        data = shutil.copytree(tiny, tmp_path / "data")
+        spoil(data)
+    output = main(*SMALL, "-d", data, "-c", tmp_path / "out", "-b", 12, "--epochs", 1, *args)
+    (line,) = error_lines(output)
+    assert message in line and output.endswith(line), output
 
 
 def test_a_checkpoint_of_another_model_is_left_alone(tiny, trained, tmp_path):

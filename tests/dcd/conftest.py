@@ -1,5 +1,7 @@
 """Fixtures of the tests of layers and models."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -7,6 +9,26 @@ import torch
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_operations_are_put_in_once():
+    """At each call of a function inside a kernel, Triton's interpreter puts its operations into `triton.language` anew,
+    which takes a third of its time. Here it does so where they are not there yet."""
+    if torch.cuda.is_available() or not find_spec("triton"):
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def call(function, *args, **kwargs):
+        if any(tl.core.is_builtin(module.load) for module in (tl, tl.core)):
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
 
 
 @pytest.fixture

@@ -23,13 +23,13 @@ HALVES = PRECISIONS[1:]
 SIZES = [(3, 143, 40, 24, 24), (2, 5, 136, 72, 8), (1, 260, 8, 136, 64)]
 # in, out, kernel, stride, latent_dim, pool, batch, height, width, form
 LAYERS = {
-    "kernels": (16, 24, 1, 1, 5, 1, 12, 7, 7, "kernels"),
-    "kernels, 2x2 pool": (8, 16, 1, 1, 8, 2, 8, 9, 6, "kernels"),
-    "maps, 1x1": (16, 24, 1, 1, 5, 1, 12, 7, 7, "maps"),
-    "maps, 2x2 pool": (8, 16, 1, 1, 8, 2, 8, 9, 6, "maps"),
-    "maps, 3x3": (8, 16, 3, 1, 5, 2, 8, 6, 7, "maps"),
-    "maps, strided 3x3": (8, 16, 3, 2, 3, 1, 16, 7, 5, "maps"),
-    "maps, strided 1x1": (8, 24, 1, 2, 4, 2, 12, 8, 9, "maps"),
+    "kernels": (16, 24, 1, 1, 5, 1, 6, 7, 7, "kernels"),
+    "kernels, 2x2 pool": (8, 16, 1, 1, 8, 2, 4, 9, 6, "kernels"),
+    "maps, 1x1": (16, 24, 1, 1, 5, 1, 6, 7, 7, "maps"),
+    "maps, 2x2 pool": (8, 16, 1, 1, 8, 2, 4, 9, 6, "maps"),
+    "maps, 3x3": (8, 16, 3, 1, 5, 2, 4, 6, 7, "maps"),
+    "maps, strided 3x3": (8, 16, 3, 2, 3, 1, 8, 7, 5, "maps"),
+    "maps, strided 1x1": (8, 24, 1, 2, 4, 2, 6, 8, 9, "maps"),
     "several programs": (136, 72, 1, 1, 18, 1, 2, 13, 11, "kernels"),
     "several programs, maps": (72, 136, 1, 1, 18, 1, 2, 13, 11, "maps"),
 }

@@ -11,17 +11,20 @@ import torch.nn.functional as F
 from torch import nn
 
 import dcd
-from dcd.layers import NormAct, set_path
+from dcd.layers import DCDLinear, NormAct, set_path
+from dcd.models.resnet import ResNet
 from dcd.ops import triton_norm
 from tests.dcd.helpers import calls_of, error
 from tests.dcd.test_triton import PRECISIONS
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Two kernels have a program for each channel, each slow by the interpreter: so few channels, in blocks of 16 for 64.
+MAX_BLOCK_C = 64 if DEVICE.type == "cuda" else 16
 # batch, channels, height, width
 SIZES = [
-    (2, 24, 5, 7),
-    (3, 70, 13, 11),  # several blocks of channels, the last one of 6
+    (2, 8, 5, 7),
+    (3, MAX_BLOCK_C + 6, 13, 11),  # several blocks of channels, the last one of 6
     (2, 3, 40, 61),  # several blocks of positions, each of many rows
     (4, 12, 1, 1),
     (2, 1, 3, 3),
@@ -80,6 +83,7 @@ def compare(act, norm: nn.BatchNorm2d, maps: list[torch.Tensor], dtype: torch.dt
 @pytest.mark.parametrize("act, has_shortcut", BEHIND)
 def test_it_is_at_most_twice_as_far_off_as_pytorch(act, has_shortcut, size, dtype, monkeypatch):
     called = count_calls(monkeypatch)
+    monkeypatch.setattr(triton_norm, "MAX_BLOCK_C", MAX_BLOCK_C)
     maps = [channels_last(*size, mean=2, deviation=3) for _ in range(1 + has_shortcut)]
     compare(act, create_norm(size[1]), maps, dtype)
     assert called == ["train"]
@@ -90,15 +94,15 @@ def test_it_is_at_most_twice_as_far_off_as_pytorch(act, has_shortcut, size, dtyp
 def test_positions_are_shared_out_to_any_number_of_programs(programs, monkeypatch):
     monkeypatch.setattr(triton_norm, "PROGRAMS", programs)
     monkeypatch.setattr(triton_norm, "TILE", 256)
-    maps = [channels_last(2, 20, 30, 9, mean=2, deviation=3) for _ in range(2)]
-    compare(F.relu, create_norm(20), maps, torch.float32)
+    maps = [channels_last(2, 6, 30, 9, mean=2, deviation=3) for _ in range(2)]  # 17 blocks, the last one ragged
+    compare(F.relu, create_norm(6), maps, torch.float32)
 
 
 @pytest.mark.parametrize("act, has_shortcut", BEHIND)
 @pytest.mark.parametrize("mean", [10, 1e3, 1e5])
 def test_means_far_above_the_deviations(mean, act, has_shortcut):
-    maps = [channels_last(2, 20, 40, 13, mean=mean), channels_last(2, 20, 40, 13)]
-    compare(act, create_norm(20), maps[: 1 + has_shortcut], torch.float32)
+    maps = [channels_last(2, 6, 20, 13, mean=mean), channels_last(2, 6, 20, 13)]  # 3 blocks, the last one ragged
+    compare(act, create_norm(6), maps[: 1 + has_shortcut], torch.float32)
 
 
 def test_the_first_position_may_lie_far_away():
@@ -151,8 +155,8 @@ def test_by_the_running_statistics(dtype, act, has_shortcut, monkeypatch):
 
 
 def test_two_runs_are_the_same_to_the_bit():
-    maps = [channels_last(2, 20, 40, 13, mean=2) for _ in range(2)]
-    d_out, norm = torch.randn(maps[0].shape), create_norm(20)
+    maps = [channels_last(2, 6, 40, 13, mean=2) for _ in range(2)]
+    d_out, norm = torch.randn(maps[0].shape), create_norm(6)
     first, second = (results("triton", F.relu, norm, d_out, *maps) for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
@@ -227,19 +231,33 @@ def test_a_cpu_takes_pytorch_s_operations_to_the_bit(act, has_shortcut, monkeypa
     assert torch.equal(NormAct(act)(norm, *maps), expected) and not called
 
 
-# options, and norms with an activation or a shortcut behind them
+# options; norms with an activation or a shortcut behind them, in the whole network and in the `shortened` one
 NETWORKS = {
-    "resnet18_dcd": ({}, 17),
-    "mobilenetv2_dcd": ({"width_mult": 0.1}, 35 + 11),
+    "resnet18_dcd": ({}, 17, 9),
+    "mobilenetv2_dcd": ({"width_mult": 0.1}, 35 + 11, 15 + 4),
 }
+
+
+def shortened(model: nn.Module) -> nn.Module:
+    """Without the wide layers at the end: two kernels have a program for each channel, each slow by the interpreter.
+    Every kind of block is left, with an identity and with a convolution or nothing as its shortcut."""
+    if isinstance(model, ResNet):
+        model.layer3, model.layer4, model.classifier = nn.Identity(), nn.Identity(), DCDLinear(128, 5)
+    else:
+        model.blocks, model.classifier = model.blocks[:7], DCDLinear(64, 5)
+        model.head, model.head_bn = nn.Conv2d(8, 64, 1, bias=False), nn.BatchNorm2d(64)
+    return model
 
 
 @pytest.mark.usefixtures("exact_float32")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_learns_the_same(name, monkeypatch):
     """With the kernels here and without them; the dynamic layers take the path "fused"."""
-    options, norms = NETWORKS[name]
-    model = dcd.create_model(name, 5, **options).to(DEVICE, memory_format=torch.channels_last)
+    options, norms, norms_if_shortened = NETWORKS[name]
+    model = dcd.create_model(name, 5, **options)
+    if DEVICE.type == "cpu":
+        model, norms = shortened(model), norms_if_shortened
+    model = model.to(DEVICE, memory_format=torch.channels_last)
     images = channels_last(4, 3, 32, 32).to(DEVICE)
     called = count_calls(monkeypatch)
 

@@ -4,13 +4,13 @@ In the tests' own process Triton interprets where there is no GPU. So another on
 be on a GPU and have no memory.
 """
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -81,36 +81,33 @@ def given_back() -> list[str]:
     return found
 
 
-def from_another_process(*args: str) -> list[str]:
+def found_in_another_process() -> dict[str, list[str]]:
     """What this file prints there, without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.dcd.test_triton_traces", *args]
+    command = [sys.executable, "-m", "tests.dcd.test_triton_traces"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("kernel_size, stride, form", LAYERS)
-def test_one_graph_has_the_kernels_of_both_passes(kernel_size, stride, form):
-    kernels = from_another_process(str(kernel_size), str(stride), form)
-    of_form = {"_forward", "_backward", "_d_q"} | ({"_d_x"} if kernel_size == stride == 1 else set())
-    if form == "kernels":
-        of_form = {"_form", "_project", "_take_apart", "_d_kernels", "_d_x_and_d_q"}
+def test_one_graph_has_the_kernels_of_both_passes_and_gives_back_the_running_statistics():
+    """These are written in place by a Triton kernel, and must be known to be. One process for all: it takes seconds to
+    start."""
+    found = found_in_another_process()
+    running = {f"running_{name}" for name in ("mean1", "var1", "mean2", "var2")}
+    assert set(found.pop("given back")) == running | {"count1", "count2"}
     of_all = {"_centre", "_read", "_add_up", "_right", "_latent_mean"}
     of_all |= {"_squeeze", "_outputs", "_d_outputs", "_d_hidden"}
     of_all |= {"_norm1", "_latent", "_fused", "_update_running", "_d_latent", "_d_phi", "_q_to_d_q"}
-    assert set(kernels) == of_form | of_all
-
-
-def test_the_graph_gives_back_the_running_statistics():
-    """They are written in place by a Triton kernel, and must be known to be."""
-    running = {f"running_{name}" for name in ("mean1", "var1", "mean2", "var2")}
-    assert set(from_another_process("given back")) == running | {"count1", "count2"}
+    of_maps = of_all | {"_forward", "_backward", "_d_q"}
+    assert {layer: set(kernels) for layer, kernels in found.items()} == {
+        "(1, 1, 'kernels')": of_all | {"_form", "_project", "_take_apart", "_d_kernels", "_d_x_and_d_q"},
+        "(1, 1, 'maps')": of_maps | {"_d_x"},
+        "(3, 1, 'maps')": of_maps,
+        "(1, 2, 'maps')": of_maps,
+    }
 
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
-    if sys.argv[1] == "given back":
-        print(*given_back())
-    else:
-        print(*trace(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
+    print(json.dumps({str(layer): trace(*layer) for layer in LAYERS} | {"given back": given_back()}))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dcd
-from tests.helpers import build_trainer, difference
+from tests.helpers import build_trainer, difference, last, whole_and_gone_on
 from tests.training.test_step_graph import WARM_UP, train
 from training import step_graph
 from training.classes import Classes
@@ -76,18 +76,10 @@ def test_the_student_learns_what_the_teacher_says(tmp_path, teacher, distill):
 
 
 def test_a_run_with_a_teacher_goes_on_exactly_and_its_checkpoint_has_no_teacher(tmp_path, teacher):
-    whole, first = build_trainer(tmp_path, **teacher), build_trainer(tmp_path, stop_after_steps=2, **teacher)
-    whole.train_epoch()
-    first.train_epoch()
-    first.saver.save()
-    first.saver.finish()
-    state = torch.load(first.saver.path(), weights_only=True)
-    second = build_trainer(tmp_path, **teacher)
-    second.saver.resume(state)
-    second.train_epoch()
+    whole, second = whole_and_gone_on(tmp_path, **teacher)
     assert difference(second.train_step.state_dict(), whole.train_step.state_dict()) == []
     alone = build_trainer(tmp_path)
-    alone.saver.resume(state)
+    alone.saver.resume(last(tmp_path))
     assert alone.train_step.state_dict().keys() == whole.train_step.state_dict().keys()
     alone.train_epoch()
     assert difference(alone.train_step.state_dict(), whole.train_step.state_dict()) != []

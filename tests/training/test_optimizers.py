@@ -13,7 +13,7 @@ import torch
 from torch.amp import GradScaler
 
 import dcd
-from tests.helpers import build_trainer, difference
+from tests.helpers import build_trainer, difference, whole_and_gone_on
 from tests.training.test_trainer import Synchronisations
 from training import nvidia_apex, optimizers
 from training.optim import build_optimizer
@@ -128,15 +128,8 @@ def test_after_bad_steps_it_goes_on_as_if_they_had_not_been(name, amp):
 def test_a_run_goes_on_bit_for_bit_from_its_checkpoint(tmp_path, name):
     options = {"images": 16 * 4, "optimizer": name, "lr": LR.get(name, 0.01), "lr_decay": "cos", "norm_decay": False}
     options |= {"ema": 0.9, "clip_grad": 1.0, "accumulate": 2}
-    whole, first = build_trainer(tmp_path, **options), build_trainer(tmp_path, stop_after_steps=2, **options)
-    before = copy.deepcopy(whole.model.state_dict())
-    whole.train_epoch()
-    first.train_epoch()
-    first.saver.save()
-    first.saver.finish()
-    second = build_trainer(tmp_path, **options)
-    second.saver.resume(torch.load(first.saver.path(), weights_only=True))
-    second.train_epoch()
+    before = build_trainer(tmp_path, **options).model.state_dict()
+    whole, second = whole_and_gone_on(tmp_path, **options)
     assert difference(second.train_step.state_dict(), whole.train_step.state_dict()) == []
     assert whole.skipped_steps == 0
     assert len(difference(whole.model.state_dict(), before)) > 0.9 * len(before)  # a tiny step can be lost in rounding

@@ -115,7 +115,6 @@ def train(folder, steps: int, replayed: bool, **options) -> tuple[dict, dict, in
         {},
         {"mixup": 0.5, "mixup_epochs": 1, "ema": 0.9, "clip_grad": 1.0},
         {"accumulate": 2, "dropout": 0.2, "norm_decay": False, "label_smoothing": 0.1},
-        {"amp": "bf16", "mixup": 0.5, "mixup_epochs": 1},
         {"amp": "fp16", "clip_grad": 1.0},
         {"cutmix": 1.0, "accumulate": 2},
         {"amp": "bf16", "cutmix": 1.0, "mixup": 0.5, "mixup_epochs": 1},
@@ -125,10 +124,10 @@ def train(folder, steps: int, replayed: bool, **options) -> tuple[dict, dict, in
     ],
 )
 def test_replayed_steps_are_ordinary_ones_bit_for_bit(tmp_path, options):
-    steps = WARM_UP + 3
+    steps = WARM_UP + 2  # the second replay follows a replay
     wanted, wanted_sums, none = train(tmp_path / "ordinary", steps, False, **options)
     found, found_sums, replays = train(tmp_path / "replayed", steps, True, **options)
-    assert (none, replays) == (0, 3)
+    assert (none, replays) == (0, 2)
     assert difference(found, wanted) == [] and difference(found_sums, wanted_sums) == []
 
 

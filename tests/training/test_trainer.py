@@ -13,7 +13,7 @@ import dcd
 from dcd.checkpoint_file import CheckpointError
 from pipelines.build import build_loader
 from pipelines.config import AugmentationConfig, DataConfig
-from tests.helpers import CPU, build_trainer
+from tests.helpers import CPU, build_trainer, whole_and_gone_on
 from training.config import Config
 from training.evaluator import Evaluator
 from training.lockstep import Lockstep
@@ -251,15 +251,8 @@ def test_going_on_with_other_options(tmp_path):
 def test_a_frozen_run_goes_on_exactly(tmp_path):
     """Stopped after two of four steps: the same classifier, by an optimizer that knows of nothing else."""
     options = {"images": 16 * 4, "freeze": True, "weight": Path("given.pth"), "ema": 0.9, "clip_grad": 1.0}
-    whole, first = build_trainer(tmp_path, **options), build_trainer(tmp_path, stop_after_steps=2, **options)
-    before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
-    whole.train_epoch()
-    first.train_epoch()
-    first.saver.save()
-    first.saver.finish()
-    second = build_trainer(tmp_path, **options)
-    second.saver.resume(torch.load(first.saver.path(), weights_only=True))
-    second.train_epoch()
+    before = build_trainer(tmp_path, **options).model.state_dict()
+    whole, second = whole_and_gone_on(tmp_path, **options)
     found, expected = second.model.state_dict(), whole.model.state_dict()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     changed = {name for name in expected if not torch.equal(before[name], expected[name])}
