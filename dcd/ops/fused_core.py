@@ -52,7 +52,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcd.ops.image_matrices import Branch, Norms, SavedCoefficients, Statistics, fuse_by
-from dcd.ops.rows import as_gradient, as_rows, exact_product, kept, mean_product, pool_cells, pooled, round_up
+from dcd.ops.rows import (
+    as_gradient,
+    as_rows,
+    exact_product,
+    kept,
+    mean_product,
+    pool_cells,
+    pooled,
+    product_of_all,
+    round_up,
+)
 
 
 class Convolutions(NamedTuple):
@@ -206,8 +216,8 @@ def latent_gradient(d_rows: Tensor, q: Tensor, to_latent: ToLatent) -> Tensor:
 def proj_in_gradient(d_q: Tensor, x: Tensor, stride: int, proj_in: Tensor) -> Tensor:
     """d_proj_in of equation 6 from d_q (B, N, L⁺), with the sum over the images inside the product."""
     seen = x if stride == 1 else x[:, :, ::stride, ::stride]
-    matrix = torch.mm(d_q.flatten(0, 1).t(), as_rows(seen).flatten(0, 1))  # [L⁺, C]
-    return as_gradient(matrix[: len(proj_in)].to(proj_in.dtype), proj_in)
+    matrix = product_of_all(d_q, as_rows(seen), proj_in.dtype)  # [L⁺, C]
+    return as_gradient(matrix[: len(proj_in)], proj_in)
 
 
 def _moments(q: Tensor) -> Tensor:
