@@ -26,8 +26,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dcd.ops import fused_core as core
-from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings, ToLatent
-from dcd.ops.image_matrices import Statistics
+from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings
+from dcd.ops.image_matrices import Statistics, ToLatent
 from dcd.ops.rows import (
     as_features,
     as_gradient,
@@ -78,10 +78,7 @@ class _DynamicMaps(Function):
             d_x, d_static = None, as_gradient(product_of_all(d_static_out, as_rows(x), static.dtype), static)
         else:
             d_x, d_static = _static_backward(d_static_out, maps, saved, settings, d_x_is_wanted)
-        d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(
-            saved, d_scale, d_read_out, q.shape[1], settings
-        )
-        to_latent = core.to_latent(saved, q_to_d_q, d_read_out)
+        d_descriptor, to_latent, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, q, settings)
         d_proj_in, left = implementation.proj_in_backward(d_rows, q, to_latent, x, proj_in, settings)
         if d_x_is_wanted:
             cells = core.cell_columns(len(proj_in), settings.pool_size)
