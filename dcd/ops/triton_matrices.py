@@ -183,7 +183,7 @@ def _fused(
     mean2, variance2, inv2 = _over_images(means, variances, every < batch, batch, eps)
     if tl.program_id(1) == 0:
         _write(norm2, j, latent_dim, mean2, variance2, inv2)
-        if running_mean1 is not None:
+        if running_mean1 is not None:  # four numbers for a program: next to nothing, where a launch takes 4 µs or so
             unbiased = values / (values - 1)
             _follow(running_mean1, j, tl.load(mean1 + j), momentum1)
             _follow(running_var1, j, tl.load(norm1 + latent_dim + j) * unbiased, momentum1)
@@ -279,7 +279,7 @@ def _d_latent(
     within = phi_tile * scale[None, :] * (d_tile - d_constant[:, None] * mean_q[None, :])
     away2 = tl.load(latent + at * batch + image, exists, 0.0) - mean2
     tl.store(d_latent + at * batch + image, tl.sum(within, 1) + d_constant * away2, exists)
-    if rounded is not None:
+    if rounded is not None:  # most of the kernel's time: all of read_out, read and written by B programs
         scale2 = tl.load(weight2 + at, exists, 0.0) * inv2
         total = -scale * (d_constant + tl.sum(phi_tile * (scale2 * d_constant)[:, None], 0))
         for step in range(STEPS):
@@ -324,7 +324,7 @@ def _d_phi(
     if tl.program_id(1) == 0:
         tl.store(d_weight2 + j, d_weight)
         tl.store(d_bias2 + j, d_bias)
-        if d_q_means is not None:
+        if d_q_means is not None:  # a third sum of B numbers, beside the two above
             tl.store(d_q_mean + j, tl.sum(tl.load(d_q_means + j * batch + every, every < batch, 0.0)))
     # A batch norm subtracts from its input's gradient the means of its output's gradient, and of that times the output.
     scale2 = tl.load(weight2 + j) * inv2
