@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dcd.layers.coefficients import CoefficientGenerator
 from dcd.layers.tracing import traced_whole
 from dcd.ops import fused, reference
-from dcd.ops.fused_core import Convolutions, Implementation, Parameters, Settings
-from dcd.ops.image_matrices import Norms, Statistics
+from dcd.ops.fused_core import Convolutions, Parameters, Settings
+from dcd.ops.image_matrices import Norms, Running, Statistics, update_running
 
 # Triton needs a C compiler at run time, for the stub that launches a kernel.
 HAS_TRITON = find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
@@ -96,23 +96,25 @@ class DCDConv2d(nn.Module):
         settings = Settings(self.stride, self.pool_size, (bn1.eps, bn2.eps), implementation)
         form = fused.FORMS[fused.choose_form(self.form, x, self.kernel_size, self.stride)]
         if not bn1.training:
-            return form.infer(x, parameters, self._running(), settings)
+            return form.infer(x, parameters, self._running(x).statistics, settings)
+        running = self._running(x)
+        if running.values == 1:
+            raise ValueError("a batch norm in training needs more than one value: use larger images or batches")
+        if not torch.compiler.is_compiling():
+            return form.train(x, parameters, settings._replace(running=running))[0]
+        # torch.compile does not see what an autograd function writes in place: it gets this behind it.
         y, statistics = form.train(x, parameters, settings)
-        self._remember(statistics, len(y) * y.shape[2] * y.shape[3], implementation)
+        with torch.no_grad():
+            update_running(running, statistics)
         return y
 
-    @torch.no_grad()
-    def _remember(self, found: Statistics, values: int, implementation: Implementation) -> None:
-        """Update the running statistics by those of a batch with so many positions."""
-        if values == 1:
-            raise ValueError("a batch norm in training needs more than one value: use larger images or batches")
-        counts = self.bn1.num_batches_tracked, self.bn2.num_batches_tracked
-        momenta = self.bn1.momentum, self.bn2.momentum
-        implementation.update_running(self._running(), counts, found, momenta, values)
-
-    def _running(self) -> Statistics:
+    def _running(self, x: Tensor) -> Running:
+        """What the batch norms remember, of which x is the next batch."""
         bn1, bn2 = self.bn1, self.bn2
-        return Statistics(bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var)
+        statistics = Statistics(bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var)
+        counts, momenta = (bn1.num_batches_tracked, bn2.num_batches_tracked), (bn1.momentum, bn2.momentum)
+        height, width = (-(-size // self.stride) for size in x.shape[2:])
+        return Running(statistics, counts, momenta, len(x) * height * width)
 
     def _needs_gradients(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))

@@ -17,9 +17,9 @@ def traced_whole(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Ten
     """
 
     @wraps(forward)
-    def call(layer: nn.Module, x: Tensor) -> Tensor:
+    def call(self: nn.Module, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):  # what torch.fx traces with
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
-        return forward(layer, x)
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        return forward(self, x)
 
     return call

@@ -8,8 +8,7 @@ To be read in this order; the equations are numbered through:
     image_matrices.py   8 to 21: the batch norms among them, and their statistics
     fused_maps.py       22 to 24: the form "maps"
     fused_kernels.py    25 to 29: the form "kernels", one kernel for each image
-    triton_*.py         the same equations by kernels for a GPU; 30 and 31 in triton_matrices.py,
-                         41 in triton_gradients.py
+    triton_*.py         the same equations by kernels for a GPU; 30, 31 and 41 in triton_matrices.py
     folded.py           32 to 35: all batch norms folded, for inference
     triton_norm.py      36 to 40: the network's batch norms, with what stands behind them, for a GPU
 """
@@ -27,10 +26,9 @@ PYTORCH = Implementation(
     image_matrices.coefficients_backward,
     image_matrices.fuse,
     image_matrices.fuse_backward,
-    image_matrices.update_running,
     fused_maps.combine,
     fused_maps.combine_backward,
-    fused_kernels.form_kernels,
+    fused_kernels.kernels_and_bias,
     fused_kernels.form_kernels_backward,
     fused_kernels.project,
     fused_kernels.kernel_gradients,
@@ -81,17 +79,17 @@ def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_
         chosen = chosen._replace(
             fuse=triton_matrices.fuse,
             fuse_backward=triton_matrices.fuse_backward,
-            update_running=triton_matrices.update_running,
         )
     if triton_project.fits(x, static, width):
         chosen = chosen._replace(
-            form_kernels=triton_project.form_kernels,
+            kernels_and_bias=triton_project.kernels_and_bias,
             form_kernels_backward=triton_project.form_kernels_backward,
             project=triton_project.project,
         )
     if triton_latent.fits(x, width):
         chosen = chosen._replace(read_latent=triton_latent.read_latent)
-    if triton_gradients.fits(x, static, width):
+    has_mean = chosen.fuse_backward is triton_matrices.fuse_backward  # of d_q, from small matrices
+    if has_mean and triton_gradients.fits(x, static, width):
         chosen = chosen._replace(
             kernel_gradients=triton_gradients.kernel_gradients,
             gradient_rows=triton_gradients.gradient_rows,

@@ -51,8 +51,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcd.ops.image_matrices import Branch, Norms, SavedCoefficients, Statistics, fuse_by
-from dcd.ops.rows import as_gradient, as_rows, exact_product, kept, mean_product, pool_cells, pooled, round_up
+from dcd.ops.image_matrices import Branch, Norms, Running, SavedCoefficients, Statistics, ToLatent, fuse_by
+from dcd.ops.rows import (
+    as_gradient,
+    as_rows,
+    exact_product,
+    kept,
+    mean_product,
+    pool_cells,
+    pooled,
+    product_of_all,
+    round_up,
+)
 
 
 class Convolutions(NamedTuple):
@@ -77,12 +87,11 @@ class Implementation(NamedTuple):
     read_latent: Callable  # equations 1 and 4
     coefficients: Callable  # Φ and Λ
     coefficients_backward: Callable
-    fuse: Callable  # equations 9 to 13
-    fuse_backward: Callable  # equations 15 to 21
-    update_running: Callable  # the running statistics
+    fuse: Callable  # equations 9 to 13, and the running statistics
+    fuse_backward: Callable  # equations 15 to 21, and 41
     combine: Callable  # equation 22
     combine_backward: Callable  # equation 23
-    form_kernels: Callable  # equation 25
+    kernels_and_bias: Callable  # equation 25
     form_kernels_backward: Callable  # equation 28
     project: Callable  # equation 26
     kernel_gradients: Callable  # equation 27
@@ -99,6 +108,7 @@ class Settings(NamedTuple):
     pool_size: int  # the pool has pool_size × pool_size cells
     eps: tuple[float, float]  # of bn1 and bn2
     implementation: Implementation
+    running: Running | None = None  # what forward updates in training
 
 
 class Matrices(NamedTuple):
@@ -117,15 +127,6 @@ class Latent(NamedTuple):
     offset: Tensor  # (L⁺,) = (-centre, 1, 0)
     descriptor: Tensor  # (B, C·D)
     moments: Tensor  # (B, L⁺, L⁺), equation 4
-
-
-class ToLatent(NamedTuple):
-    """What d_q of equation 6 is made from, and what tells its mean."""
-
-    read_out: Tensor  # (B, L⁺, O)
-    q_to_d_q: Tensor  # (B, L⁺, L⁺)
-    d_y_sum: Tensor  # (B, O), over the positions
-    q_mean: Tensor  # (B, L⁺), over the positions
 
 
 class SavedCore(NamedTuple):
@@ -182,12 +183,6 @@ def centred_latent_rows(x: Tensor, padded: Tensor, latent_dim: int, stride: int)
     return latent_rows(x, padded, offset, stride), offset
 
 
-def to_latent(saved: SavedCore, q_to_d_q: Tensor, d_read_out: Tensor) -> ToLatent:
-    """From what forward has saved and backward has found; column L of q is 1, so row L of its products are sums."""
-    one = len(saved.convolutions.proj_in)
-    return ToLatent(saved.matrices.read_out, q_to_d_q, d_read_out[:, one], saved.fuse.moments[:, one])
-
-
 def latent_gradient(d_rows: Tensor, q: Tensor, to_latent: ToLatent) -> Tensor:
     """d_q (B, N, L⁺) of equation 6 from d_y as rows (B, N, O), in their dtype, by PyTorch's operations.
 
@@ -196,7 +191,7 @@ def latent_gradient(d_rows: Tensor, q: Tensor, to_latent: ToLatent) -> Tensor:
     So the mean is subtracted, in float32, before d_q is rounded.
     """
     q_to_d_q = to_latent.q_to_d_q
-    d_q = torch.bmm(d_rows, to_latent.read_out.to(d_rows.dtype).transpose(1, 2))
+    d_q = torch.bmm(d_rows, to_latent.read_out.transpose(1, 2))
     if q.dtype == q_to_d_q.dtype:
         return d_q.baddbmm_(q, q_to_d_q)
     d_q = torch.baddbmm(d_q.to(q_to_d_q.dtype), q.to(q_to_d_q.dtype), q_to_d_q)
@@ -206,8 +201,8 @@ def latent_gradient(d_rows: Tensor, q: Tensor, to_latent: ToLatent) -> Tensor:
 def proj_in_gradient(d_q: Tensor, x: Tensor, stride: int, proj_in: Tensor) -> Tensor:
     """d_proj_in of equation 6 from d_q (B, N, L⁺), with the sum over the images inside the product."""
     seen = x if stride == 1 else x[:, :, ::stride, ::stride]
-    matrix = torch.mm(d_q.flatten(0, 1).t(), as_rows(seen).flatten(0, 1))  # [L⁺, C]
-    return as_gradient(matrix[: len(proj_in)].to(proj_in.dtype), proj_in)
+    matrix = product_of_all(d_q, as_rows(seen), proj_in.dtype)  # [L⁺, C]
+    return as_gradient(matrix[: len(proj_in)], proj_in)
 
 
 def _moments(q: Tensor) -> Tensor:
@@ -245,33 +240,38 @@ def small_matrices(
     """
     (_, _, proj_out), branch, norms = parameters
     phi, channel_scale, saved_coefficients = settings.implementation.coefficients(descriptor, branch)
-    fused, statistics, saved_fuse = settings.implementation.fuse(phi, moments, offset, norms, settings.eps)
+    fused, statistics, saved_fuse = settings.implementation.fuse(
+        phi, moments, offset, norms, settings.eps, settings.running
+    )
     matrices = Matrices(channel_scale, fused, fused @ proj_out.flatten(1).t())
     return SavedCore(*parameters, matrices, saved_coefficients, saved_fuse), statistics
 
 
 def small_matrices_backward(
-    saved: SavedCore, d_scale: Tensor, d_read_out: Tensor, positions: int, settings: Settings
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    saved: SavedCore, d_scale: Tensor, d_read_out: Tensor, q: Tensor, settings: Settings
+) -> tuple[Tensor, ToLatent, tuple[Tensor, ...]]:
     """Equation 5, and on through `image_matrices.py`.
 
     Args:
         saved: by `small_matrices`.
         d_scale, d_read_out: the gradients of channel_scale and read_out.
-        positions: N.
+        q: (B, N, L⁺).
         settings: the same.
 
     Returns:
-        d_descriptor (B, C·D); q_to_d_q (B, L⁺, L⁺), equation 21; the gradients of proj_out, the branch and the norms.
+        d_descriptor (B, C·D); what d_q is made from; the gradients of proj_out, the branch and the norms.
     """
-    proj_out, fused = saved.convolutions.proj_out, saved.matrices.fused
+    proj_out, (_, fused, read_out) = saved.convolutions.proj_out, saved.matrices
     d_fused = d_read_out @ proj_out.flatten(1)
     d_proj_out = as_gradient(d_read_out.flatten(0, 1).t() @ fused.flatten(0, 1), proj_out)
-    d_phi, q_to_d_q, d_norms = settings.implementation.fuse_backward(saved.fuse, saved.norms, d_fused, positions)
+    d_y_sum = d_read_out[:, proj_out.shape[1]]  # column L of q is 1
+    d_phi, to_latent, d_norms = settings.implementation.fuse_backward(
+        saved.fuse, saved.norms, d_fused, read_out, d_y_sum, q.shape[1], q.dtype
+    )
     d_descriptor, d_branch = settings.implementation.coefficients_backward(
         saved.coefficients, saved.branch, d_phi, d_scale
     )
-    return d_descriptor, q_to_d_q, (d_proj_out, *d_branch, *d_norms)
+    return d_descriptor, to_latent, (d_proj_out, *d_branch, *d_norms)
 
 
 def matrices_by(x: Tensor, parameters: Parameters, statistics: Statistics, settings: Settings) -> Matrices:

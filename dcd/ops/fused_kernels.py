@@ -31,8 +31,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dcd.ops import fused_core as core
-from dcd.ops.fused_core import Parameters, Settings, ToLatent
-from dcd.ops.image_matrices import Statistics
+from dcd.ops.fused_core import Parameters, Settings
+from dcd.ops.image_matrices import Statistics, ToLatent
 from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product
 
 
@@ -53,8 +53,9 @@ class _DynamicKernels(Function):
         padded, q, offset, descriptor, moments = settings.implementation.read_latent(x, proj_in, settings, True)
         saved, statistics = core.small_matrices(moments, offset, descriptor, parameters, settings)
         channel_scale, _, read_out = saved.matrices
-        bias = torch.bmm(offset.expand(len(x), 1, -1), read_out).squeeze(1)  # [B, O]
-        kernels = settings.implementation.form_kernels(channel_scale, static.flatten(1), read_out, padded, x.dtype)
+        kernels, bias = settings.implementation.kernels_and_bias(
+            channel_scale, static.flatten(1), read_out, padded, offset, x.dtype
+        )
         y = settings.implementation.project(as_rows(x), kernels, bias)
         core.save(ctx, SavedKernels(x, padded, q, kernels), saved)
         ctx.settings = settings
@@ -68,16 +69,15 @@ class _DynamicKernels(Function):
     def backward(ctx, d_y: Tensor, *_):
         (x, padded, q, kernels), saved = core.load(ctx)
         (static, proj_in, _), settings, implementation = saved.convolutions, ctx.settings, ctx.settings.implementation
-        positions, d_rows = q.shape[1], as_rows(d_y)  # [B, N, O]
+        d_rows = as_rows(d_y)  # [B, N, O]
         d_kernels, d_read_out = implementation.kernel_gradients(d_rows, as_rows(x), q)
         d_scale, d_static = implementation.form_kernels_backward(
             d_kernels, saved.matrices.channel_scale, static.flatten(1)
         )
         d_read_out = d_read_out.to(static.dtype)
-        d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, positions, settings)
+        d_descriptor, to_latent, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, q, settings)
         cells = core.cell_columns(len(proj_in), settings.pool_size)
-        right = implementation.gradient_rows(padded, q_to_d_q, d_descriptor, cells, positions, x.dtype)
-        to_latent = core.to_latent(saved, q_to_d_q, d_read_out)
+        right = implementation.gradient_rows(padded, to_latent.q_to_d_q, d_descriptor, cells, q.shape[1], x.dtype)
         d_x, d_q = implementation.input_gradients(d_rows, kernels, q, right, to_latent)
         d_proj_in, d_x = core.proj_in_gradient(d_q, x, settings.stride, proj_in), as_features(d_x, x.shape[2:])
         return None, d_x, as_gradient(d_static, static), d_proj_in, *d_others
@@ -96,8 +96,9 @@ def infer(x: Tensor, parameters: Parameters, statistics: Statistics, settings: S
     static, proj_in, _ = parameters.convolutions
     padded = core.pad_proj_in(proj_in, settings.pool_size)
     channel_scale, _, read_out = core.matrices_by(x, parameters, statistics, settings)
-    bias = read_out[:, len(proj_in)]  # without a centre the offset is 1 in column L
-    kernels = settings.implementation.form_kernels(channel_scale, static.flatten(1), read_out, padded, x.dtype)
+    kernels, bias = settings.implementation.kernels_and_bias(
+        channel_scale, static.flatten(1), read_out, padded, core.constant_one(len(proj_in), padded), x.dtype
+    )
     return as_features(settings.implementation.project(as_rows(x), kernels, bias), x.shape[2:])
 
 
@@ -115,6 +116,15 @@ def form_kernels(channel_scale: Tensor, static: Tensor, read_out: Tensor, padded
     """
     kernels = channel_scale.unsqueeze(2) * static
     return kernels.baddbmm_(read_out.transpose(1, 2), padded.expand(len(read_out), -1, -1)).to(dtype)
+
+
+def kernels_and_bias(
+    channel_scale: Tensor, static: Tensor, read_out: Tensor, padded: Tensor, offset: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Equation 25, by PyTorch's operations: the kernels of `form_kernels`, and the bias (B, O) from an offset (L⁺,) of
+    the dtype of read_out."""
+    kernels = form_kernels(channel_scale, static, read_out, padded, dtype)
+    return kernels, torch.bmm(offset.expand(len(read_out), 1, -1), read_out).squeeze(1)
 
 
 def form_kernels_backward(d_kernels: Tensor, channel_scale: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,17 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dcd.ops import fused_core as core
-from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings, ToLatent
-from dcd.ops.image_matrices import Statistics
-from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product, pool_cells, sum_over_positions
+from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings
+from dcd.ops.image_matrices import Statistics, ToLatent
+from dcd.ops.rows import (
+    as_features,
+    as_gradient,
+    as_rows,
+    exact_product,
+    pool_cells,
+    product_of_all,
+    sum_over_positions,
+)
 
 
 class SavedMaps(NamedTuple):
@@ -61,16 +69,16 @@ class _DynamicMaps(Function):
     @core.leaves_autocast
     def backward(ctx, d_y: Tensor, *_):
         maps, saved = core.load(ctx)
-        (x, weight, padded, q, _), proj_in, settings = maps, saved.convolutions.proj_in, ctx.settings
+        (x, weight, padded, q, _), (static, proj_in, _), settings = maps, saved.convolutions, ctx.settings
         d_rows, implementation = as_rows(d_y), settings.implementation  # [B, N, O]
         d_x_is_wanted, is_1x1 = ctx.needs_input_grad[1], weight.shape[2] == settings.stride == 1
         in_one_product = is_1x1 and implementation.input_gradient is not None
         d_static_out, d_scale, d_read_out = _combine_backward(d_rows, maps, saved, settings)
-        d_x, d_static = _static_backward(d_static_out, maps, saved, settings, d_x_is_wanted and not in_one_product)
-        d_descriptor, q_to_d_q, d_others = core.small_matrices_backward(
-            saved, d_scale, d_read_out, q.shape[1], settings
-        )
-        to_latent = core.to_latent(saved, q_to_d_q, d_read_out)
+        if in_one_product:
+            d_x, d_static = None, as_gradient(product_of_all(d_static_out, as_rows(x), static.dtype), static)
+        else:
+            d_x, d_static = _static_backward(d_static_out, maps, saved, settings, d_x_is_wanted)
+        d_descriptor, to_latent, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, q, settings)
         d_proj_in, left = implementation.proj_in_backward(d_rows, q, to_latent, x, proj_in, settings)
         if d_x_is_wanted:
             cells = core.cell_columns(len(proj_in), settings.pool_size)

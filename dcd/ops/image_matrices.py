@@ -88,6 +88,15 @@ class Statistics(NamedTuple):
     var2: Tensor
 
 
+class Running(NamedTuple):
+    """What both batch norms remember, and how they go on."""
+
+    statistics: Statistics  # the running means and variances
+    counts: tuple[Tensor, Tensor]  # int64 (), of the batches that bn1 and bn2 have seen
+    momenta: tuple[float, float]  # of bn1 and bn2, above 0 and at most 1
+    values: int  # B·N of this batch, above 1
+
+
 class SavedCoefficients(NamedTuple):
     """What `coefficients` saves for its backward."""
 
@@ -96,6 +105,14 @@ class SavedCoefficients(NamedTuple):
     gates: Tensor  # (B, S)
     y: Tensor  # (B, S), squeezed ⊙ gates
     channel_scale: Tensor  # (B, O)
+
+
+class ToLatent(NamedTuple):
+    """What d_q of equation 6 is made from."""
+
+    read_out: Tensor  # (B, L⁺, O), in the dtype of q
+    q_to_d_q: Tensor  # (B, L⁺, L⁺)
+    mean: Tensor | None  # (L,) of d_q over all positions, by this read_out, where d_q need not be read for it
 
 
 class SavedFuse(NamedTuple):
@@ -150,7 +167,7 @@ def _through_clamp(gradient: Tensor, result: Tensor) -> Tensor:
 
 
 def fuse(
-    phi: Tensor, moments: Tensor, offset: Tensor, norms: Norms, eps: tuple[float, float]
+    phi: Tensor, moments: Tensor, offset: Tensor, norms: Norms, eps: tuple[float, float], running: Running | None
 ) -> tuple[Tensor, Statistics, SavedFuse]:
     """`fused` of each image, by the statistics of this batch: equations 9 to 13.
 
@@ -160,6 +177,7 @@ def fuse(
         offset: (L⁺,), begins with what was added to proj_in x in q, -centre; of any dtype.
         norms: of bn1 and bn2.
         eps: of bn1 and bn2.
+        running: is updated, if there is one.
 
     Returns:
         fused (B, L⁺, L), the statistics of bn1's and bn2's inputs without the centre, and what `fuse_backward` takes.
@@ -180,22 +198,35 @@ def fuse(
     scale2 = norms.weight2 * inv2
     fused = torch.addcmul(first, scale2, mixed)
     fused.select(1, latent_dim).add_(norms.bias2)
-    saved = SavedFuse(phi, moments, mean1, inv1, inv2, scale2, first, mixed)
-    return fused, Statistics(mean1 - offset[:latent_dim], var1, mean2, var2), saved
+    statistics = Statistics(mean1 - offset[:latent_dim], var1, mean2, var2)
+    if running is not None:
+        update_running(running, statistics)
+    return fused, statistics, SavedFuse(phi, moments, mean1, inv1, inv2, scale2, first, mixed)
 
 
-def fuse_backward(saved: SavedFuse, norms: Norms, d_fused: Tensor, positions: int) -> tuple[Tensor, Tensor, Norms]:
+def fuse_backward(
+    saved: SavedFuse,
+    norms: Norms,
+    d_fused: Tensor,
+    read_out: Tensor,
+    d_y_sum: Tensor,
+    positions: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ToLatent, Norms]:
     """The gradients through `fuse`: equations 15 to 21.
 
     Args:
         saved: by `fuse`.
         norms: those given to `fuse`.
         d_fused: (B, L⁺, L).
+        read_out: (B, L⁺, O).
+        d_y_sum: (B, O), over the positions; for the mean of d_q.
         positions: N, over which the moments are means.
+        dtype: of q.
 
     Returns:
-        d_phi (B, L, L); q_to_d_q (B, L⁺, L⁺), whose columns from L on hold nothing of use, for the constants in q
-        have no gradient; and the gradients of the norms' weights.
+        d_phi (B, L, L); read_out in dtype with q_to_d_q, whose columns from L on hold nothing of use, for the constants
+        in q have no gradient; and the gradients of the norms' weights.
     """
     phi, moments, mean1, inv1, inv2, scale2, first, mixed = saved
     batch, latent_dim = phi.shape[:2]
@@ -214,7 +245,7 @@ def fuse_backward(saved: SavedFuse, norms: Norms, d_fused: Tensor, positions: in
     away1 = share * inv1 * d_weight1  # its diagonal
     q_to_d_q.diagonal(dim1=1, dim2=2)[:, :latent_dim].add_(away1)
     q_to_d_q.select(1, latent_dim)[:, :latent_dim].add_(torch.addcmul(share * d_bias1, away1, mean1, value=-1))
-    return d_phi, q_to_d_q, Norms(d_weight1, d_bias1, d_weight2, d_bias2)
+    return d_phi, ToLatent(read_out.to(dtype), q_to_d_q, None), Norms(d_weight1, d_bias1, d_weight2, d_bias2)
 
 
 def fuse_by(phi: Tensor, statistics: Statistics, norms: Norms, eps: tuple[float, float], width: int) -> Tensor:
@@ -229,23 +260,13 @@ def fuse_by(phi: Tensor, statistics: Statistics, norms: Norms, eps: tuple[float,
     return fused
 
 
-def update_running(
-    running: Statistics, counts: tuple[Tensor, Tensor], found: Statistics, momenta: tuple[float, float], values: int
-) -> None:
-    """Update the running statistics of bn1 and bn2 in place, as `nn.BatchNorm2d` does.
-
-    Args:
-        running: the running means and variances.
-        counts: of the batches that bn1 and bn2 have seen, int64.
-        found: the statistics of this batch.
-        momenta: of bn1 and bn2, above 0 and at most 1.
-        values: B·N, over which those are, above 1.
-    """
-    (momentum1, momentum2), unbiased = momenta, values / (values - 1)
+def update_running(running: Running, found: Statistics) -> None:
+    """Update what both batch norms remember in place by the statistics of a batch, as `nn.BatchNorm2d` does."""
+    (momentum1, momentum2), unbiased = running.momenta, running.values / (running.values - 1)
     var1, var2 = torch._foreach_mul([found.var1, found.var2], unbiased)
-    torch._foreach_add_(list(counts), 1)
+    torch._foreach_add_(list(running.counts), 1)
     found, weights = [found.mean1, var1, found.mean2, var2], [momentum1, momentum1, momentum2, momentum2]
-    torch._foreach_lerp_(list(running), found, weights)
+    torch._foreach_lerp_(list(running.statistics), found, weights)
 
 
 def _affine(scale: Tensor, bias: Tensor, mean: Tensor, width: int) -> Tensor:

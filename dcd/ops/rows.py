@@ -87,6 +87,15 @@ def exact_product(left: Tensor, right: Tensor) -> Tensor:
     return rounded.float().add_(torch.baddbmm(rounded, left, right, beta=-1))
 
 
+def product_of_all(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over images and positions of `leftᵀ right`, from (B, N, I) and (B, N, J): (I, J) in dtype. A GPU writes
+    it in float32 at once, so that no other kernel has to."""
+    left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
+    if left.is_cuda and left.element_size() == 2:
+        return torch.mm(left, right, out_dtype=torch.float32).to(dtype)
+    return torch.mm(left, right).to(dtype)
+
+
 def sum_over_positions(rows: Tensor) -> Tensor:
     """The sums (B, columns) of rows (B, N, columns), in float32. A CPU would copy rows of 16 bits to float32 first,
     which takes 8 times as long as the sum: there the sums, which are made in float32, are rounded to 16 bits."""

@@ -5,16 +5,11 @@ q: equations 24 and 29 are sums of two products. Here one kernel does both, as t
 the form "kernels", q's gradient is a block of columns more of that kernel, and d_read_out one of the kernel for
 d_kernels, so d_y is read twice, as often as by a static convolution.
 
-d_q is rounded once, and less its mean over all positions (`fused_core.latent_gradient` says why). That mean needs no
-pass over d_q: with read_out as it is rounded for the product, it is
-
-    (41)  mean d_q = 1/(B N) Σ_b (read_out Σ_n d_y + q_to_d_qᵀ Σ_n q)
-
-where column L of q, which is 1, makes Σ_n d_y a row of d_read_out, and Σ_n q one of the moments.
+d_q is rounded once, and less its mean over all positions, which is known before (equation 41).
 
 The maps and q are of one dtype, float16 or bfloat16, the matrices of float32; sums are in float32. Legend of the shape
-comments: B images, N positions, C input and O output channels, L⁺ the width of q, a multiple of 8, D cells of the
-pool. All pointers are to contiguous tensors.
+comments: B images, N positions, C input and O output channels, L latent dimension, L⁺ the width of q, a multiple of
+8, D cells of the pool. All pointers are to contiguous tensors.
 """
 
 import torch
@@ -22,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcd.ops.fused_core import Settings, ToLatent, proj_in_gradient
+from dcd.ops.fused_core import Settings, proj_in_gradient
+from dcd.ops.image_matrices import ToLatent
 from dcd.ops.rows import pool_cells
 from dcd.ops.triton_combine import block_of
 from dcd.ops.triton_project import BLOCK_N, BLOCK_O, INTERPRETED, MAX_WIDTH, WARPS
@@ -89,8 +85,8 @@ def _d_x(
 
 @triton.jit
 def _latent_tile(
-    d_rows, read_out, q, q_to_d_q, mean,  # of an image, as below
-    n, n_exists, out_channels, width,
+    d_rows, q, read_out, q_to_d_q, mean,  # of an image, as below
+    n, n_exists, out_channels, width, latent_dim,
     STEP: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """A tile of d_q [positions, BLOCK_K], equation 6."""
@@ -108,48 +104,19 @@ def _latent_tile(
     matrix = tl.load(q_to_d_q + k[:, None] * width + k[None, :], k_exists[:, None] & k_exists[None, :], 0.0)
     # TF32 holds q, and three products of TF32 hold the matrix: rounded alike for a whole image, it would show.
     result = tl.dot(q_tile, matrix, result, input_precision="tf32x3")
-    return result - tl.load(mean + k, k_exists, 0.0)[None, :]
-
-
-@triton.jit
-def _latent_mean(
-    read_out,  # [B, L⁺, O]
-    d_y_sum,  # [B, O], with rows sum_stride apart
-    q_to_d_q,  # [B, L⁺, L⁺]
-    q_mean,  # [B, L⁺], with rows mean_stride apart
-    rounded,  # [B, L⁺, O], written
-    part,  # [B, L⁺], written
-    batch, positions, out_channels, width, sum_stride, mean_stride,
-    STEP: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """read_out as it is rounded, and the term of an image in equation 41; a program for each image."""
-    image, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
-    k_exists = k < width
-    matrix_at = (image * width + k[:, None]) * width + k[None, :]
-    matrix = tl.load(q_to_d_q + matrix_at, k_exists[:, None] & k_exists[None, :], 0.0)
-    means = tl.load(q_mean + image * mean_stride + k, k_exists, 0.0)
-    total = tl.sum(matrix * means[:, None], 0) * positions
-    for step in range(STEPS):
-        o = step * STEP + tl.arange(0, STEP)
-        exists = k_exists[:, None] & (o < out_channels)[None, :]
-        at = (image * width + k[:, None]) * out_channels + o[None, :]
-        r_tile = tl.load(read_out + at, exists, 0.0).to(rounded.dtype.element_ty)
-        tl.store(rounded + at, r_tile, exists)
-        sums = tl.load(d_y_sum + image * sum_stride + o, o < out_channels, 0.0)
-        total += tl.sum(r_tile.to(tl.float32) * sums[None, :], 1)
-    tl.store(part + image * width + k, total / (batch * positions), k_exists)
+    return result - tl.load(mean + k, k < latent_dim, 0.0)[None, :]
 
 
 @triton.jit
 def _d_q(
     d_rows,  # [B, N, O]
-    read_out,  # [B, L⁺, O]
     q,  # [B, N, L⁺]
+    read_out,  # [B, L⁺, O]
     q_to_d_q,  # [B, L⁺, L⁺]
-    mean,  # [L⁺]
+    mean,  # [L]
     cells,  # [H*W, D]
     left,  # [B, H*W, L⁺], written
-    positions, out_positions, columns, out_columns, stride, out_channels_div_8, width_div_8, first_cell,
+    positions, out_positions, columns, out_columns, stride, out_channels_div_8, width_div_8, latent_dim,
     CELLS: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -162,14 +129,14 @@ def _d_q(
     seen = (at < positions) & (row % stride == 0) & (column % stride == 0)
     n = row // stride * out_columns + column // stride
     tile = _latent_tile(
-        d_rows + image * out_positions * out_channels, read_out + image * width * out_channels,
-        q + image * out_positions * width, q_to_d_q + image * width * width, mean,
-        n, seen, out_channels, width, STEP, STEPS, BLOCK_K, WIDEN,
+        d_rows + image * out_positions * out_channels, q + image * out_positions * width,
+        read_out + image * width * out_channels, q_to_d_q + image * width * width, mean,
+        n, seen, out_channels, width, latent_dim, STEP, STEPS, BLOCK_K, WIDEN,
     )  # fmt: skip
-    cell = k - first_cell
+    cell = k - latent_dim - 1
     exists, is_cell = (at < positions)[:, None], ((cell >= 0) & (cell < CELLS))[None, :]
     cells_tile = tl.load(cells + at[:, None] * CELLS + cell[None, :], exists & is_cell, 0.0).to(tl.float32)
-    is_latent = seen[:, None] & (k < first_cell - 1)[None, :]
+    is_latent = seen[:, None] & (k < latent_dim)[None, :]
     tile = tl.where(is_cell, cells_tile, tl.where(is_latent, tile, 0.0))
     to = (image * positions + at[:, None]) * width + k[None, :]
     tl.store(left + to, tile.to(left.dtype.element_ty), exists & (k < width)[None, :])
@@ -183,10 +150,10 @@ def _d_x_and_d_q(
     right,  # [B, L⁺, C]
     read_out,  # [B, L⁺, O]
     q_to_d_q,  # [B, L⁺, L⁺]
-    mean,  # [L⁺]
+    mean,  # [L]
     d_x,  # [B, N, C], written
     d_q,  # [B, N, L⁺], written
-    positions, channels_div_8, out_channels_div_8, width_div_8,
+    positions, channels_div_8, out_channels_div_8, width_div_8, latent_dim,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -200,8 +167,8 @@ def _d_x_and_d_q(
     q += image * positions * width
     if tl.program_id(0) == tl.num_programs(0) - 1:
         tile = _latent_tile(
-            d_rows, read_out + image * width * out_channels, q, q_to_d_q + image * width * width, mean,
-            n, n < positions, out_channels, width, STEP, STEPS, BLOCK_K, WIDEN,
+            d_rows, q, read_out + image * width * out_channels, q_to_d_q + image * width * width, mean,
+            n, n < positions, out_channels, width, latent_dim, STEP, STEPS, BLOCK_K, WIDEN,
         )  # fmt: skip
         k = tl.arange(0, BLOCK_K)
         at = (image * positions + n[:, None]) * width + k[None, :]
@@ -333,30 +300,18 @@ def input_gradient(d_rows: Tensor, weights: Tensor, left: Tensor, right: Tensor)
     return d_x
 
 
-def _rounded_and_mean(to_latent: ToLatent, q: Tensor) -> tuple[Tensor, Tensor]:
-    """read_out in the dtype of q (B, N, L⁺), and the mean (L⁺,) of d_q over all positions that it leads to."""
-    (batch, positions, width), read_out = q.shape, to_latent.read_out
-    rounded, part = torch.empty_like(read_out, dtype=q.dtype), read_out.new_empty(batch, width)
-    _latent_mean[batch,](
-        read_out, to_latent.d_y_sum, to_latent.q_to_d_q, to_latent.q_mean, rounded, part,
-        batch, positions, read_out.shape[2], width, to_latent.d_y_sum.stride(0), to_latent.q_mean.stride(0),
-        STEP=STEP, STEPS=triton.cdiv(read_out.shape[2], STEP), BLOCK_K=block_of(width),
-    )  # fmt: skip
-    return rounded, part.sum(0)
-
-
 def proj_in_backward(
     d_rows: Tensor, q: Tensor, to_latent: ToLatent, x: Tensor, proj_in: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """As `fused_maps.proj_in_backward`."""
     (batch, positions, out_channels), width = d_rows.shape, q.shape[2]
     height, columns = x.shape[2:]
-    cells, (read_out, mean) = pool_cells(x, settings.pool_size), _rounded_and_mean(to_latent, q)
+    cells = pool_cells(x, settings.pool_size)
     left = q.new_empty(batch, height * columns, width)
     _d_q[triton.cdiv(height * columns, BLOCK_N), batch](
-        d_rows.contiguous(), read_out, q, to_latent.q_to_d_q, mean, cells, left,
+        d_rows.contiguous(), q, *to_latent, cells, left,
         height * columns, positions, columns, triton.cdiv(columns, settings.stride), settings.stride,
-        out_channels // 8, width // 8, len(proj_in) + 1,
+        out_channels // 8, width // 8, len(proj_in),
         CELLS=cells.shape[1], BLOCK_N=BLOCK_N, STEP=STEP, STEPS=triton.cdiv(out_channels, STEP),
         BLOCK_K=block_of(width), WIDEN=widen(q.dtype), num_warps=WARPS,
     )  # fmt: skip
@@ -368,12 +323,11 @@ def input_gradients(
 ) -> tuple[Tensor, Tensor]:
     """As `fused_kernels.input_gradients`."""
     (batch, out_channels, channels), (_, positions, width) = kernels.shape, q.shape
-    read_out, mean = _rounded_and_mean(to_latent, q)
     d_x, d_q = q.new_empty(batch, positions, channels), torch.empty_like(q)
     block_c = min(BLOCK_C, block_of(channels))
     _d_x_and_d_q[triton.cdiv(channels, block_c) + 1, triton.cdiv(positions, BLOCK_N), batch](
-        d_rows.contiguous(), kernels, q, right, read_out, to_latent.q_to_d_q, mean, d_x, d_q,
-        positions, channels // 8, out_channels // 8, width // 8,
+        d_rows.contiguous(), kernels, q, right, *to_latent, d_x, d_q,
+        positions, channels // 8, out_channels // 8, width // 8, len(to_latent.mean),
         BLOCK_N=BLOCK_N, BLOCK_C=block_c, STEP=STEP, STEPS=triton.cdiv(out_channels, STEP), BLOCK_K=block_of(width),
         WIDEN=widen(q.dtype), num_warps=WARPS,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The batch norms' matrices on a GPU, by Triton: `fuse`, `fuse_backward`, `update_running` of `image_matrices.py`.
+"""The batch norms' matrices on a GPU, by Triton: `fuse` and `fuse_backward` of `image_matrices.py`.
 
 The matrices are a few kB for each image, so what counts is how many kernels are started: three each way. A new one
 begins where a sum over all images is needed: a kernel writes what it finds in each image or in a share of them, and the
@@ -18,15 +18,24 @@ means:
 
 bn1's statistics are found in the same way, from m and diag(C).
 
-Products are exact to float32. Legend of the shape comments: B images, L latent dimension, L⁺ the width of q, R shares
-of the images; i is an input and j an output of phi. All pointers are to contiguous tensors of float32, but for the
-offset and the running statistics, which may be of any dtype, and the counts of batches, which are int64. Of a matrix
-with L⁺ rows or columns only the first L + 1 are read. What else the kernels hand on to each other is:
+d_q is to be less its mean over all positions (`fused_core.latent_gradient` says why), and no pass over d_q is needed to
+know that mean. What d_q gets by the output has in an image the sum read_out Σ_n d_y, with read_out as it is rounded for
+the product. Row L of d_fused is a sum over the positions, too, for column L of q is 1. What d_q gets by the statistics
+has over all images the sum -Σ_b fused d_fused[L], for bn1 subtracts its input's mean:
+
+    (41)  mean d_q = 1/(B N) Σ_b (read_out Σ_n d_y - fused d_fused[L])
+
+Products are exact to float32. Legend of the shape comments: B images, O output channels, L latent dimension, L⁺ the
+width of q, R shares of the images; i is an input and j an output of phi. All pointers are to contiguous tensors of
+float32, but for the offset and the running statistics, which may be of any dtype, and the counts of batches, which are
+int64. Of a matrix with L⁺ rows or columns only the first L + 1 are read, but for read_out. What else the kernels hand
+on to each other is:
 
     norm1, norm2    (3, L): mean, variance and 1 / standard deviation of what bn1 and bn2 get
     latent          (2, L, B): mean and variance of phi's outputs within each image
     crossed         (B, L, L): of equation 30, [j, i]
     d_latent        (L, B): what each image adds to d_weight2 / inv2
+    d_q_means       (L, B): what each image adds to the mean of d_q
     d_first         (2, L, L·R): what each j and share of the images adds to d_weight1 and d_bias1
 """
 
@@ -37,12 +46,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcd.ops.image_matrices import Norms, Statistics
+from dcd.ops.image_matrices import Norms, Running, Statistics, ToLatent
 from dcd.ops.triton_combine import block_of
 
 MAX_BATCH, MAX_WIDTH = 4096, 64  # one program holds a number for each image, or a matrix of one
 IMAGES = 32  # that a program holds one row of
 MIN_PROGRAMS = 264  # to share the images of an output of phi out among: two for each multiprocessor of an H100
+LINE = 64  # output channels that are rounded at a time
 STEP = 16  # terms of a product that are in registers at a time
 WARPS = 8  # that share the registers of a program with several matrices
 
@@ -138,6 +148,13 @@ def _latent(
 
 
 @triton.jit
+def _follow(running, at, found, momentum):
+    """Move a running statistic by its momentum towards the one found."""
+    before = tl.load(running + at).to(tl.float32)
+    tl.store(running + at, (1 - momentum) * before + momentum * found)
+
+
+@triton.jit
 def _fused(
     phi,  # [B, L, L]
     norm1,  # [3, L]
@@ -148,16 +165,33 @@ def _fused(
     weight2,  # [L]
     bias2,  # [L]
     fused,  # [B, L⁺, L], written
-    batch, latent_dim, width, eps,
+    mean1,  # [L]
+    running_mean1,  # [L], updated, or None, like all that follow
+    running_var1,  # [L]
+    running_mean2,  # [L]
+    running_var2,  # [L]
+    count1,  # []
+    count2,  # []
+    batch, latent_dim, width, eps, momentum1, momentum2, values,
     BATCH: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Equations 31 and 13; a program for each column j and block of images."""
+    """Equations 31 and 13, and what both norms remember of so many values; a program for each column j and block of
+    images."""
     j, every = tl.program_id(0), tl.arange(0, BATCH)
     means = tl.load(latent + j * batch + every, every < batch, 0.0)
     variances = tl.load(latent + (latent_dim + j) * batch + every, every < batch, 0.0)
     mean2, variance2, inv2 = _over_images(means, variances, every < batch, batch, eps)
     if tl.program_id(1) == 0:
         _write(norm2, j, latent_dim, mean2, variance2, inv2)
+        if running_mean1 is not None:  # four numbers for a program: next to nothing, where a launch takes 4 µs or so
+            unbiased = values / (values - 1)
+            _follow(running_mean1, j, tl.load(mean1 + j), momentum1)
+            _follow(running_var1, j, tl.load(norm1 + latent_dim + j) * unbiased, momentum1)
+            _follow(running_mean2, j, mean2, momentum2)
+            _follow(running_var2, j, variance2 * unbiased, momentum2)
+            if j == 0:
+                tl.store(count1, tl.load(count1) + 1)
+                tl.store(count2, tl.load(count2) + 1)
     b, i = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES), tl.arange(0, BLOCK)
     exists = (b < batch)[:, None] & (i < latent_dim)[None, :]  # [IMAGES, BLOCK]
     phi_row = tl.load(phi + (b[:, None] * latent_dim + j) * latent_dim + i[None, :], exists, 0.0)
@@ -187,7 +221,7 @@ def fits(batch: int, width: int) -> bool:
 
 
 def fuse(
-    phi: Tensor, moments: Tensor, offset: Tensor, norms: Norms, eps: tuple[float, float]
+    phi: Tensor, moments: Tensor, offset: Tensor, norms: Norms, eps: tuple[float, float], running: Running | None
 ) -> tuple[Tensor, Statistics, SavedFuse]:
     """As `image_matrices.fuse`."""
     (batch, latent_dim, _), width = phi.shape, moments.shape[1]
@@ -200,8 +234,12 @@ def fuse(
     _latent[batch,](
         phi, moments, *first, latent, crossed, *sizes, BLOCK=block_of(latent_dim), STEP=STEP, num_warps=WARPS
     )
+    remembered, momenta, values = [None] * 6, (0.0, 0.0), 0
+    if running is not None:
+        remembered, momenta, values = [*running.statistics, *running.counts], running.momenta, running.values
     _fused[latent_dim, triton.cdiv(batch, IMAGES)](
-        phi, *first, latent, norm2, norms.weight2, norms.bias2, fused, *sizes, eps[1],
+        phi, *first, latent, norm2, norms.weight2, norms.bias2, fused, mean1, *remembered,
+        *sizes, eps[1], *momenta, values,
         BATCH=every, IMAGES=IMAGES, BLOCK=block_of(width),
     )  # fmt: skip
     saved = SavedFuse(phi, moments, norm1, latent, crossed, norm2)
@@ -217,13 +255,18 @@ def _d_latent(
     bias1,  # [L]
     latent,  # [2, L, B]
     norm2,  # [3, L]
+    weight2,  # [L]
     d_fused,  # [B, L⁺, L]
+    read_out,  # [B, L⁺, O]
+    d_y_sum,  # [B, O], with rows sum_stride apart
     d_latent,  # [L, B], written
-    batch, latent_dim, width,
-    BLOCK: tl.constexpr,
+    rounded,  # [B, L⁺, O], written: read_out; or None, and d_q_means too
+    d_q_means,  # [L, B], written
+    batch, latent_dim, width, out_channels, positions, sum_stride,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The terms of d_weight2 in equation 15; a program for each image."""
-    image, at = tl.program_id(0), tl.arange(0, BLOCK)
+    """The terms of d_weight2 in equation 15, and those of equation 41; a program for each image."""
+    image, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     exists = at < latent_dim
     tile_exists = exists[:, None] & exists[None, :]  # [j, i]
     d_fused += image * width * latent_dim
@@ -232,10 +275,22 @@ def _d_latent(
     d_constant = tl.load(d_fused + latent_dim * latent_dim + at, exists, 0.0)
     mean_q = tl.load(moments + (image * width + latent_dim) * width + at, exists, 0.0)
     scale, _ = _first(norm1, weight1, bias1, at, latent_dim)
-    mean2, _ = _mean_and_inv(norm2, at, latent_dim)
+    mean2, inv2 = _mean_and_inv(norm2, at, latent_dim)
     within = phi_tile * scale[None, :] * (d_tile - d_constant[:, None] * mean_q[None, :])
     away2 = tl.load(latent + at * batch + image, exists, 0.0) - mean2
     tl.store(d_latent + at * batch + image, tl.sum(within, 1) + d_constant * away2, exists)
+    if rounded is not None:  # most of the kernel's time: all of read_out, read and written by B programs
+        scale2 = tl.load(weight2 + at, exists, 0.0) * inv2
+        total = -scale * (d_constant + tl.sum(phi_tile * (scale2 * d_constant)[:, None], 0))
+        for step in range(STEPS):
+            o = step * STEP + tl.arange(0, STEP)
+            part_exists = (at < width)[:, None] & (o < out_channels)[None, :]
+            part_at = (image * width + at[:, None]) * out_channels + o[None, :]
+            part = tl.load(read_out + part_at, part_exists, 0.0).to(rounded.dtype.element_ty)
+            tl.store(rounded + part_at, part, part_exists)
+            sums = tl.load(d_y_sum + image * sum_stride + o, o < out_channels, 0.0)
+            total += tl.sum(part.to(tl.float32) * sums[None, :], 1)
+        tl.store(d_q_means + at * batch + image, total / (batch * positions), exists)
 
 
 @triton.jit
@@ -251,15 +306,17 @@ def _d_phi(
     weight2,  # [L]
     d_fused,  # [B, L⁺, L]
     d_latent,  # [L, B]
+    d_q_means,  # [L, B] or None
     d_phi,  # [B, L, L], written
     d_first,  # [2, L, L*R], written
     d_weight2,  # [L], written
     d_bias2,  # [L], written
+    d_q_mean,  # [L], written, or None
     batch, latent_dim, width,
     BATCH: tl.constexpr, STEPS: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Equations 15 to 18 (row j of d_phi, d_weight2, d_bias2) and the terms of equation 19; a program for each j and
-    share of the images."""
+    """Equations 15 to 18 (row j of d_phi, d_weight2, d_bias2), the terms of equation 19 and the sum of 41; a program
+    for each j and share of the images."""
     j, every = tl.program_id(0), tl.arange(0, BATCH)
     mean2, inv2 = tl.load(norm2 + j), tl.load(norm2 + 2 * latent_dim + j)
     d_weight = tl.sum(tl.load(d_latent + j * batch + every, every < batch, 0.0)) * inv2
@@ -267,6 +324,8 @@ def _d_phi(
     if tl.program_id(1) == 0:
         tl.store(d_weight2 + j, d_weight)
         tl.store(d_bias2 + j, d_bias)
+        if d_q_means is not None:  # a third sum of B numbers, beside the two above
+            tl.store(d_q_mean + j, tl.sum(tl.load(d_q_means + j * batch + every, every < batch, 0.0)))
     # A batch norm subtracts from its input's gradient the means of its output's gradient, and of that times the output.
     scale2 = tl.load(weight2 + j) * inv2
     along = scale2 * inv2 * d_weight / batch
@@ -355,10 +414,18 @@ def _q_to_d_q(
     tl.store(q_to_d_q + at, square * (-1 / values), (i < width)[:, None] & (i < width)[None, :])
 
 
-def fuse_backward(saved: SavedFuse, norms: Norms, d_fused: Tensor, positions: int) -> tuple[Tensor, Tensor, Norms]:
-    """As `image_matrices.fuse_backward`."""
+def fuse_backward(
+    saved: SavedFuse,
+    norms: Norms,
+    d_fused: Tensor,
+    read_out: Tensor,
+    d_y_sum: Tensor,
+    positions: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ToLatent, Norms]:
+    """As `image_matrices.fuse_backward`, with the mean of d_q where q has 16 bits."""
     phi, moments, norm1, latent, crossed, norm2 = saved
-    (batch, latent_dim, _), width = phi.shape, moments.shape[1]
+    (batch, latent_dim, _), (_, width, out_channels) = phi.shape, read_out.shape
     sizes, blocks = (batch, latent_dim, width), triton.cdiv(batch, IMAGES)
     steps = triton.cdiv(blocks, triton.cdiv(MIN_PROGRAMS, latent_dim))
     shares = triton.cdiv(blocks, steps)
@@ -367,57 +434,22 @@ def fuse_backward(saved: SavedFuse, norms: Norms, d_fused: Tensor, positions: in
     d_first, q_to_d_q = phi.new_empty(2, latent_dim, parts), torch.empty_like(moments)
     d_norms = Norms(*(torch.empty_like(weight) for weight in norms))
     first = norm1, norms.weight1, norms.bias1
-    _d_latent[batch,](phi, moments, *first, latent, norm2, d_fused, d_latent, *sizes, BLOCK=block_of(latent_dim))
+    rounded = d_q_means = d_q_mean = None
+    if dtype != read_out.dtype:
+        rounded, d_q_means = torch.empty_like(read_out, dtype=dtype), torch.empty_like(d_latent)
+        d_q_mean = phi.new_empty(latent_dim)
+    _d_latent[batch,](
+        phi, moments, *first, latent, norm2, norms.weight2, d_fused, read_out, d_y_sum,
+        d_latent, rounded, d_q_means, *sizes, out_channels, positions, d_y_sum.stride(0),
+        BLOCK=block_of(width), STEP=LINE, STEPS=triton.cdiv(out_channels, LINE),
+    )  # fmt: skip
     _d_phi[latent_dim, shares](
-        phi, moments, *first, latent, crossed, norm2, norms.weight2, d_fused, d_latent,
-        d_phi, d_first, d_norms.weight2, d_norms.bias2, *sizes,
+        phi, moments, *first, latent, crossed, norm2, norms.weight2, d_fused, d_latent, d_q_means,
+        d_phi, d_first, d_norms.weight2, d_norms.bias2, d_q_mean, *sizes,
         BATCH=triton.next_power_of_2(batch), STEPS=steps, IMAGES=IMAGES, BLOCK=block_of(latent_dim), num_warps=WARPS,
     )  # fmt: skip
     _q_to_d_q[batch,](
         phi, *first, norm2, norms.weight2, d_first, *d_norms, q_to_d_q, latent_dim, width, batch * positions,
         PARTS=parts, BLOCK=block_of(width), STEP=STEP, num_warps=WARPS,
     )  # fmt: skip
-    return d_phi, q_to_d_q, d_norms
-
-
-@triton.jit
-def _follow(running, found, at, latent_dim, momentum, factor):
-    """Move running statistics by their momentum towards those found, times a factor."""
-    before, now = tl.load(running + at, at < latent_dim, 0.0), tl.load(found + at, at < latent_dim, 0.0)
-    tl.store(running + at, (1 - momentum) * before.to(tl.float32) + momentum * factor * now, at < latent_dim)
-
-
-@triton.jit
-def _update_running(
-    running_mean1,  # [L], also written, like all of the first six
-    running_var1,  # [L]
-    running_mean2,  # [L]
-    running_var2,  # [L]
-    count1,  # []
-    count2,  # []
-    mean1,  # [L]
-    var1,  # [L]
-    mean2,  # [L]
-    var2,  # [L]
-    latent_dim, values, momentum1, momentum2,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program for all."""
-    at, unbiased = tl.arange(0, BLOCK), values / (values - 1)
-    _follow(running_mean1, mean1, at, latent_dim, momentum1, 1.0)
-    _follow(running_var1, var1, at, latent_dim, momentum1, unbiased)
-    _follow(running_mean2, mean2, at, latent_dim, momentum2, 1.0)
-    _follow(running_var2, var2, at, latent_dim, momentum2, unbiased)
-    tl.store(count1, tl.load(count1) + 1)
-    tl.store(count2, tl.load(count2) + 1)
-
-
-def update_running(
-    running: Statistics, counts: tuple[Tensor, Tensor], found: Statistics, momenta: tuple[float, float], values: int
-) -> None:
-    """As `image_matrices.update_running`.
-
-    It is a kernel of its own, behind the autograd function: what that one writes in place, torch.compile would not see.
-    """
-    latent_dim = len(found.mean1)
-    _update_running[1,](*running, *counts, *found, latent_dim, values, *momenta, BLOCK=block_of(latent_dim))
+    return d_phi, ToLatent(read_out if rounded is None else rounded, q_to_d_q, d_q_mean), d_norms

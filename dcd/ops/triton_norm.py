@@ -83,6 +83,24 @@ def _masked(d_out, out, ACT: tl.constexpr):
 
 
 @triton.jit
+def _at(n, left, start, channels, c, c_exists):
+    """Offsets of the tile of some of a program's positions, and which of its elements exist."""
+    return start + n[:, None] * channels + c[None, :], (n < left)[:, None] & c_exists[None, :]
+
+
+@triton.jit
+def _gradient_tile(d_out, y, out, mean, scale, bias, at, exists, ACT: tl.constexpr):
+    """A tile of d_shortcut, equation 38, from maps and what `_affine` has of the channels; and of y - mean."""
+    tile = tl.load(d_out + at, exists, 0.0).to(tl.float32)
+    away = tl.load(y + at, exists, 0.0).to(tl.float32) - mean[None, :]
+    if out is None:
+        result = (away * scale[None, :] + bias[None, :]).to(y.dtype.element_ty).to(tl.float32)
+    else:
+        result = tl.load(out + at, exists, 0.0).to(tl.float32)
+    return _masked(tile, result, ACT), away
+
+
+@triton.jit
 def _statistics(
     y,  # [M, C]
     parts,  # [2, C, S], written: of each share the mean, less the channel's first position, and the sum of squares
@@ -98,8 +116,8 @@ def _statistics(
     count = tl.zeros((BLOCK_N,), tl.float32)
     for block in range(BLOCKS):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        exists = (n < left)[:, None] & c_exists[None, :]
-        tile = tl.load(y + start + n[:, None] * channels + c[None, :], exists, 0.0).to(tl.float32)
+        at, exists = _at(n, left, start, channels, c, c_exists)
+        tile = tl.load(y + at, exists, 0.0).to(tl.float32)
         away = tl.where(exists, tile - first_position[None, :] - mean, 0.0)
         weight = 1.0 / (block + 1)
         mean += away * weight
@@ -162,8 +180,7 @@ def _normalize(
     mean_, _, scale, bias_ = _affine(mean, variance, weight, bias, c, c_exists, eps)
     for block in range(BLOCKS):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        exists = (n < left)[:, None] & c_exists[None, :]
-        at = start + n[:, None] * channels + c[None, :]
+        at, exists = _at(n, left, start, channels, c, c_exists)
         tile = tl.load(y + at, exists, 0.0).to(tl.float32)
         tile = (tile - mean_[None, :]) * scale[None, :] + bias_[None, :]
         if shortcut is not None:
@@ -192,15 +209,8 @@ def _sum_gradients(
     d_scale = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for block in range(BLOCKS):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        exists = (n < left)[:, None] & c_exists[None, :]
-        at = start + n[:, None] * channels + c[None, :]
-        tile = tl.load(d_out + at, exists, 0.0).to(tl.float32)
-        away = tl.load(y + at, exists, 0.0).to(tl.float32) - mean[None, :]
-        if out is None:
-            result = (away * scale[None, :] + bias_[None, :]).to(y.dtype.element_ty).to(tl.float32)
-        else:
-            result = tl.load(out + at, exists, 0.0).to(tl.float32)
-        tile = _masked(tile, result, ACT)
+        at, exists = _at(n, left, start, channels, c, c_exists)
+        tile, away = _gradient_tile(d_out, y, out, mean, scale, bias_, at, exists, ACT)
         d_bias += tile
         d_scale += tile * away
         if d_shortcut is not None:
@@ -247,12 +257,9 @@ def _normalize_backward(
     slope = tl.load(d_weight + c, c_exists, 0.0) * inv / positions
     for block in range(BLOCKS):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        exists = (n < left)[:, None] & c_exists[None, :]
-        at = start + n[:, None] * channels + c[None, :]
-        tile = tl.load(d_shortcut + at, exists, 0.0).to(tl.float32)
-        away = tl.load(y + at, exists, 0.0).to(tl.float32) - mean[None, :]
-        result = (away * scale[None, :] + bias_[None, :]).to(y.dtype.element_ty).to(tl.float32)
-        tile = _masked(tile, result, ACT) - constant[None, :] - slope[None, :] * away
+        at, exists = _at(n, left, start, channels, c, c_exists)
+        tile, away = _gradient_tile(d_shortcut, y, None, mean, scale, bias_, at, exists, ACT)
+        tile = tile - constant[None, :] - slope[None, :] * away
         tl.store(d_y + at, (scale[None, :] * tile).to(d_y.dtype.element_ty), exists)
 
 

@@ -1,4 +1,4 @@
-"""The form "kernels" on a GPU, by Triton: `form_kernels`, `form_kernels_backward` and `project` of `fused_kernels.py`.
+"""The form "kernels" on a GPU, by Triton: `kernels_and_bias`, `form_kernels_backward`, `project` of `fused_kernels.py`.
 
 As PyTorch operations the kernels of equation 25 pass through memory five times in float32 until they are rounded, and
 five times on the way back from their gradients. Here they are written once, and their gradients are read once. Of the
@@ -65,11 +65,13 @@ def _form(
     static,  # [O, C]
     read_out,  # [B, L⁺, O]
     padded,  # [L⁺, C]
+    offset,  # [L⁺]
     kernels,  # [B, O, C], written
+    bias,  # [B, O], written
     batch, channels_div_8, out_channels_div_8, width,
     IMAGES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The kernels of equation 25; a program for a tile of those of some images."""
+    """Equation 25; a program for a tile of the kernels of some images."""
     channels, out_channels = channels_div_8 * 8, out_channels_div_8 * 8
     c, o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, BLOCK_K)
@@ -78,6 +80,7 @@ def _form(
     q_exists = (k < width)[:, None] & (c < channels)[None, :]
     static_tile = tl.load(static + o[:, None] * channels + c[None, :], exists, 0.0).to(tl.float32)
     q_tile = tl.load(padded + k[:, None] * channels + c[None, :], q_exists, 0.0).to(tl.float32)
+    offsets = tl.load(offset + k, k < width, 0.0).to(tl.float32)
     for step in range(IMAGES):
         image = (tl.program_id(2) * IMAGES + step).to(tl.int64)
         if image < batch:
@@ -87,6 +90,8 @@ def _form(
             tile = tl.dot(tl.trans(r_tile), q_tile, static_tile * scales[:, None], input_precision="tf32")
             at = (image * out_channels + o[:, None]) * channels + c[None, :]
             tl.store(kernels + at, tile.to(kernels.dtype.element_ty), exists)
+            if tl.program_id(0) == 0:
+                tl.store(bias + image * out_channels + o, tl.sum(r_tile * offsets[:, None], 0), o < out_channels)
 
 
 @triton.jit
@@ -133,14 +138,19 @@ def _shares(batch: int, channels: int, out_channels: int) -> tuple[tuple[int, in
     return (*tiles, triton.cdiv(batch, images)), {"IMAGES": images, "BLOCK": BLOCK, "num_warps": FORMING_WARPS}
 
 
-def form_kernels(channel_scale: Tensor, static: Tensor, read_out: Tensor, padded: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `fused_kernels.form_kernels`."""
+def kernels_and_bias(
+    channel_scale: Tensor, static: Tensor, read_out: Tensor, padded: Tensor, offset: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As `fused_kernels.kernels_and_bias`."""
     (batch, width, out_channels), channels = read_out.shape, padded.shape[1]
     kernels = read_out.new_empty(batch, out_channels, channels, dtype=dtype)
+    bias = read_out.new_empty(batch, out_channels)
     grid, constants = _shares(batch, channels, out_channels)
     sizes = batch, channels // 8, out_channels // 8, width
-    _form[grid](channel_scale, static, read_out, padded, kernels, *sizes, BLOCK_K=block_of(width), **constants)
-    return kernels
+    _form[grid](
+        channel_scale, static, read_out, padded, offset, kernels, bias, *sizes, BLOCK_K=block_of(width), **constants
+    )
+    return kernels, bias
 
 
 def form_kernels_backward(d_kernels: Tensor, channel_scale: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:

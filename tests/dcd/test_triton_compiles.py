@@ -45,14 +45,17 @@ def combine(dtype: torch.dtype, batch: int, positions: int, channels: int, width
 
 def matrices(batch: int, latent_dim: int, width: int) -> None:
     from dcd.ops import triton_matrices
-    from dcd.ops.image_matrices import Norms
+    from dcd.ops.image_matrices import Norms, Running
 
     norms = Norms(*torch.empty(4, latent_dim).unbind())
     moments, phi = torch.empty(batch, width, width), torch.empty(batch, latent_dim, latent_dim)
     offset, counts = torch.empty(width, dtype=torch.bfloat16), (torch.empty((), dtype=torch.int64),) * 2
-    fused, statistics, saved = triton_matrices.fuse(phi, moments, offset, norms, (1e-5, 1e-5))
-    triton_matrices.fuse_backward(saved, norms, fused, 49)
-    triton_matrices.update_running(statistics, counts, statistics, (0.1, 0.1), 49 * batch)
+    args = phi, moments, offset, norms, (1e-5, 1e-5)
+    fused, statistics, saved = triton_matrices.fuse(*args, None)
+    triton_matrices.fuse(*args, Running(statistics, counts, (0.1, 0.1), 49 * batch))
+    read_out = torch.empty(batch, width, 512)
+    for dtype in (torch.float32, torch.bfloat16):
+        triton_matrices.fuse_backward(saved, norms, fused, read_out, read_out[:, 0], 49, dtype)
 
 
 def coefficients(batch: int, width: int, squeezed_width: int, latent_dim: int, out_channels: int) -> None:
@@ -72,8 +75,8 @@ def project(dtype: torch.dtype, batch: int, positions: int, channels: int, out_c
 
     scale, static = torch.empty(batch, out_channels), torch.empty(out_channels, channels)
     matrices = scale, static, torch.empty(batch, width, out_channels), torch.empty(width, channels)
-    kernels = triton_project.form_kernels(*matrices, dtype)
-    triton_project.project(torch.empty(batch, positions, channels, dtype=dtype), kernels, scale)
+    kernels, bias = triton_project.kernels_and_bias(*matrices, torch.empty(width), dtype)
+    triton_project.project(torch.empty(batch, positions, channels, dtype=dtype), kernels, bias)
     triton_project.form_kernels_backward(kernels, scale, static)
 
 
@@ -87,7 +90,8 @@ def norm(dtype: torch.dtype, act: str, has_shortcut: bool, batch: int, channels:
 
 def gradients(dtype: torch.dtype, batch: int, positions: int, channels: int, out_channels: int, width: int) -> None:
     from dcd.ops import triton_gradients
-    from dcd.ops.fused_core import Settings, ToLatent
+    from dcd.ops.fused_core import Settings
+    from dcd.ops.image_matrices import ToLatent
 
     d_rows, q = (
         torch.empty(batch, positions, out_channels, dtype=dtype),
@@ -98,9 +102,7 @@ def gradients(dtype: torch.dtype, batch: int, positions: int, channels: int, out
         args = padded, q_to_d_q, torch.empty(batch, channels), slice(width - 2, width - 1), positions, dtype
         right = triton_gradients.gradient_rows(*args)
         triton_gradients.input_gradient(d_rows, torch.empty(weights, dtype=dtype), q, right)
-    to_latent = ToLatent(
-        torch.empty(batch, width, out_channels), matrix, torch.empty(batch, out_channels), matrix[:, 0]
-    )
+    to_latent = ToLatent(torch.empty(batch, width, out_channels, dtype=dtype), matrix, torch.empty(width - 2))
     kernels, x = (
         torch.empty(batch, out_channels, channels, dtype=dtype),
         torch.empty(batch, positions, channels, dtype=dtype),
@@ -183,11 +185,11 @@ def test_every_kernel_fits_in_the_registers_of_an_h100(tmp_path):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {name for name, *_ in found} == {
         *("_forward", "_backward", "_project", "_form", "_take_apart"),
-        *("_norm1", "_latent", "_fused", "_update_running", "_d_latent", "_d_phi", "_q_to_d_q"),
+        *("_norm1", "_latent", "_fused", "_d_latent", "_d_phi", "_q_to_d_q"),
         *("_squeeze", "_outputs", "_d_outputs", "_d_hidden"),
         *("_statistics", "_finish_statistics", "_normalize"),
         *("_sum_gradients", "_finish_gradients", "_normalize_backward"),
-        *("_d_x", "_right", "_latent_mean", "_d_q", "_d_x_and_d_q", "_d_kernels"),
+        *("_d_x", "_right", "_d_q", "_d_x_and_d_q", "_d_kernels"),
         *("_centre", "_read", "_add_up"),
     }
     assert [kernel for kernel in found if kernel[-1]] == []

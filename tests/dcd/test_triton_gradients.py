@@ -11,7 +11,8 @@ import torch
 
 from dcd.layers import set_form
 from dcd.ops import fused_core, fused_kernels, fused_maps, triton_gradients
-from dcd.ops.fused_core import Settings, ToLatent
+from dcd.ops.fused_core import Settings
+from dcd.ops.image_matrices import ToLatent
 from dcd.ops.rows import as_rows, pool_cells
 from tests.dcd.helpers import create_layer, error, results
 from tests.dcd.test_triton import PRECISIONS
@@ -87,12 +88,11 @@ def test_gradients_of_the_kernels_and_of_read_out(sizes, dtype):
 def latent_problem(d_rows: torch.Tensor, q: torch.Tensor) -> tuple[ToLatent, torch.Tensor]:
     """Matrices whose d_q has a mean, and that d_q less its mean, in float64."""
     (batch, _, out_channels), width = d_rows.shape, q.shape[2]
-    read_out, q_to_d_q = torch.randn(batch, width, out_channels), torch.randn(batch, width, width)
-    read_out, q_to_d_q = read_out.to(d_rows.dtype).float().to(DEVICE), q_to_d_q.to(DEVICE)
+    read_out = halves(batch, width, out_channels, dtype=d_rows.dtype)
+    q_to_d_q = torch.randn(batch, width, width).to(DEVICE)
     d_q = d_rows.double() @ read_out.double().transpose(1, 2) + q.double() @ q_to_d_q.double()
-    sums = torch.ones(batch, 3, out_channels, device=DEVICE)  # their rows are not next to each other
-    sums[:, 1], means = d_rows.float().sum(1), q.float().mean(1)
-    return ToLatent(read_out, q_to_d_q, sums[:, 1], means), d_q - d_q.mean((0, 1))
+    mean = d_q.mean((0, 1))
+    return ToLatent(read_out, q_to_d_q, mean.float()), d_q - mean
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -37,7 +37,7 @@ PART_OF_FUNCTION = {
     "pooled": "pools of dynamic layers",
     "combine": "maps",
     "combine_backward": "maps",
-    "form_kernels": "kernels of the images",
+    "kernels_and_bias": "kernels of the images",
     "form_kernels_backward": "kernels of the images",
     "project": PRODUCTS,
     "gradient_rows": MATRICES,
@@ -45,7 +45,6 @@ PART_OF_FUNCTION = {
     "input_gradients": PRODUCTS,
     "kernel_gradients": PRODUCTS,
     "proj_in_backward": PRODUCTS,
-    "_rounded_and_mean": MATRICES,
 }
 NORM_KERNELS = ("_statistics", "_finish_statistics", "_normalize")
 NORM_KERNELS += ("_sum_gradients", "_finish_gradients", "_normalize_backward")

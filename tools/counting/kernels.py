@@ -154,11 +154,11 @@ TRITON_FLOPS: dict[str, Callable[..., int]] = {
         2 * (d_rows.numel() * (kernels.shape[2] + q.shape[2]) + q.numel() * (kernels.shape[2] + q.shape[2]))
     ),
     "_d_kernels": lambda d_rows, x, q, *_: 2 * d_rows.numel() * (x.shape[2] + q.shape[2]),
-    "_d_q": lambda d_rows, read_out, q, *_: 2 * q.numel() * (d_rows.shape[2] + q.shape[2]),
+    "_d_q": lambda d_rows, q, *_: 2 * q.numel() * (d_rows.shape[2] + q.shape[2]),
     "_read": lambda x, rounded, parts, cells, q, *_: (
         2 * x.numel() * (len(rounded) + cells.shape[1]) + 2 * q.numel() * q.shape[2]
     ),
-    "_form": lambda scale, static, read_out, padded, kernels, *_: 2 * kernels.numel() * len(padded),
+    "_form": lambda scale, static, read_out, padded, offset, kernels, *_: 2 * kernels.numel() * len(padded),
     "_squeeze": lambda descriptor, squeeze, *_: 2 * len(descriptor) * squeeze.numel(),
     "_outputs": lambda parts, *args: 2 * parts.shape[1] * sum(weight.numel() for weight in args[:3]),
     "_d_outputs": lambda d_phi, d_scale, to_phi, to_scale, *_: 4 * len(d_phi) * (to_phi.numel() + to_scale.numel()),
