@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from dcd.ops import fused_core as core
 from dcd.ops.fused_core import Parameters, Settings, ToLatent
 from dcd.ops.image_matrices import Statistics
-from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product
+from dcd.ops.rows import add_product, as_features, as_gradient, as_rows, exact_product
 
 
 class SavedKernels(NamedTuple):
@@ -114,7 +114,8 @@ def form_kernels(channel_scale: Tensor, static: Tensor, read_out: Tensor, padded
         (B, O, C).
     """
     kernels = channel_scale.unsqueeze(2) * static
-    return kernels.baddbmm_(read_out.transpose(1, 2), padded.expand(len(read_out), -1, -1)).to(dtype)
+    padded = padded.expand(read_out.shape[0], -1, -1)  # len(read_out) would be a constant of an export
+    return add_product(kernels, read_out.transpose(1, 2), padded).to(dtype)
 
 
 def form_kernels_backward(d_kernels: Tensor, channel_scale: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +135,7 @@ def input_gradients(
     d_y: Tensor, kernels: Tensor, q: Tensor, right: Tensor, to_latent: ToLatent
 ) -> tuple[Tensor, Tensor]:
     """From d_y (B, N, O), by PyTorch's operations: d_x (B, N, C) of equation 29 and d_q (B, N, L⁺) of equation 6."""
-    return torch.bmm(d_y, kernels).baddbmm_(q, right), core.latent_gradient(d_y, q, to_latent)
+    return add_product(torch.bmm(d_y, kernels), q, right), core.latent_gradient(d_y, q, to_latent)
 
 
 def project(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
