@@ -10,7 +10,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STDLIB = set(sys.stdlib_module_names)
 OURS = {"dcd", "pipelines", "training", "train_dist", "tools", "benchmarks", "tests"}
-OPTIONAL = {"nvidia", "ffcv", "triton", "apex", "timm", "onnx", "onnxruntime"}  # imported where they are used
+OPTIONAL = {
+    "nvidia",
+    "ffcv",
+    "triton",
+    "apex",
+    "timm",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+}  # imported where they are used
 # are made of Triton, so they are imported like it
 KERNELS = tuple(
     f"dcd.ops.triton_{name}"
