@@ -11,6 +11,7 @@ Importing this package needs torch and nothing else.
 from dcd import deploy
 from dcd import models as _models  # noqa: F401  (fills the registry)
 from dcd.checkpoint_file import CheckpointError, DamagedCheckpointError, Weights, read_weights
+from dcd.macs import count_macs
 from dcd.model_file import load
 from dcd.preprocessing import Preprocessing
 from dcd.registry import create_model, list_models
@@ -25,6 +26,7 @@ __all__ = [
     "Preprocessing",
     "Weights",
     "__version__",
+    "count_macs",
     "create_model",
     "deploy",
     "list_models",

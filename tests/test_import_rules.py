@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 STDLIB = set(sys.stdlib_module_names)
 OURS = {"dcd", "pipelines", "training", "train_dist", "hubconf", "tools", "benchmarks", "tests"}
 # imported where they are used
-OPTIONAL = {"nvidia", "ffcv", "triton", "apex", "timm", "onnx", "onnxruntime", "safetensors"}
+OPTIONAL = {"nvidia", "ffcv", "triton", "apex", "timm", "onnx", "onnxruntime", "onnxscript", "safetensors"}
 # are made of an optional package, timm or Triton, so they are imported like it
 KERNELS = ("coefficients", "combine", "gradients", "latent", "matrices", "norm", "project")
 MADE_OF_OPTIONAL = ("dcd.timm", *(f"dcd.ops.triton_{name}" for name in KERNELS))

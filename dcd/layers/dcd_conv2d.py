@@ -15,6 +15,7 @@ from dcd.layers.tracing import traced_whole
 from dcd.ops import fused, reference
 from dcd.ops.fused_core import Convolutions, Parameters, Settings
 from dcd.ops.image_matrices import Norms, Running, Statistics, update_running
+from dcd.ops.recorded import is_recorded
 
 # Triton needs a C compiler at run time, for the stub that launches a kernel.
 HAS_TRITON = find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
@@ -69,7 +70,7 @@ class DCDConv2d(nn.Module):
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C, H, W) to (B, O, H', W') with H' and W' of the static convolution; keeps channels_last."""
-        path = available_paths(x.device)[-1] if self.path == "auto" else self.path
+        path = path_for(self.path, x.device)
         # Only the reference has gradients where running statistics are used, and only it trains weights of 16 bits.
         has_frozen_norms = not self.bn1.training and self._needs_gradients(x)
         trains_16_bits = self.bn1.training and self.static_conv.weight.element_size() < 4
@@ -133,6 +134,13 @@ def leave_autocast(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return forward(x)
     with torch.autocast(kind, enabled=False):
         return forward(x.to(torch.get_autocast_dtype(kind)))
+
+
+def path_for(path: str, device: torch.device) -> str:
+    """The one of `PATHS` that a module takes whose `path` is this. torch.export and torch.jit.trace record PyTorch's
+    operations alone: kernels of Triton would be missing from what they make."""
+    path = available_paths(device)[-1] if path == "auto" else path
+    return "fused" if path == "triton" and is_recorded() else path
 
 
 def available_paths(device: torch.device) -> tuple[str, ...]:

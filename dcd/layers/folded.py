@@ -13,7 +13,7 @@ from dcd.layers.tracing import traced_whole
 from dcd.ops import folded
 from dcd.ops.fused import choose_form
 from dcd.ops.fused_kernels import form_kernels, project
-from dcd.ops.rows import as_features, as_rows, pooled, round_up
+from dcd.ops.rows import add_product, as_features, as_rows, pooled, round_up
 
 
 class FoldedCoefficients(nn.Module):
@@ -100,7 +100,7 @@ class FoldedDCDConv2d(nn.Module):
         static_out = F.conv2d(x, self.weight.to(dtype), None, self.stride, self.kernel_size // 2)
         rows = as_rows(static_out)  # [B, N, O]
         torch.addcmul(bias.to(dtype).unsqueeze(1), scale.to(dtype).unsqueeze(1), rows, out=rows)
-        return as_features(rows.baddbmm_(q, read_out.to(dtype)), static_out.shape[2:])
+        return as_features(add_product(rows, q, read_out.to(dtype)), static_out.shape[2:])
 
 
 class FoldedDCDLinear(nn.Module):

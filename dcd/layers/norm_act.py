@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dcd.layers.dcd_conv2d import available_paths
+from dcd.layers.dcd_conv2d import path_for
 
 
 class NormAct(nn.Module):
@@ -44,8 +44,7 @@ class NormAct(nn.Module):
         # What torch.fx traces with is no tensor; of it nothing is asked.
         if torch.compiler.is_compiling() or not isinstance(y, Tensor) or (self.act is None and shortcut is None):
             return False
-        path = available_paths(y.device)[-1] if self.path == "auto" else self.path
-        if path != "triton":
+        if path_for(self.path, y.device) != "triton":
             return False
         from dcd.ops import triton_norm
 

@@ -53,6 +53,7 @@ from torch import Tensor
 
 from dcd.ops.image_matrices import Branch, Norms, Running, SavedCoefficients, Statistics, ToLatent, fuse_by
 from dcd.ops.rows import (
+    add_product,
     as_gradient,
     as_rows,
     exact_product,
@@ -193,7 +194,7 @@ def latent_gradient(d_rows: Tensor, q: Tensor, to_latent: ToLatent) -> Tensor:
     q_to_d_q = to_latent.q_to_d_q
     d_q = torch.bmm(d_rows, to_latent.read_out.transpose(1, 2))
     if q.dtype == q_to_d_q.dtype:
-        return d_q.baddbmm_(q, q_to_d_q)
+        return add_product(d_q, q, q_to_d_q)
     d_q = torch.baddbmm(d_q.to(q_to_d_q.dtype), q.to(q_to_d_q.dtype), q_to_d_q)
     return torch.sub(d_q, d_q.mean((0, 1)), out=torch.empty_like(q))
 

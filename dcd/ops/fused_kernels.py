@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from dcd.ops import fused_core as core
 from dcd.ops.fused_core import Parameters, Settings
 from dcd.ops.image_matrices import Statistics, ToLatent
-from dcd.ops.rows import as_features, as_gradient, as_rows, exact_product
+from dcd.ops.rows import add_product, as_features, as_gradient, as_rows, exact_product
 
 
 class SavedKernels(NamedTuple):
@@ -115,7 +115,8 @@ def form_kernels(channel_scale: Tensor, static: Tensor, read_out: Tensor, padded
         (B, O, C).
     """
     kernels = channel_scale.unsqueeze(2) * static
-    return kernels.baddbmm_(read_out.transpose(1, 2), padded.expand(len(read_out), -1, -1)).to(dtype)
+    padded = padded.expand(read_out.shape[0], -1, -1)  # len(read_out) would be a constant of an export
+    return add_product(kernels, read_out.transpose(1, 2), padded).to(dtype)
 
 
 def kernels_and_bias(
@@ -124,7 +125,7 @@ def kernels_and_bias(
     """Equation 25, by PyTorch's operations: the kernels of `form_kernels`, and the bias (B, O) from an offset (L⁺,) of
     the dtype of read_out."""
     kernels = form_kernels(channel_scale, static, read_out, padded, dtype)
-    return kernels, torch.bmm(offset.expand(len(read_out), 1, -1), read_out).squeeze(1)
+    return kernels, torch.bmm(offset.expand(read_out.shape[0], 1, -1), read_out).squeeze(1)
 
 
 def form_kernels_backward(d_kernels: Tensor, channel_scale: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +145,7 @@ def input_gradients(
     d_y: Tensor, kernels: Tensor, q: Tensor, right: Tensor, to_latent: ToLatent
 ) -> tuple[Tensor, Tensor]:
     """From d_y (B, N, O), by PyTorch's operations: d_x (B, N, C) of equation 29 and d_q (B, N, L⁺) of equation 6."""
-    return torch.bmm(d_y, kernels).baddbmm_(q, right), core.latent_gradient(d_y, q, to_latent)
+    return add_product(torch.bmm(d_y, kernels), q, right), core.latent_gradient(d_y, q, to_latent)
 
 
 def project(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:

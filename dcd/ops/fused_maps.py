@@ -29,6 +29,7 @@ from dcd.ops import fused_core as core
 from dcd.ops.fused_core import Matrices, Parameters, SavedCore, Settings
 from dcd.ops.image_matrices import Statistics, ToLatent
 from dcd.ops.rows import (
+    add_product,
     as_features,
     as_gradient,
     as_rows,
@@ -87,7 +88,7 @@ class _DynamicMaps(Function):
                 d_x = implementation.input_gradient(d_static_out, weight.flatten(1), left, right)
                 d_x = as_features(d_x, x.shape[2:])
             else:
-                as_rows(d_x).baddbmm_(left, right)
+                add_product(as_rows(d_x), left, right)
         return None, d_x, d_static, d_proj_in, *d_others
 
 
@@ -164,7 +165,7 @@ def combine(static_out: Tensor, channel_scale: Tensor, q: Tensor, read_out: Tens
         (B, N, O), in the dtype of static_out.
     """
     dtype = static_out.dtype
-    return (static_out * channel_scale.to(dtype).unsqueeze(1)).baddbmm_(q, read_out.to(dtype))
+    return add_product(static_out * channel_scale.to(dtype).unsqueeze(1), q, read_out.to(dtype))
 
 
 def combine_backward(

@@ -58,7 +58,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dcd.ops.rows import kept
+from dcd.ops.rows import add_product, kept
 
 
 class Branch(NamedTuple):
@@ -152,9 +152,9 @@ def coefficients_backward(
 ) -> tuple[Tensor, Branch]:
     """The gradients of the descriptor and of the weights."""
     d_phi, d_scale = d_phi.flatten(1), _through_clamp(d_scale, saved.channel_scale)
-    d_y = (d_phi @ branch.to_phi).addmm_(d_scale, branch.to_scale)
+    d_y = add_product(d_phi @ branch.to_phi, d_scale, branch.to_scale)
     d_gates = _through_clamp(d_y * saved.squeezed, saved.gates)
-    d_squeezed = (d_y * saved.gates).addmm_(d_gates, branch.gate)
+    d_squeezed = add_product(d_y * saved.gates, d_gates, branch.gate)
     d_branch = Branch(
         d_squeezed.t() @ saved.descriptor, d_gates.t() @ saved.squeezed, d_phi.t() @ saved.y, d_scale.t() @ saved.y
     )
@@ -235,7 +235,7 @@ def fuse_backward(
     share = scale2 * (-1 / (batch * positions))
     away = mixed * (share * inv2 * d_weight2)
     away.select(1, latent_dim).addcmul_(share, d_bias2)
-    d_mixed = (d_fused * scale2).baddbmm_(moments, away, alpha=positions)
+    d_mixed = add_product(d_fused * scale2, moments, away, alpha=positions)
     d_phi = torch.bmm(d_mixed.transpose(1, 2), first.expand_as(d_mixed))
     q_to_d_q = torch.bmm(away, mixed.transpose(1, 2))
     d_first = torch.baddbmm(d_fused, d_mixed, phi).sum(0)  # [L⁺, L]

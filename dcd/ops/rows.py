@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dcd.ops.recorded import is_recorded
+
 
 def as_rows(features: Tensor) -> Tensor:
     """(B, C, H, W) as (B, H·W, C); a view where the strides are those of channels_last."""
@@ -35,13 +37,14 @@ def round_up(count: int) -> int:
 
 
 def kept(constant: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep the constants that a function makes from its arguments; torch.compile makes them part of its graph, and
-    would warn of a cache. They are made on the device: a copy from the host would break a CUDA graph."""
+    """Keep the constants that a function makes from its arguments; torch.compile, torch.export and torch.jit.trace make
+    them part of their graph. They are made on the device: a copy from the host would break a CUDA graph."""
     cached = lru_cache(maxsize=64)(constant)
 
     @wraps(constant)
     def get(*args) -> Tensor:
-        return constant(*args) if torch.compiler.is_compiling() else cached(*args)
+        is_traced = torch.compiler.is_compiling() or is_recorded()
+        return constant(*args) if is_traced else cached(*args)
 
     get.cache_clear = cached.cache_clear
     return get
@@ -66,7 +69,7 @@ def pool_cells(x: Tensor, size: int) -> Tensor:
 def pooled(x: Tensor, pool_size: int, dtype: torch.dtype) -> Tensor:
     """The pooled input (B, C·D), channel-major. By a product, which is up to 9 times faster on a CPU than
     `F.adaptive_avg_pool2d` of 16 bits, and is summed in float32, too."""
-    cells = pool_cells(x, pool_size).expand(len(x), -1, -1)
+    cells = pool_cells(x, pool_size).expand(x.shape[0], -1, -1)  # len(x) would be a constant of an export
     return mean_product(cells, as_rows(x)).transpose(1, 2).flatten(1).to(dtype)  # from [B, D, C]
 
 
@@ -74,6 +77,15 @@ def mean_product(left: Tensor, right: Tensor) -> Tensor:
     """`leftᵀ right` by the number of rows, inside the product, for in float16 it could overflow before."""
     ignored = left.new_empty(1, 1, 1)
     return torch.baddbmm(ignored, left.transpose(1, 2), right, beta=0, alpha=1 / left.shape[1])
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> Tensor:
+    """`out + alpha · left @ right` of images (B, …) or of matrices, written over out. Not by `baddbmm_` or `addmm_`:
+    PyTorch's `FlopCounterMode` does not count these."""
+    product = torch.baddbmm if out.dim() == 3 else torch.addmm
+    if is_recorded():  # what is recorded may be asked for gradients, which `out=` has none of
+        return product(out, left, right, alpha=alpha)
+    return product(out, left, right, alpha=alpha, out=out)
 
 
 def exact_product(left: Tensor, right: Tensor) -> Tensor:

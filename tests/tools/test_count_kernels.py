@@ -4,6 +4,7 @@ The counts of DCD layers and of networks are those of the code as it is. A chang
 fewer bytes changes them here, and is to be seen here.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import dcd
-from dcd.layers import NormAct, set_path
+from dcd.layers import FORMS, NormAct, set_path
 from dcd.ops.rows import pool_cells
 from tools.count_kernels import HEADS, Rates, count_step, main
 from tools.counting.counter import Launch, counted
@@ -320,3 +322,27 @@ def test_bad_options_end_the_process_with_a_code():
     command = [sys.executable, "-m", "tools.count_kernels", "resnet18", "--amp", "fp16"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("what", ["training", "evaluation", "folded"])
+def test_pytorch_s_own_counter_sees_every_product(form, what):
+    """Forward and backward of the fast path: none is inside of a function, or an operation, that it does not know."""
+    trained, is_training = create_layer(parse_shape("32x48k1s1@9"), f"dcd fused {form}"), what == "training"
+    layer = dcd.deploy.fold(trained) if what == "folded" else trained.train(is_training)
+
+    def run(module: nn.Module, device: torch.device) -> None:
+        x = torch.ones(4, 32, 9, 9, device=device).to(memory_format=torch.channels_last).requires_grad_(is_training)
+        with torch.set_grad_enabled(is_training):
+            y = module(x)
+        if is_training:
+            y.backward(torch.ones_like(y))
+
+    fake = copy.deepcopy(layer).to("meta")
+    with counted(fake) as counter, counter.phase("forward"):
+        run(fake, DEVICE)
+    with FlopCounterMode(display=False) as own:
+        run(layer, torch.device("cpu"))
+    assert own.get_total_flops() == sum(launch.kernel.flops for launch in counter.launches)
+    of_equation = 2 * 4 * dcd.count_macs(trained, (32, 9, 9)) * (3 if is_training else 1)
+    assert 0.7 < own.get_total_flops() / of_equation < 1.5

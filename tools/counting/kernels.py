@@ -173,6 +173,8 @@ def kernels_of(operation: OpOverload, args: tuple, options: dict[str, Any], out:
     name = operation._schema.name.removeprefix("aten::")
     if operation.namespace != "aten" or operation.is_view or name in NOTHING:
         return []
+    if args and options.get("out") is args[0]:  # in place: nothing is copied first
+        name = f"{name}_"
     rule = RULES.get(name)
     passes = list(rule(out, *args, **options)) if rule else [Pass((args, options), out, True)]
     count = flop_registry.get(getattr(aten, name.removesuffix("_"), None))

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch._functorch import config
 
+import dcd
 from tools.profiling.floor import Floor, floor_of
-from tools.profiling.runner import DTYPES, PARTS, Runner, Setting, multiply_adds
+from tools.profiling.runner import DTYPES, PARTS, Runner, Setting
 from tools.profiling.timing import WARM_UP, in_turns, median_ratio, step_seconds, window_seconds
 
 
@@ -123,7 +124,7 @@ def measure(
                 runner = Runner(subject.build(variant), x, setting)
                 first_step_s = step_seconds(runner.train, extent.device)
                 parameters = sum(p.numel() for p in runner.module.parameters())
-                needed = multiply_adds(runner.module, x[:1].detach().float())
+                needed = dcd.count_macs(runner.module, subject.input_shape)
                 of_a_layer = extent.floor and subject.layer
                 memory[variant] = {
                     "parameters": parameters,

@@ -1,6 +1,5 @@
-"""A module with a batch: its steps of training and inference, and what memory and multiply-adds they take."""
+"""A module with a batch: its steps of training and inference, and what memory they take."""
 
-import copy
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import DeviceType, ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import dcd
-from dcd.layers import set_path
 from tools.profiling.timing import graphed, wait
 from training.optim import build_optimizer
 from training.options import OptimConfig
@@ -174,15 +171,3 @@ def saved_bytes(forward: Callable[[], object], excluded: Iterable[Tensor]) -> in
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
     return storage_bytes(saved)
-
-
-def multiply_adds(module: nn.Module, x: Tensor) -> int:
-    """Multiply-adds of the convolutions and matrix products in inference on x (1, C, H, W), in float32.
-
-    Those of a DCD layer are the equation's, whichever path computes it: no counter sees into a kernel.
-    """
-    module = copy.deepcopy(module).eval()
-    set_path(module, "reference")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(x)
-    return counter.get_total_flops() // 2
