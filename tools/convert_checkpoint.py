@@ -30,7 +30,7 @@ from dcd.checkpoint_file import AVERAGES, DESCRIPTION, WEIGHTS, CheckpointError
 from dcd.model_file import ModelFile, read_model_file
 from dcd.upstream import is_dynamic, own_state, timm_names, upstream_names
 from tools.model_card import model_card
-from training.command_line import parse
+from training.command_line import CHOICES, Choice, parse
 from training.folder_sync import sync_folder
 
 Form = Literal["own", "official", "timm", "safetensors"]
@@ -238,7 +238,7 @@ def main(
     arch: Annotated[str | None, tyro.conf.arg(aliases=("-a",))] = None,
     width_mult: float | None = None,
     fc_squeeze: int | None = None,
-    ema: Literal["auto", "yes", "no"] = "auto",
+    ema: Choice = "auto",
     force: bool = False,
 ) -> None:
     """Convert the weights of a model to another form.
@@ -254,7 +254,7 @@ def main(
         force: write over what is there.
     """
     try:
-        average = {"auto": None, "yes": True, "no": False}[ema]
+        average = CHOICES[ema]
         file = read_model_file(source, arch, ema=average, width_mult=width_mult, fc_squeeze=fc_squeeze)
         check_target(file.weights.path, target, to, force)
         contents, notes = convert(file, target, to)

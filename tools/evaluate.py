@@ -28,7 +28,7 @@ from tools.evaluation.report import corruption_sections, sections
 from training import distributed
 from training.build import build_model, errors_in_one_line, open_loader, open_ranks
 from training.classes import Classes
-from training.command_line import parse
+from training.command_line import CHOICES, Choice, parse
 from training.config import Config
 from training.distributed import Ranks
 from training.evaluator import Evaluator
@@ -39,9 +39,6 @@ from training.run_log import RunLog, resolve, write_json
 
 # What a checkpoint of ours says about itself and its images; options override it.
 OF_CHECKPOINT = ("arch", *SHAPE_OPTIONS, *FUNCTION_OPTIONS, "input_size", "eval_size", "eval_crop", "eval_flip")
-
-Choice = Literal["auto", "yes", "no"]
-CHOICES = {"auto": None, "yes": True, "no": False}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from tools.exporting.formats import FORMATS, Format, Model
 from tools.profiling.machine import describe_machine, version
 from tools.profiling.report import markdown_table
 from tools.profiling.timing import in_turns, median_ratio, window_seconds
-from training.command_line import parse
+from training.command_line import CHOICES, Choice, parse
 
 BATCHES = 1, 3, 8  # that the file is checked on
 TOLERANCE = 1e-4  # of the largest logit
@@ -49,7 +49,7 @@ def main(
     arch: str | None = None,
     width_mult: float | None = None,
     fc_squeeze: int | None = None,
-    ema: bool | None = None,
+    ema: Choice = "auto",
     batch_size: int = 8,
     window_s: float = 0.5,
 ) -> None:
@@ -64,7 +64,7 @@ def main(
         arch: name of the model, where the checkpoint does not say it.
         width_mult: of a MobileNetV2, where the checkpoint does not say it.
         fc_squeeze: of a MobileNetV2 with DCD, where the checkpoint does not say it.
-        ema: take the moving average of the weights, or not; by default what the best evaluation was of.
+        ema: whether to take the moving average of the weights; by default what the best evaluation was of.
         batch_size: images in a batch of the measurement.
         window_s: seconds of each of its windows.
     """
@@ -74,7 +74,7 @@ def main(
             sys.exit(f"error: {name} {value}: must be at least {least}")
     try:
         kind = choose_format(out, format, device)
-        model = dcd.load(checkpoint, arch, ema=ema, **shape)
+        model = dcd.load(checkpoint, arch, ema=CHOICES[ema], **shape)
         if size is not None:
             model.preprocessing = replace(model.preprocessing, size=size)
         # Convolutions of a GPU in float32, as the rest: what differs is to be the export.
@@ -134,7 +134,8 @@ def export(model: nn.Module, kind: Format, out: Path) -> tuple[Model, dict[int, 
     }
     unchecked = out.with_name(f"{out.stem}.unchecked{out.suffix}")
     try:
-        with warnings.catch_warnings(action="ignore"):  # they are for who wrote the exporters; the check follows
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are for who wrote the exporters; the check follows
             program = trace(dcd.deploy.fold(model), random_images(model, BATCHES[-1]))
             unchecked.write_bytes(kind.make(program, description))
             written, found = kind.load(unchecked)

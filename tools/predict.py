@@ -33,7 +33,7 @@ from pipelines.sources.errors import DataError
 from pipelines.sources.images import BadImage, examine, has_native
 from pipelines.sources.listing import list_tree
 from pipelines.threads import Threads
-from training.command_line import parse
+from training.command_line import CHOICES, Choice, parse
 
 T = TypeVar("T")
 BATCHES_AHEAD = 2  # prepared images that wait for the model
@@ -229,7 +229,7 @@ def main(
     arch: Annotated[str | None, tyro.conf.arg(aliases=("-a",))] = None,
     width_mult: float | None = None,
     fc_squeeze: int | None = None,
-    ema: Literal["auto", "yes", "no"] = "auto",
+    ema: Choice = "auto",
     top: int = 5,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     device: Literal["auto", "cuda", "cpu"] = "auto",
@@ -262,7 +262,7 @@ def main(
         on_gpu = device != "cpu" and torch.cuda.is_available()
         paths, notes = find_images(images)
         try:
-            average = {"auto": None, "yes": True, "no": False}[ema]
+            average = CHOICES[ema]
             model = dcd.load(checkpoint, arch, ema=average, width_mult=width_mult, fc_squeeze=fc_squeeze)
         except ValueError as error:  # also of an option that the model does not take
             raise DataError(str(error)) from error

@@ -12,11 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
 from types import NoneType
-from typing import Annotated, Any, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 USUAL = "usual"  # marks an option that the short help has
 ONE_RUN = "one run"  # marks an option that another run does not take over from a `config.json`
 OF_DATA = "of the data"  # and one that it does not with other data
+
+Choice = Literal["auto", "yes", "no"]  # of an option that a checkpoint decides on, unless it is given
+CHOICES = {"auto": None, "yes": True, "no": False}
 
 
 class OptionError(ValueError):
