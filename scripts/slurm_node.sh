@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# One node's part of scripts/slurm.sh, which starts it there: copies the data to the node's disk, then starts its ranks.
+set -euo pipefail
+data=$1 output=$2
+shift 2
+PATH="${VENV:-$PWD/.venv}/bin:$PATH"
+disk=${LOCAL_DISK-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
+if [ -n "$disk" ]; then
+    data=$(python -m tools.stage_dataset "$data" "$disk") # prints where to read: there, or where it was
+fi
+exec torchrun --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="${GPUS:-gpu}" \
+    --master-addr="$HEAD" --master-port="$PORT" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    train_dist.py "$@" -d "$data" -c "$output"
