@@ -35,14 +35,14 @@ fi
 
 # The ranks meet on the first node, where this script and rank 0 run, too.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export HEAD=${hosts%%$'\n'*} PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
 # torchrun does not pass on the exit code of its ranks, so the run says in this file how it ended.
 status() { cat "$output/status.json" 2>/dev/null || true; }
 before=$(status)
 
-# A step in which one task has ended is over a minute later: the others may still write a checkpoint, but not hang.
-srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=60 \
+# When a task has ended, the others have a minute: to write a checkpoint, but not to wait for it for ever.
+srun --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 --wait=60 \
     scripts/slurm_node.sh "$@" &
 srun=$!
 

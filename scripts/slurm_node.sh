@@ -8,7 +8,8 @@ disk=${LOCAL_DISK-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
 if [ -n "$disk" ]; then
     data=$(python -m tools.stage_dataset "$data" "$disk") # prints where to read: there, or where it was
 fi
+# Two hours for all nodes to come here: one of them may have the copy already.
 exec torchrun --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="${GPUS:-gpu}" \
-    --master-addr="$HEAD" --master-port="$PORT" \
+    --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --rdzv-conf=timeout=7200 \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     train_dist.py "$@" -d "$data" -c "$output"
