@@ -43,7 +43,7 @@ def test_every_machine_has_gpus_shared_memory_and_time_for_a_checkpoint(job):
 
 
 def test_its_command_trains_with_the_operators_variables(job, tiny, tmp_path):
-    """Those of its version 1.8 and later, one rank in a pod. Only the paths are of this machine."""
+    """One rank in a pod; only the paths are of this machine."""
     pods = containers(job)
     out, port, command = tmp_path / "out", str(free_port()), tmp_path / "bin" / "dcd-train"
     command.parent.mkdir()
