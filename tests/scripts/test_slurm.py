@@ -95,9 +95,9 @@ def test_a_job_on_two_nodes_is_preempted_and_goes_on(tiny, slurm, tmp_path):
     data, out = converted(tiny, tmp_path / "imagenet"), tmp_path / "out"
     args = [data, out, *SMALL, "-b", 12, "--epochs", 6, "-p", 1]
     job = submit(slurm, tmp_path, *args)
-    until(lambda: not job.running or ((out / "metrics.jsonl").exists() and lines(out, "train")))
+    until(lambda: not job.running or ((out / "metrics.jsonl").exists() and lines(out, "train")), 240)
     job.signal(signal.SIGUSR1)
-    assert job.wait(60) == [75], job.output
+    assert job.wait(120) == [75], job.output
     assert read(out, "status.json")["state"] == "preempted"
     assert read(out, "config.json")["world_size"] == 2
     assert job.output.count("the same command goes on from") == 1
@@ -108,7 +108,7 @@ def test_a_job_on_two_nodes_is_preempted_and_goes_on(tiny, slurm, tmp_path):
     before = job.output
 
     job = submit(slurm, tmp_path, *args)
-    assert job.wait(120) == [0], job.output
+    assert job.wait(240) == [0], job.output
     after = job.output.removeprefix(before)
     assert after.count("going on from") == 1 and after.count("is there already") == 2
     assert read(out, "status.json")["state"] == "finished"
