@@ -22,7 +22,7 @@ DEMO_FLAGS ?= -a resnet18_dcd --zero-init-fusion -d data/digits_beton -c runs/de
 	--crop-area 0.6 1.0 -p 22
 DEMO_TRAIN = $(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) train_dist.py $(DEMO_FLAGS)
 
-.PHONY: help setup test test-faults fuzz soak wheel lint format sample dataset demo bench-model bench-loader \
+.PHONY: help setup test test-faults fuzz soak wheel image lint format sample dataset demo bench-model bench-loader \
 	bench-conversion profile profile-layers profile-throughput gpu-check clean
 
 help:  ## List the targets
@@ -62,9 +62,13 @@ wheel: setup  ## Build a wheel with the decoder compiled: dist/*.whl
 	DCD_PREBUILT=1 PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip wheel --no-deps -q -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl
 
+image:  ## Build a Docker image with the commands: dcd-trainer (ARGS="--build-arg BASE=...")
+	docker build -f scripts/Dockerfile -t dcd-trainer $(ARGS) .
+
 lint: setup  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck scripts/*.sh tools/*.sh .ci/run
 
 format: setup  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
