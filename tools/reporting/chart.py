@@ -79,7 +79,7 @@ def chart(
         unit: of the values, for the title. x_range: of the horizontal axis, the same for all charts of a kind.
         may_be_log: values that span decades are drawn on a logarithmic axis, and the title says so.
     """
-    drawn = [(curve, thin(curve.points)) for curve in curves]
+    drawn = [(curve, thin(curve.points)) for curve in curves if curve.points]
     values = [value for _, points in drawn for _, value in points if value is not None]
     if not values:
         return f"<figure><h3>{escape(title)}</h3><p class=none>No run has logged it.</p></figure>"
@@ -88,7 +88,7 @@ def chart(
     what = ", ".join(filter(None, [unit, "logarithmic" if y.is_log else ""]))
     parts = [*_grid(x, y, x_title), f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" />']
     parts += [part for curve, points in drawn for part in _curve(curve, points, x, y)]
-    legend = "".join(f"<li>{_sample(curve)}{escape(curve.label)}</li>" for curve, points in drawn if points)
+    legend = "".join(f"<li>{_sample(curve)}{escape(curve.label)}</li>" for curve, _ in drawn)
     label = escape(f"{title}{f' ({what})' if what else ''}")
     return (
         f'<figure><h3>{label}</h3><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
@@ -165,7 +165,7 @@ def number(value: float) -> str:
 SCRIPT = """
 for (const svg of document.querySelectorAll("svg.chart")) {
   const cursor = svg.querySelector(".cursor"), output = svg.parentNode.querySelector("output");
-  const curves = [...svg.querySelectorAll(".curve")].map(curve => ({
+  const curves = [...svg.querySelectorAll(".curve")].filter(curve => curve.dataset.values).map(curve => ({
     label: curve.dataset.label, at: curve.dataset.at.split(" ").map(Number), values: curve.dataset.values.split(" "),
   }));
   svg.addEventListener("pointermove", event => {
