@@ -33,11 +33,12 @@ NASTY = "<b>&\"'one"  # a class
 # --- in a browser ---
 
 
-def browse(page: Path, folder: Path, *options: str) -> str:
-    """What Chromium prints, with a profile of its own and without a network."""
+def browse(page: Path, screenshot: Path) -> str:
+    """The elements of a page after its scripts, and a picture of it, by Chromium with a profile of its own."""
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=2000"
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", *options, page.as_uri()]
+    flags += " --disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=2000 --dump-dom"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={page.parent / 'profile'}", "--window-size=1280,1600"]
+    command += [f"--screenshot={screenshot}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -57,7 +58,7 @@ def test_a_browser_shows_two_runs(main, digits, tmp_path, capsys):
     text = page.read_text()
     assert not re.search(r"(https?:)?//\w|url\(|@import", re.sub(r"data:image/jpeg;base64,[\w+/=]*", "", text))
 
-    dom = browse(page, tmp_path, "--dump-dom")
+    dom = browse(page, tmp_path / "page.png")
     assert 'data-scripts="done"' in dom and "data-error" not in dom
     assert re.findall(r"<h2>(.*?)</h2>", dom) == SECTIONS
     assert dom.count('<svg class="chart"') == 7 and "Left out" not in dom and "No run" not in dom
@@ -71,7 +72,6 @@ def test_a_browser_shows_two_runs(main, digits, tmp_path, capsys):
     assert dom.count('<img src="data:image/jpeg;base64,') == sum(wrong) and len(wrong) == 2
     assert escape(NASTY) in text and NASTY not in text
 
-    browse(page, tmp_path, f"--screenshot={tmp_path / 'page.png'}", "--window-size=1280,1600")
     with Image.open(tmp_path / "page.png") as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     assert image.format == "PNG" and image.size == (1280, 1600) and len(np.unique(pixels, axis=0)) > 100
