@@ -50,7 +50,7 @@ def train(trainer: Trainer) -> None:
             "--evaluate it, or train on with more --epochs"
         )
         return
-    log.open(resolve(config, ranks), progress.global_step)
+    log.open(resolve(config, ranks), progress.global_step, config.run.services)
     listener = NO_LISTENER
     if config.run.profile is not None:
         listener = RunProfile(config, ranks, trainer.model, find_setting(config, ranks), log)

@@ -40,7 +40,7 @@ def build_loader(
         )
     if config.batch_size % augmentation.repeats:
         raise DataError(f"--repeats {augmentation.repeats} must divide --batch-size {config.batch_size}")
-    source = _open_source(config, split)
+    source = open_source(config, split)
     backend = _choose_backend(source, place.device) if config.backend == "auto" else config.backend
     if backend not in BACKENDS:
         raise DataError(f"unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
@@ -51,7 +51,12 @@ def build_loader(
     return Loader(source, executor, training, config, augmentation, place, seed)
 
 
-def _open_source(config: DataConfig, split: str) -> Source:
+def open_source(config: DataConfig, split: str) -> Source:
+    """The images of one split, from .beton files where there are any, else from class folders.
+
+    Raises:
+        DataError: missing or damaged data.
+    """
     if config.backend == "synthetic":
         from pipelines.sources.synthetic import SyntheticSource
 

@@ -12,6 +12,7 @@ STDLIB = set(sys.stdlib_module_names)
 OURS = {"dcd", "pipelines", "training", "train_dist", "hubconf", "tools", "benchmarks", "tests"}
 # imported where they are used
 OPTIONAL = {"nvidia", "ffcv", "triton", "apex", "timm", "onnx", "onnxruntime", "onnxscript", "safetensors"}
+OPTIONAL |= {"wandb", "mlflow"}
 # are made of an optional package, timm or Triton, so they are imported like it
 KERNELS = ("coefficients", "combine", "gradients", "latent", "matrices", "norm", "project")
 MADE_OF_OPTIONAL = ("dcd.timm", *(f"dcd.ops.triton_{name}" for name in KERNELS))
@@ -180,8 +181,9 @@ def test_in_training_only_build_and_config_join_models_and_data():
         module = module_name(path)
         if below(module, "training") and module not in ("training.build", "training.config"):
             assert not {"dcd", "pipelines"} <= {name.split(".")[0] for name, _, _ in found}, path
-            # Optimizers are training's own, those of other packages, too.
-            handed_in = ("dcd.models", "dcd.layers", "pipelines", "torchvision", *(OPTIONAL - {"apex", "timm"}))
+            # Optimizers and the log are training's own, those of other packages, too.
+            its_own = {"apex", "timm", "wandb", "mlflow"}
+            handed_in = ("dcd.models", "dcd.layers", "pipelines", "torchvision", *(OPTIONAL - its_own))
             assert not [name for name, _, _ in found if below(name, *handed_in)], path
 
 

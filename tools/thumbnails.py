@@ -1,4 +1,4 @@
-"""A page of thumbnails that shows what a dataset holds: one file without scripts, which opens offline."""
+"""Thumbnails, and a page of them that shows what a dataset holds: one file without scripts, which opens offline."""
 
 import base64
 import io
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.sources.errors import DataError
@@ -56,16 +57,31 @@ def write_page(path: Path, title: str, text: str, rows: Iterable[Row]) -> None:
         file.write("</body></html>\n")
 
 
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture for a page: the address is all of it, as a data: URI. width, height: in pixels."""
+
+    address: str
+    width: int
+    height: int
+
+
+def thumbnail(pixels: NDArray[np.uint8]) -> Thumbnail:
+    """Of pixels (H, W, 3), RGB: at most SIDE wide and high."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=75)
+    code = base64.b64encode(file.getvalue()).decode()
+    return Thumbnail(f"data:image/jpeg;base64,{code}", image.width, image.height)
+
+
 def _images(row: Row) -> Iterator[str]:
     for index, what in row.images:
         try:
-            image = Image.fromarray(np.ascontiguousarray(row.source.examine(index).pixels))
+            shown = thumbnail(row.source.examine(index).pixels)
         except DataError as error:
             yield f"<span>{escape(str(error))}</span>"
             continue
-        image.thumbnail((SIDE, SIDE))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=75)
-        code = base64.b64encode(file.getvalue()).decode()
-        size = f'width="{image.width}" height="{image.height}"'
-        yield f'<img src="data:image/jpeg;base64,{code}" {size} alt="" title="{escape(what)}" loading="lazy">'
+        size = f'width="{shown.width}" height="{shown.height}"'
+        yield f'<img src="{shown.address}" {size} alt="" title="{escape(what)}" loading="lazy">'

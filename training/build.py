@@ -31,6 +31,7 @@ from training.precision import autocast_dtype
 from training.profile.verdict import Setting
 from training.run_log import RunLog
 from training.saver import DivergedError
+from training.services import check_installed
 from training.trainer import Trainer
 
 SETUP_TIMEOUT_S = 1800.0
@@ -107,6 +108,7 @@ def _open_parts(config: Config, write_log: bool) -> Iterator[Parts]:
 @contextmanager
 def _build_parts(config: Config, ranks: Ranks, write_log: bool) -> Iterator[Parts]:
     """Loaders and log are closed at the end."""
+    check_installed(config.run.services)
     config, weights = read_weights(config)
     with ExitStack() as stack:
         with distributed.first_on_machine(ranks):  # it reads the sizes of the images, the others find them

@@ -162,6 +162,10 @@ class RunConfig:
     """How many of the newest checkpoints are kept: last.pth, last.1.pth, ..."""
     timeout: float = 1800.0
     """Seconds without any progress after which a run ends, with the name of the rank that it hangs on."""
+    wandb: bool = False
+    """Send the figures and the options to Weights & Biases as well (pip install wandb)."""
+    mlflow: bool = False
+    """Send the figures and the options to MLflow as well (pip install mlflow)."""
     max_bad_steps: int = 0
     """Steps whose loss or gradient is not finite that are left out before the run ends."""
     stop_after_steps: Annotated[int | None, "one run"] = None
@@ -177,6 +181,11 @@ class RunConfig:
         require(not (self.dry_run and self.evaluate), "--dry-run tries a training: leave out --evaluate")
         longest = 30 * 86400  # the group's own limit is a little longer, and must fit into a timedelta
         require(1 <= self.timeout <= longest, f"--timeout {self.timeout}: must lie between 1 and {longest} seconds")
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """Those of `training.services` that get a copy of the log."""
+        return tuple(name for name in ("wandb", "mlflow") if getattr(self, name))
 
 
 def require(holds: bool, message: str) -> None:

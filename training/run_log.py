@@ -4,11 +4,13 @@ Files:
 
     config.json     every option, versions, device, git commit
     metrics.jsonl   one JSON object a line: {"kind": "train" | "eval" | "eval_ema", "global_step", "epoch", ...}
-    tensorboard/    the same numbers as TensorBoard events
+    tensorboard/    the same numbers as TensorBoard events, the options, and a grid of the first training images
     checkpoints/    last.pth, best.pth
     summary.json    the result
     status.json     {"state": "running" | "finished" | "stopped" | "preempted" | "failed", "time": ...}
     .lock           held by the process that writes here
+
+and by --wandb and --mlflow, wandb.json and mlflow.json with the name by which the service knows the run.
 """
 
 import errno
@@ -28,13 +30,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import dcd
 from training.config import Config
 from training.distributed import Ranks
+from training.event_log import EventLog
 from training.folder_lock import FolderLock
 from training.precision import autocast_dtype
+from training.services import Service
 
 
 class RunLog:
@@ -50,7 +55,7 @@ class RunLog:
         self._show_bar = enabled and sys.stderr.isatty()
         self._lock: FolderLock | None = None
         self._metrics: io.FileIO | None = None
-        self._events: Any = None
+        self._copies: list[EventLog | Service] = []  # where the figures go as well
         self._lost: dict[str, int] = {}  # lines that could not be written to a file
 
     def claim(self) -> None:
@@ -68,15 +73,16 @@ class RunLog:
             content = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             self._try("status.json", lambda: write_json(self.folder / "status.json", content))
 
-    def open(self, resolved: dict, global_step: int) -> None:
+    def open(self, resolved: dict, global_step: int, services: tuple[str, ...] = ()) -> None:
         """Write `config.json`, and continue the metrics from `global_step`.
 
         Lines that a stopped run wrote after its last checkpoint are dropped: those steps are done again.
+
+        Args:
+            services: which of `training.services` get a copy; they are installed.
         """
         if not self.enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import; the other ranks don't need it
-
         self.set_state("running")
         write_json(self.folder / "config.json", resolved)
         metrics = self.folder / "metrics.jsonl"
@@ -85,14 +91,33 @@ class RunLog:
             _replace(metrics, "".join(f"{line}\n" for line in kept))
         threading.excepthook = partial(_thread_failed, threading.excepthook)
         self._metrics = open(metrics, "ab", buffering=0)  # a line that cannot be written is dropped, not retried
-        self._events = SummaryWriter(_in_utf8(self.folder / "tensorboard"), purge_step=global_step + 1)
+        self._copies = [EventLog(self.folder, resolved.get("config", {}), global_step)]
+        self._copies += [self._open_service(name, resolved, global_step) for name in services]
+
+    def _open_service(self, name: str, resolved: dict, global_step: int) -> Service:
+        file = self.folder / f"{name}.json"
+        run_id = json.loads(file.read_text())["run_id"] if global_step and file.exists() else None
+        return Service(
+            name, self.folder, run_id, resolved, lambda run_id: write_json(file, {"run_id": run_id}), self.say
+        )
 
     def write(self, kind: str, global_step: int, **values: float) -> None:
-        """One line in `metrics.jsonl` and the same numbers in TensorBoard, under `kind`."""
+        """One line in `metrics.jsonl` and the same numbers in its copies, under `kind`."""
         if self.enabled:
             line = json.dumps(_finite({"kind": kind, "global_step": global_step, **values}), allow_nan=False) + "\n"
             self._try("metrics.jsonl", lambda: self._write_line(line))
-            self._try("tensorboard", lambda: self._add_scalars(kind, values, global_step))
+            for copy in list(self._copies):
+                self._copy(copy, lambda copy=copy: copy.add(kind, values, global_step))
+
+    @property
+    def wants_images(self) -> bool:
+        """Whether `write_images` is still to be called for this run."""
+        return any(copy.wants_images for copy in self._copies)
+
+    def write_images(self, name: str, global_step: int, images: Tensor) -> None:
+        """A grid of images (N, 3, H, W), in [0, 1], in TensorBoard."""
+        for copy in [copy for copy in self._copies if copy.wants_images]:
+            self._copy(copy, lambda copy=copy: copy.add_images(name, images, global_step))
 
     def _write_line(self, line: str) -> None:
         data = line.encode()
@@ -101,21 +126,24 @@ class RunLog:
         if self._metrics.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _add_scalars(self, kind: str, values: dict[str, float], global_step: int) -> None:
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(f"{kind}/{name}", value, global_step)
+    def _copy(self, copy: EventLog | Service, write: Callable[[], None]) -> None:
+        if not self._try(copy.name, write):
+            self._copies.remove(copy)  # TensorBoard's thread has ended
 
-    def _try(self, name: str, write: Callable[[], None]) -> None:
-        """A full disk does not stop training: lost writes are counted, and reported at the first one and at the end."""
+    def _try(self, name: str, write: Callable[[], None]) -> bool:
+        """A full disk does not stop training: lost writes are counted, and reported at the first one and at the end.
+
+        Returns:
+            whether it is written.
+        """
         try:
             write()
         except OSError as error:
             self._lost[name] = self._lost.get(name, 0) + 1
             if self._lost[name] == 1:
                 self.say(f"warning: cannot write {self.folder / name} ({error}); training goes on without")
-            if name == "tensorboard":
-                self._events = None  # its thread has ended
+            return False
+        return True
 
     def say(self, text: str) -> None:
         """Print a line on the terminal, above the progress bar."""
@@ -150,8 +178,9 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-            if self._events is not None:
-                self._try("tensorboard", self._events.close)
+            for copy in self._copies:
+                self._try(copy.name, copy.close)
+            self._copies = []
             if summary is not None:
                 write_json(self.folder / "summary.json", summary)
             for name, count in self._lost.items():
@@ -215,16 +244,6 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def _in_utf8(folder: Path) -> str:
-    """A path of the folder that TensorBoard accepts: its own, or /proc/self/fd/N if its own is not UTF-8."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        return f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}"
-    return str(folder)
 
 
 def _step_of(line: str) -> float:

@@ -119,6 +119,11 @@ class TrainStep:
             self.ema.count()
         return StepRecord(progress.global_step, indices, finite, skipped)
 
+    def mixed(self, batch: tuple, most: int) -> Tensor:
+        """The first images of the last step's batch, at most so many, as the network saw them: (N, 3, H, W)."""
+        images, labels = (part.chunk(self.optim.accumulate)[0][:most] for part in batch[:2])
+        return self._mixer(images, labels)[0]
+
     def _compute(self, images: Tensor, labels: Tensor, listener: StepListener = NO_LISTENER) -> tuple[Tensor, Tensor]:
         """All that the device does in a step. Returns `finite` and `skipped` of its record."""
         optim, parts = self.optim, self.optim.accumulate

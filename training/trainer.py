@@ -24,6 +24,8 @@ from training.saver import DIVERGED, DivergedError, Saver
 from training.step_listener import NO_LISTENER, StepListener
 from training.train_step import StepRecord, TrainStep
 
+SHOWN_IMAGES = 16  # of the first training batch, in TensorBoard
+
 
 class Trainer:
     """Trains one model, epoch by epoch.
@@ -91,6 +93,8 @@ class Trainer:
         for batch in steps:
             self._records.append(self.train_step(batch, progress, listener))
             progress.step += 1
+            if self.log.wants_images:
+                self._show_images(batch)
             self._steps_here += 1
             self.log.advance()
             due = run.checkpoint_steps is not None and progress.global_step % run.checkpoint_steps == 0
@@ -106,6 +110,14 @@ class Trainer:
     @property
     def _epoch_of_epochs(self) -> str:
         return f"{self.progress.epoch + 1}/{self.config.optim.epochs}"
+
+    def _show_images(self, batch: tuple) -> None:
+        """What the network really sees, once, at the beginning of a run; it waits for the device."""
+        mean, std = (
+            torch.tensor(of)[:, None, None] for of in (self.config.preprocessing.mean, self.config.preprocessing.std)
+        )
+        images = self.train_step.mixed(batch, SHOWN_IMAGES).float().cpu() * std + mean
+        self.log.write_images("train/images", self.progress.global_step, images.clamp(0, 1))
 
     def _log_steps(self, watch: Stopwatch) -> None:
         """Read the sums of the last steps (the only place where training waits for the device) and log them."""

@@ -8,6 +8,8 @@ from tools.evaluation.kinds import SEVERITIES
 from tools.profiling.report import markdown_table
 
 COLUMNS = ("images", "top-1 %", "top-5 %", "loss", "ECE %")
+WORST = ("worst classes", "images", "top-1 %", "most often taken for")
+CONFUSED = ("most confused: class", "taken for", "images")
 
 
 def summary_cells(found: dict[str, Any]) -> list[str]:
@@ -19,7 +21,7 @@ def summary_cells(found: dict[str, Any]) -> list[str]:
 
 def sections(found: dict[str, Any], rows: int) -> Iterator[str]:
     """The tables of data that is evaluated as a whole; `rows` of the worst classes and of the most confused pairs."""
-    names, words, real = found["names"], found["words"], found.get("real")
+    real = found.get("real")
     table = [["all", *summary_cells(found)]]
     if real is not None:
         table.append([f"ReaL ({real['without_labels']:,} without labels left out)", *summary_cells(real)])
@@ -30,22 +32,37 @@ def sections(found: dict[str, Any], rows: int) -> Iterator[str]:
         if each["images"]
     ]
     yield markdown_table(["confidence %", "images", "mean confidence %", "accuracy %"], bins)
-    mistakes = [row for row in found["confusion"] if row[0] != row[1]]
-    taken_for: dict[int, list[int]] = {}
-    for label, answer, images in mistakes:
+    if worst := worst_classes(found, rows):
+        yield markdown_table(WORST, worst)
+    if confused := most_confused(found, rows):
+        yield markdown_table(CONFUSED, confused)
+
+
+def worst_classes(found: dict[str, Any], rows: int) -> list[list[str]]:
+    """The cells under WORST, of so many classes at most."""
+    names, words, taken_for = found["names"], found["words"], {}
+    for label, answer, images in _mistakes(found):
         taken_for.setdefault(label, [answer, images])
-    worst = sorted(found["classes"], key=lambda each: each["top1"])[:rows]
-    if worst:
-        label_of = {name: label for label, name in enumerate(names)}
-        cells = []
-        for each in worst:
-            answer = taken_for.get(label_of[each["class"]])
-            most = f"{called(names[answer[0]], words)} ({answer[1]:,})" if answer else "–"
-            cells.append([called(each["class"], words), f"{each['images']:,}", f"{each['top1']:.2f}", most])
-        yield markdown_table(["worst classes", "images", "top-1 %", "most often taken for"], cells)
-    if mistakes[:rows]:
-        pairs = [[called(names[a], words), called(names[b], words), f"{images:,}"] for a, b, images in mistakes[:rows]]
-        yield markdown_table(["most confused: class", "taken for", "images"], pairs)
+    label_of, cells = {name: label for label, name in enumerate(names)}, []
+    for each in sorted(found["classes"], key=lambda each: each["top1"])[:rows]:
+        answer = taken_for.get(label_of[each["class"]])
+        most = f"{called(names[answer[0]], words)} ({answer[1]:,})" if answer else "–"
+        cells.append([called(each["class"], words), f"{each['images']:,}", f"{each['top1']:.2f}", most])
+    return cells
+
+
+def most_confused(found: dict[str, Any], rows: int) -> list[list[str]]:
+    """The cells under CONFUSED, of so many pairs of classes at most."""
+    names, words = found["names"], found["words"]
+    return [
+        [called(names[label], words), called(names[answer], words), f"{images:,}"]
+        for label, answer, images in _mistakes(found)[:rows]
+    ]
+
+
+def _mistakes(found: dict[str, Any]) -> list[list[int]]:
+    """[label, answer, images] of those pairs that differ, the most frequent first."""
+    return [row for row in found["confusion"] if row[0] != row[1]]
 
 
 def corruption_sections(found: dict[str, Any]) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""What `tools.report` shows: runs as they are in their folders, curves, and what their models do with images."""
