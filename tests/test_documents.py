@@ -41,8 +41,8 @@ DRAWINGS = {
     "docs/dynamic_layers.md": ("u = bn1(Q x)",),
     "docs/training.md": ("config.json ",),
 }
-# Options of programs that are not ours.
-FOREIGN = {"--ipc", "--shm-size"}
+# Options of Docker and Slurm.
+FOREIGN = {"--gpus-per-node", "--ipc", "--requeue", "--shm-size", "--signal"}
 
 
 def kind(block: Block) -> str:
