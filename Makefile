@@ -62,9 +62,10 @@ wheel: setup  ## Build a wheel with the decoder compiled: dist/*.whl
 	DCD_PREBUILT=1 PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip wheel --no-deps -q -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl
 
-lint: setup  ## Check style and format
+lint: setup  ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 format: setup  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .

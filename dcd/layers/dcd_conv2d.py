@@ -112,6 +112,7 @@ class DCDConv2d(nn.Module):
 
     def _running(self) -> Statistics:
         bn1, bn2 = self.bn1, self.bn2
+        # pyrefly: ignore[bad-argument-type]: plain norms have them
         return Statistics(bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var)
 
     def _needs_gradients(self, x: Tensor) -> bool:
