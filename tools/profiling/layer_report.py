@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tools.profiling.measure import Row
 from tools.profiling.parts import PartTime
@@ -66,7 +67,7 @@ def layer_sums(rows: Iterable[Row]) -> str:
     sums: list[Row] = []
     for found in groups(rows, lambda row: row.variant).values():
         measured = [name for name in SUMMED if getattr(found[0], name) is not None]
-        total = {name: sum(row.count * getattr(row, name) for row in found) for name in measured}
+        total: dict[str, Any] = {name: sum(row.count * getattr(row, name) for row in found) for name in measured}
         static = vars(sums[0]) if sums else total
         for mode in ("training", "inference"):
             if f"{mode}_ms" in total:
