@@ -1,6 +1,6 @@
 """The figures of layers and networks as Markdown tables and as plots."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ SUM_HEADS = ("variant", "multiply-adds M", "forward ms", "backward ms", "update 
 SUM_HEADS += ("training to static", "inference ms", "inference to static", "saved for backward MiB")
 
 
-def columns_of(*heads: str) -> Columns[Row]:
+def columns_of(*heads: str) -> dict[str, Callable[[Row], object]]:
     return {head: COLUMNS[head] for head in heads}
 
 
