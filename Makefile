@@ -65,7 +65,7 @@ wheel: setup  ## Build a wheel with the decoder compiled: dist/*.whl
 lint: setup  ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+	$(BIN)/pyrefly check
 
 format: setup  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
