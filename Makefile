@@ -65,10 +65,11 @@ wheel: setup  ## Build a wheel with the decoder compiled: dist/*.whl
 image:  ## Build a Docker image with the commands: dcd-trainer (ARGS="--build-arg BASE=...")
 	docker build -f scripts/Dockerfile -t dcd-trainer $(ARGS) .
 
-lint: setup  ## Check style and format
+lint: setup  ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/shellcheck scripts/*.sh tools/*.sh .ci/run
+	$(BIN)/pyrefly check
 
 format: setup  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .

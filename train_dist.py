@@ -94,6 +94,7 @@ def evaluate(evaluator: Evaluator) -> None:
     """Evaluate --weight, or else the run's own best checkpoint (its moving average with --ema); keep the figures."""
     config, ranks, log, path = evaluator.config, evaluator.ranks, evaluator.log, evaluator.config.model.weight
     result = evaluator.evaluate()
+    assert result is not None  # only a training listens to a signal to stop
     log.say(f"{path}: loss {result.loss:.6f} top1 {result.top1:.3f} top5 {result.top5:.3f} ({result.counted})")
     if result.not_finite:
         log.say(f"warning: {result.warning}")

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -103,7 +103,7 @@ class Row:
 
 def ours(setting: Setting, root: Path, **options: Any) -> Epochs:
     """One of our executors, float32 and normalised. options: of `DataConfig`."""
-    usual = {"batch_size": setting.batch_size, "workers": setting.workers, "input_size": setting.size}
+    usual: dict[str, Any] = {"batch_size": setting.batch_size, "workers": setting.workers, "input_size": setting.size}
     config = DataConfig(root, **{**usual, **options})
     loader = build_loader(config, "train", Place(device=torch.device(setting.device)))
     epochs = iter(range(10**6))
@@ -331,7 +331,7 @@ def count_epoch(pool: ProcessPoolExecutor, row: Row, setting: Setting) -> None:
 
 
 @contextmanager
-def errors_in(row: Row) -> Iterator[None]:
+def errors_in(row: Row) -> Generator[None]:
     """An error in the body becomes the row's result; the other rows go on."""
     try:
         yield

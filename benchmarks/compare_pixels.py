@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -34,13 +34,14 @@ from tools.profiling.machine import describe_machine
 from tools.profiling.report import markdown_table, write_report
 from training.command_line import parse
 
-ROWS = (
+Way = tuple[str, Backend, dict[str, Any]]  # its name, and options
+ROWS: tuple[Way, ...] = (
     ("FFCV, exact", "ffcv", {"exact_decode": True}),
     ("FFCV, fast: half size where that is enough", "ffcv", {}),
     ("DALI", "dali", {}),
     ("torchvision", "torchvision", {}),
 )
-ROWS_ON_A_GPU = (  # whole images, decoded by its multiprocessors or by its JPEG decoder
+ROWS_ON_A_GPU: tuple[Way, ...] = (  # whole images, decoded by its multiprocessors or by its JPEG decoder
     ("DALI, whole images, hardware share 0", "dali", {"dali_full_decode": 0.0}),
     ("DALI, whole images, hardware share 1", "dali", {"dali_full_decode": 1.0}),
 )
@@ -64,6 +65,7 @@ def references(folder: Path, config: DataConfig, steps: int) -> Iterator[Tensor]
     source = FolderSource(folder / "train")
     plan = EpochPlan(0, 0, source.sizes, config.batch_size, RandomCrop(), shuffle=True, drop_last=True)
     for step in map(plan.step, range(steps)):
+        # pyrefly: ignore[bad-argument-type]: it takes what tolist() gives for a number
         images = zip(step.indices, step.boxes.tolist(), step.flips, strict=True)
         yield torch.stack([reference(source.path(i), box, flip, config.input_size) for i, box, flip in images])
 
@@ -95,7 +97,7 @@ def scaled_errors(pixels: np.ndarray, sampling: str, scale: int) -> np.ndarray:
     jobs["data"], jobs["size"], jobs["image_size"], jobs["box"] = jpeg.ctypes.data, jpeg.nbytes, size, (0, 0, *size)
     images = np.empty((1, min(size) // scale, min(size) // scale, 3), np.float32)
     native.render(jobs, images, 1, exact=False)
-    wanted = reference(io.BytesIO(jpeg), (0, 0, *size), False, images.shape[1])
+    wanted = reference(io.BytesIO(jpeg.data), (0, 0, *size), False, images.shape[1])
     return np.abs(images[0] - wanted.permute(1, 2, 0).numpy()).ravel()
 
 

@@ -86,6 +86,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no program outlives this one
     start, machine = time.monotonic(), describe_machine(torch.device("cpu" if options.rehearse else "cuda"))
     found: list[Findings] = []
+    text = ""
     with tempfile.TemporaryDirectory() as folder:
         chosen = [name for name in SECTIONS if name in options.only]
         for number, name in enumerate(chosen, 1):

@@ -46,7 +46,7 @@ def random_image(photos: list[Image.Image], draw: np.random.Generator) -> Image.
     box = (left, top, left + width * zoom, top + height * zoom)
     pixels = np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box), np.float32)
     noise = draw.standard_normal((height, width, 1), np.float32) * NOISE
-    return Image.fromarray(np.uint8(np.clip(pixels + noise, 0, 255)))
+    return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
 
 def write_image(out: Path, split: str, number: int) -> None:

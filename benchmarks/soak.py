@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -112,7 +113,7 @@ class Run:
             "open_files": psutil.Process.num_fds,
             "processes": lambda _: 1,
         }
-        sums = {name: sum_over_processes(self.process, figure) for name, figure in figures.items()}
+        sums: dict[str, Any] = {name: sum_over_processes(self.process, figure) for name, figure in figures.items()}
         self.samples.append(Sample(time.monotonic() - self._start, **sums))
 
     def stop(self) -> None:

@@ -147,7 +147,9 @@ class Weights:
         """The number of outputs, by the bias of the classifier in own, official and torchvision's names."""
         pattern = re.compile(r"(classifier(\.\d)?(\.static_linear|\.cls)?|fc)\.bias")
         widths = [len(tensor) for name, tensor in self.state.items() if pattern.fullmatch(name)]
-        return widths[0] if len(widths) == 1 else self.classes and len(self.classes)
+        if len(widths) == 1:
+            return widths[0]
+        return len(self.classes) if self.classes else None
 
 
 def read_weights(path: str | Path, ema: bool | None = False) -> Weights:

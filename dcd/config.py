@@ -69,6 +69,7 @@ class ModelConfig:
         Raises:
             ValueError: as `create_model`.
         """
+        assert self.num_classes is not None
         options = self._taken(SHAPE_OPTIONS + FUNCTION_OPTIONS + START_OPTIONS)
         return create_model(self.arch, self.num_classes, self.dropout, **options)
 

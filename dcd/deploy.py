@@ -55,6 +55,7 @@ def _pairs(module: nn.Module) -> tuple[tuple[str, str], ...]:
     """Pairs of names in a module: of a layer, and of the batch norm right behind it."""
     if type(module) is nn.Sequential:
         return tuple(pairwise(name for name, _ in module.named_children()))
+    # pyrefly: ignore[bad-return]: of the class, while nn.Module declares that all its attributes are tensors or modules
     return getattr(module, "conv_norm_pairs", ())
 
 

@@ -42,7 +42,7 @@ _DICTIONARIES = {
 }
 
 # For `torch.serialization.safe_globals`: a stand-in, and the full name of the type that it replaces in a file.
-STAND_INS: list[tuple[Callable, str]] = [
+STAND_INS: list[Callable | tuple[Callable, str]] = [
     (stand_in, f"{module}.{name}")
     for stand_in, types in ((Unread, _UNREAD), (PlainDict, _DICTIONARIES))
     for module, names in types.items()

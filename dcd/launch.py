@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 NEEDED = ("torchvision", "numpy", "PIL", "tyro", "tqdm", "tensorboard", "yaml")  # the extra `train` of pyproject.toml
 
@@ -30,10 +31,12 @@ class Program:
             command = Path(sys.argv[0]).name
             sys.exit(f"error: {command} needs {', '.join(missing)}: pip install 'dcd-trainer[train]'")
         spec = find_spec(self._module)
+        assert spec is not None
+        loader: Any = spec.loader  # of a file: it has the code
         main = ModuleType("__main__")
         main.__spec__, main.__file__, main.__package__ = spec, spec.origin, spec.parent
         sys.modules["__main__"] = main  # where a class of the program is looked for by its name
-        exec(spec.loader.get_code(self._module), vars(main))
+        exec(loader.get_code(self._module), vars(main))
 
 
 def folder() -> Path:

@@ -37,7 +37,7 @@ def load(path: str | Path, arch: str | None = None, *, ema: bool | None = None, 
         ValueError: unknown names or values of `create_model`.
     """
     file = read_model_file(path, arch, ema=ema, **options)
-    model = file.create()
+    model: Any = file.create()  # gets attributes that no nn.Module has
     load_weights(model, file.weights)
     model.architecture = file.architecture
     model.class_names = file.weights.classes

@@ -1,7 +1,7 @@
 """Activation checkpointing (Chen et al., arXiv 1604.06174): what is inside a block is not kept for the backward pass,
 but computed again there."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
@@ -33,6 +33,8 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Checkpointed(nn.Module):
+    plain: type[nn.Module]  # the class of the block
+
     def __call__(self, *inputs):
         if not (self.training and torch.is_grad_enabled()):
             return super().__call__(*inputs)
@@ -45,7 +47,7 @@ class _Checkpointed(nn.Module):
         return nullcontext(), self._statistics_kept()
 
     @contextmanager
-    def _statistics_kept(self) -> Iterator[None]:
+    def _statistics_kept(self) -> Generator[None]:
         statistics = list(self.buffers())
         before = [values.clone() for values in statistics]
         try:

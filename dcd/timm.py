@@ -48,6 +48,10 @@ class TimmModel(nn.Module):
     """
 
     first_conv: str
+    # of the network
+    dropout: nn.Dropout | nn.Identity
+    classifier: Any  # DCDLinear, or nn.Identity
+    forward_features: Any  # from images to the last feature map
 
     def set_up(
         self, num_classes: int, in_chans: int, global_pool: str, drop_rate: float, zero_init_fusion: bool
@@ -148,6 +152,22 @@ class TimmModel(nn.Module):
             self.reset_classifier(0, "")
         return wanted
 
+    def describe_stages(self) -> list[dict[str, Any]]:
+        """`feature_info`."""
+        raise NotImplementedError
+
+    def stages(self, images: Tensor) -> Iterator[Tensor]:
+        """The feature maps of `feature_info`, each computed when it is asked for."""
+        raise NotImplementedError
+
+    def after_stages(self, x: Tensor) -> Tensor:
+        """From the last of `stages` to the last feature map."""
+        raise NotImplementedError
+
+    def remove_behind(self, stage: int) -> None:
+        """Remove what only the stages behind this one need."""
+        raise NotImplementedError
+
     def positions(self, indices: int | list[int] | None) -> list[int]:
         """Indices of `feature_info` counted from the first, from such as timm takes them."""
         every = range(len(self.feature_info))
@@ -170,7 +190,6 @@ class TimmResNet(TimmModel, ResNet):
         return info
 
     def stages(self, images: Tensor) -> Iterator[Tensor]:
-        """The feature maps of `feature_info`, each computed when it is asked for."""
         x = self.norm_act(self.bn1, self.conv1(images))
         yield x
         x = self.maxpool(x)
@@ -194,6 +213,9 @@ class TimmMobileNetV2(TimmModel, MobileNetV2):
     """A `MobileNetV2` for timm."""
 
     first_conv = "stem"
+    blocks: Any  # nn.Sequential of InvertedResidual
+    head: Any  # nn.Conv2d, and
+    head_bn: Any  # nn.BatchNorm2d; nn.Identity where they are removed
 
     def describe_stages(self) -> list[dict[str, Any]]:
         return [
@@ -207,7 +229,6 @@ class TimmMobileNetV2(TimmModel, MobileNetV2):
         return [index for index, behind in enumerate([*strides[1:], 2]) if behind == 2]
 
     def stages(self, images: Tensor) -> Iterator[Tensor]:
-        """The feature maps of `feature_info`, each computed when it is asked for."""
         x, ends = self.norm_act(self.stem_bn, self.stem(images)), self.stage_ends()
         for index, block in enumerate(self.blocks):
             x = block(x)
@@ -247,7 +268,9 @@ def create(
     **options: Any,
 ) -> TimmModel:
     """A model of `create_model` with timm's options and methods."""
-    model = create_model(name, max(num_classes, 1), drop_rate or None, zero_init_fusion=zero_init_fusion, **options)
+    model: Any = create_model(
+        name, max(num_classes, 1), drop_rate or None, zero_init_fusion=zero_init_fusion, **options
+    )
     model.__class__ = interface  # of the same modules, and with further methods
     model.set_up(num_classes, in_chans, global_pool, drop_rate, zero_init_fusion)
     return model.to(device=device, dtype=dtype)

@@ -91,7 +91,7 @@ class DataConfig:
 # The options of pixels are those of the modules in `pipelines/augmentations`. A dataclass has the fields of its last
 # base first.
 @dataclass(frozen=True)
-class AugmentationConfig(*reversed(OPTIONS)):
+class AugmentationConfig(*reversed(OPTIONS)):  # pyrefly: ignore[invalid-inheritance]
     """What is cut from an image, whether it is flipped, and what is done to its pixels."""
 
     crop_area: Annotated[tuple[float, float], "usual"] = (0.08, 1.0)

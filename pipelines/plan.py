@@ -52,6 +52,7 @@ def random_bits(seed: int, epoch: int, indices: NDArray, columns: range, stream:
 
 def uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Random bits as numbers in [0, 1): the upper 53 of each 64, which a float64 holds."""
+    # pyrefly: ignore[bad-return]: NumPy declares a number of any precision
     return (bits >> np.uint64(11)) * 2.0**-53
 
 

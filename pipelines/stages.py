@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class DeviceStage:
 
     def _run_on_gpu(self, executed: Executed, labels: NDArray[np.int64]) -> Generator[Batch, None, None]:
         stream = torch.cuda.Stream(self.place.device)
-        waiting: deque[tuple[Batch, torch.cuda.Event]] = deque()
+        waiting: deque[tuple[Batch, Any]] = deque()
 
         def hand_out() -> Batch:
             batch, finished = waiting.popleft()

@@ -24,7 +24,7 @@ def in_background(items: Generator[T, None, None], ahead: int) -> Generator[T, N
     An error in that thread is raised here, after the items before it. Closing this generator closes `items` and ends
     the thread; a thread that does not end within `PATIENCE_S` is left behind, with `items` not closed.
     """
-    results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+    results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
     free_places: SimpleQueue[None] = SimpleQueue()  # one entry for each item that may be made
     for _ in range(ahead):
         free_places.put(None)
@@ -84,7 +84,7 @@ class Threads:
 
     def submit(self, function: Callable[..., R], *arguments: Any) -> Callable[[], R]:
         """Call the function on a thread. What is returned waits for the result, or raises the error."""
-        done: SimpleQueue[tuple[R | None, BaseException | None]] = SimpleQueue()
+        done: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 
         def call() -> None:
             try:
@@ -103,7 +103,7 @@ class Threads:
 
     def map(self, function: Callable[[T], R], arguments: Iterable[T]) -> list[R]:
         """The function's results, in order of the arguments. The first error is raised at once."""
-        done: SimpleQueue[tuple[int, R | None, BaseException | None]] = SimpleQueue()
+        done: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
 
         def call(place: int, argument: T) -> None:
             try:
@@ -114,7 +114,7 @@ class Threads:
         arguments = list(arguments)
         for place, argument in enumerate(arguments):
             self._work.put(lambda place=place, argument=argument: call(place, argument))
-        results: list[R | None] = [None] * len(arguments)
+        results: list[Any] = [None] * len(arguments)
         for _ in arguments:
             place, results[place], error = done.get()
             if error is not None:

@@ -97,7 +97,7 @@ def open_splits(data: Path) -> dict[str, Source]:
 def layout(data: NDArray[np.uint8]) -> str:
     """How a JPEG is stored: sampling of its chroma, and whether it is progressive."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Any = Image.open(io.BytesIO(data.data))
     except OSError:
         return "JPEG, a header that Pillow does not know"  # libjpeg reads it
     with image:
@@ -119,6 +119,7 @@ def look(source: Source, index: int) -> Seen | str:
         return str(error)
     kind = seen.reencoded_because or layout(stored)
     is_converted = seen.reencoded_because not in (None, "pixels")
+    assert seen.pixels is not None
     rows = seen.pixels.reshape(seen.height, -1)
     sums = rows.sum(0, dtype=np.int64).reshape(-1, 3).sum(0)
     squares = np.square(rows, dtype=np.uint16).sum(0, dtype=np.int64).reshape(-1, 3).sum(0)
@@ -141,7 +142,7 @@ def look_at_all(source: Source, split: str, workers: int) -> Iterator[tuple[int,
 
 def check(source: Source, split: str, workers: int) -> Report:
     """Read all images of a split."""
-    counts = np.bincount(source.labels, minlength=len(source.classes)).tolist()
+    counts = [int(count) for count in np.bincount(source.labels, minlength=len(source.classes))]
     report = Report(split, source.classes, counts, source.sizes[source.sizes.all(1)], source.note)
     sums, squares, pixels = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
     for index, seen in look_at_all(source, split, workers):
@@ -157,7 +158,7 @@ def check(source: Source, split: str, workers: int) -> Report:
         pixels += int(source.sizes[index].astype(np.int64).prod())
     if pixels:
         mean = sums / pixels
-        report.mean = mean.tolist()
+        report.mean = [float(value) for value in mean]
         report.std = np.sqrt(np.maximum(squares / pixels - mean**2, 0)).tolist()
     report.twins = [[source.name(index) for index in same] for same in report.checksums.values() if len(same) > 1]
     return report
@@ -177,6 +178,7 @@ def shared(reports: list[Report], sources: dict[str, Source]) -> list[list[str]]
 def summary(report: Report) -> str:
     """A split in a few lines."""
     counts, areas = report.images_of_class, report.sizes.astype(np.int64).prod(1)
+    # pyrefly: ignore[not-iterable]: it takes what tolist() gives for a number
     by_area = [f"{width}×{height}" for height, width in report.sizes[np.argsort(areas, kind="stable")].tolist()]
     sizes = f"{by_area[0]} to {by_area[-1]}, median {by_area[len(by_area) // 2]}" if by_area else "none"
     layouts = ", ".join(f"{count:,} {kind}" for kind, count in report.layouts.most_common())
@@ -226,6 +228,7 @@ def thumbnails(sources: dict[str, Source], reports: list[Report], per_class: int
         source, damaged = sources[report.split], {index for index, _, _ in report.damaged}
         by_class = np.split(np.argsort(source.labels, kind="stable"), np.cumsum(report.images_of_class)[:-1])
         for name, indices in zip(report.classes, by_class, strict=True):
+            # pyrefly: ignore[not-iterable]: it takes what tolist() gives for a number
             whole = [index for index in indices.tolist() if index not in damaged]
             places = np.linspace(0, len(whole) - 1, min(per_class, len(whole))).round().astype(int).tolist()
             images = [(whole[place], source.name(whole[place])) for place in places]

@@ -86,6 +86,7 @@ def count_step(network: str, variant: str, batch_size: int, size: int, amp: str)
         images = images.to(memory_format=torch.channels_last)
         labels = torch.empty(batch_size, dtype=torch.int64, device=DEVICE)
         counter.launches.clear()
+        # pyrefly: ignore[bad-argument-type]: of a listener only `phase` is called
         step((images, labels, None), Progress(steps_per_epoch=1), counter)
     return counter.launches
 

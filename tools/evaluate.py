@@ -110,6 +110,7 @@ class Evaluation:
 
     def __init__(self, options: Options, config: Config, weights: dcd.Weights, ranks: Ranks):
         self.options, self.config, self.ranks = options, config, ranks
+        assert config.model.num_classes is not None  # it is the checkpoint's
         self.classes, self.path = Classes(config.model.num_classes, weights.classes), weights.path
         self.model = build_model(config, ranks, weights)
         self.lockstep, self.log = Lockstep(ranks, config.run.timeout), RunLog(Path(), enabled=ranks.is_first)
@@ -141,6 +142,7 @@ class Evaluation:
             real = self._real_labels(loader, matched)
             evaluator, records = Evaluator(config, self.ranks, model, loader, self.lockstep, self.log), Records()
             summary = evaluator.evaluate(collect=records.collect)
+            assert summary is not None  # only a training listens to a signal to stop
             answers = records.gather(loader.num_samples, self.ranks.device)
         if summary.not_finite:
             self.say(f"warning: {part.path}: {summary.warning}; they are in no bin and no pair of classes")

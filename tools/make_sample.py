@@ -9,6 +9,7 @@ to 64×64 and stored as RGB JPEG. Every fifth scan goes to val, so train and val
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,11 +33,11 @@ def make_sample(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty and holds no sample: name another folder or empty it")
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")  # renamed when it is complete
-    digits = load_digits()
+    digits: Any = load_digits()
     for i, (scan, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         folder = temporary / ("val" if i % 5 == 0 else "train") / f"{label}_{NAMES[label]}"
         folder.mkdir(parents=True, exist_ok=True)
-        grey = Image.fromarray(np.uint8(np.rint(scan * 255 / 16)))  # ink from 0 to 16
+        grey = Image.fromarray(np.rint(scan * 255 / 16).astype(np.uint8))  # ink from 0 to 16
         image = grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB")
         image.save(folder / f"digit_{i:04d}.JPEG", quality=95)
     if out.exists():

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from glob import glob, has_magic
@@ -172,7 +172,7 @@ def as_text(record: dict[str, Any]) -> str:
 
 
 @contextmanager
-def json_array(target: Path) -> Iterator[Callable[[dict], None]]:
+def json_array(target: Path) -> Generator[Callable[[dict], None]]:
     """Gives a function that adds a record to a JSON array, a line for each. The file is there as a whole or not at all;
     "-" is standard output.
     """
@@ -263,13 +263,15 @@ def main(
         paths, notes = find_images(images)
         try:
             average = CHOICES[ema]
-            model = dcd.load(checkpoint, arch, ema=average, width_mult=width_mult, fc_squeeze=fc_squeeze)
+            model: Any = dcd.load(checkpoint, arch, ema=average, width_mult=width_mult, fc_squeeze=fc_squeeze)
         except ValueError as error:  # also of an option that the model does not take
             raise DataError(str(error)) from error
         preprocessing, names = model.preprocessing, Names(model.class_names, model.architecture["num_classes"])
-        for note in filter(None, [*notes, names.note]):
-            print(note, file=sys.stderr)
+        for note in (*notes, names.note):
+            if note:
+                print(note, file=sys.stderr)
         model = dcd.deploy.fold(model) if fold else model
+        # pyrefly: ignore[no-matching-overload]: PyTorch does not declare memory_format
         model.to("cuda" if on_gpu else "cpu", memory_format=torch.channels_last)
         has_native()  # compiles the decoder here, not in each thread
         predictions = predict(model, paths, preprocessing, batch_size)

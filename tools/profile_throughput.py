@@ -63,6 +63,7 @@ class ThroughputConfig(Config):
 def measure(trainer: Trainer) -> tuple[dict[str, list[Rates]], StepTimes]:
     """The rates in each turn, of "train" and "eval", and the times of the training steps. Writes the trace, too."""
     config, ranks = trainer.config, trainer.ranks
+    assert isinstance(config, ThroughputConfig)
     workers = config.data.rank_workers(ranks.local_world_size)
     steps = config.window_steps or max(10, 2 * workers)
     loading = WARM_UP + workers  # each worker may make a batch of its own, and then the first of all come at once
@@ -73,6 +74,7 @@ def measure(trainer: Trainer) -> tuple[dict[str, list[Rates]], StepTimes]:
         turns["train"].append(take_turns(trainer, train, train_feed, loading, steps, timer))
         turns["eval"].append(take_turns(trainer, evaluate, eval_feed, loading, steps))
     times = timer.times()
+    assert times is not None
     timer.close()
     if config.trace is not None:  # of rank 0; the others take part in its steps
         tracer = StepTracer(config.trace, ranks.device) if ranks.is_first else NO_LISTENER
@@ -89,6 +91,7 @@ def main(argv: list[str]) -> None:
 def report(config: ThroughputConfig) -> None:
     """Measure, and report on rank 0."""
     with open_trainer(config.with_options(evaluate=False, **ENDLESS), write_log=False) as trainer:
+        assert isinstance(trainer.config, ThroughputConfig)
         config, ranks = trainer.config, trainer.ranks
         turns, times = measure(trainer)
         if not ranks.is_first:
@@ -105,7 +108,8 @@ def report(config: ThroughputConfig) -> None:
             figures = {
                 "images_per_sec": {mode: each._asdict() for mode, each in rates.items()},
                 "images_per_sec_of_windows": {
-                    mode: Rates(*map(list, zip(*found, strict=True)))._asdict() for mode, found in turns.items()
+                    mode: dict(zip(Rates._fields, map(list, zip(*found, strict=True)), strict=True))
+                    for mode, found in turns.items()
                 },
                 "train_step": times.to_dict(),
                 "bound": verdict.bound,

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -48,7 +48,7 @@ class Parts(NamedTuple):
 
 
 @contextmanager
-def open_trainer(config: Config, write_log: bool = True) -> Iterator[Trainer]:
+def open_trainer(config: Config, write_log: bool = True) -> Generator[Trainer]:
     """The trainer of this rank. At the end, however it comes, its loaders, its log and the process group are closed.
 
     Args:
@@ -66,14 +66,14 @@ def open_trainer(config: Config, write_log: bool = True) -> Iterator[Trainer]:
 
 
 @contextmanager
-def open_evaluator(config: Config, write_log: bool = True) -> Iterator[Evaluator]:
+def open_evaluator(config: Config, write_log: bool = True) -> Generator[Evaluator]:
     """The evaluator of this rank, of --weight or else of the run's own best checkpoint; otherwise as `open_trainer`."""
     with _open_parts(config, write_log) as parts:
         yield parts.evaluator
 
 
 @contextmanager
-def open_ranks(config: Config) -> Iterator[Ranks]:
+def open_ranks(config: Config) -> Generator[Ranks]:
     """This process among the others, who have met. At the end, however it comes, they part.
 
     Raises:
@@ -100,13 +100,13 @@ def open_ranks(config: Config) -> Iterator[Ranks]:
 
 
 @contextmanager
-def _open_parts(config: Config, write_log: bool) -> Iterator[Parts]:
+def _open_parts(config: Config, write_log: bool) -> Generator[Parts]:
     with open_ranks(config) as ranks, _build_parts(config, ranks, write_log) as parts:
         yield parts
 
 
 @contextmanager
-def _build_parts(config: Config, ranks: Ranks, write_log: bool) -> Iterator[Parts]:
+def _build_parts(config: Config, ranks: Ranks, write_log: bool) -> Generator[Parts]:
     """Loaders and log are closed at the end."""
     check_installed(config.run.services)
     config, weights = read_weights(config)
@@ -157,17 +157,18 @@ def settle_classes(
         (the options with the number of classes, whether the classifier of the weights is of the same classes)
     """
     data = Classes(len(eval_loader.classes), eval_loader.class_names)
-    config = config.with_options(num_classes=config.model.num_classes or data.count)
-    if config.model.num_classes < data.count and not config.run.evaluate:
-        raise ConfigError(f"--num-classes {config.model.num_classes}: the data has {data.count} classes")
+    num_classes = config.model.num_classes or data.count
+    config = config.with_options(num_classes=num_classes)
+    if num_classes < data.count and not config.run.evaluate:
+        raise ConfigError(f"--num-classes {num_classes}: the data has {data.count} classes")
     if weights is None:
         return config, True
-    theirs, same = Classes(weights.num_classes or config.model.num_classes, weights.classes), True
+    theirs, same = Classes(weights.num_classes or num_classes, weights.classes), True
     if config.run.evaluate:
         outputs, note = match_by_name(weights.path, theirs, data)
         eval_loader.relabel(outputs)
     else:
-        same, note = fits_classifier(weights.path, theirs, Classes(config.model.num_classes, data.names))
+        same, note = fits_classifier(weights.path, theirs, Classes(num_classes, data.names))
     if note:
         log.say(note)
     return config, same
@@ -221,6 +222,7 @@ def build_model(
     if config.precision.compile:
         compile_blocks(model)
     memory_format = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+    # pyrefly: ignore[no-matching-overload]: PyTorch does not declare memory_format
     return model.to(ranks.device, memory_format=memory_format)
 
 
@@ -241,7 +243,7 @@ def find_setting(config: Config, ranks: Ranks) -> Setting:
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
+def errors_in_one_line() -> Generator[None]:
     """End the program with one line for an error that its user can mend."""
     try:
         yield

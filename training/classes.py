@@ -77,7 +77,7 @@ def check_same(model: Classes, data: Classes) -> str | None:
     Raises:
         CheckpointError: the checkpoint has other classes.
     """
-    if None not in (model.names, data.names) and model.names != data.names:
+    if model.names is not None and data.names is not None and model.names != data.names:
         raise CheckpointError(
             f"the checkpoint is of other classes ({_difference(model.names, data.names)}): "
             "use the same data, or begin in another --checkpoint folder with its weights as --weight"

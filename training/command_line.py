@@ -42,6 +42,7 @@ def print_any_name() -> None:
     """Let standard output show what is no text: a file's name may be any bytes."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # another kind of stream, in a test
+            # pyrefly: ignore[missing-attribute]
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -119,9 +120,11 @@ def _descriptions(kind: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in filter(is_dataclass, reversed(kind.__mro__)):
         (definition,) = ast.parse(dedent(inspect.getsource(base))).body
-        for statement, following in pairwise(definition.body):
-            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                found[statement.target.id] = " ".join(following.value.value.split())
+        assert isinstance(definition, ast.ClassDef)
+        for pair in pairwise(definition.body):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
     return found
 
 
@@ -177,7 +180,9 @@ def read_options(program: Callable[..., Any] | type, **options: Any) -> Any:
         def described(field: Field) -> StructFieldSpec:
             name = option_name(field).replace("_", "-")
             aliases = tuple(flag for flag in _flags(field) if flag != f"--{name}")
-            kind = Annotated[field.type, tyro.conf.arg(name=name, aliases=aliases)] if _flags(field) else field.type
+            kind: Any = field.type
+            if _flags(field):
+                kind = Annotated[kind, tyro.conf.arg(name=name, aliases=aliases)]
             return StructFieldSpec(field.name, kind, getattr(info.default, field.name), texts.get(field.name))
 
         return StructConstructorSpec(info.type, tuple(described(field) for field in fields(info.type)))

@@ -44,6 +44,7 @@ class Config:
         """What an evaluation does to an image."""
         size, crop = self.data.image_size(training=False, epoch=0), self.augmentation.eval_crop
         mean, std = (tuple(value / 255 for value in values) for values in (MEAN, STD))
+        # pyrefly: ignore[bad-argument-type]: three values each
         return Preprocessing(size, crop, mean, std)
 
     def with_options(self: C, **options: Any) -> C:

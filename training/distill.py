@@ -1,6 +1,7 @@
 """Distillation: the student learns from the labels and from a teacher, a trained network that sees the same images."""
 
 import difflib
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ def load_teacher(config: DistillConfig, classes: Classes) -> nn.Module | None:
 
 
 def _load_own(config: DistillConfig, classes: Classes) -> nn.Module:
+    assert config.teacher is not None and config.teacher_weight is not None
     weights = dcd.read_weights(config.teacher_weight)
     _check_classes(config, Classes(weights.num_classes or classes.count, weights.classes), classes)
     # The teacher has no options here: it is built as its checkpoint says.
@@ -46,6 +48,7 @@ def _load_own(config: DistillConfig, classes: Classes) -> nn.Module:
 
 
 def _load_from_timm(config: DistillConfig, classes: Classes) -> nn.Module:
+    assert config.teacher is not None and config.teacher_weight is not None
     try:
         import timm
     except ImportError as error:
@@ -59,7 +62,7 @@ def _load_from_timm(config: DistillConfig, classes: Classes) -> nn.Module:
     if not path.is_file():
         raise ConfigError(f"--teacher-weight {path}: no such file")
     try:
-        model = timm.create_model(name, num_classes=classes.count, checkpoint_path=str(path))
+        model: Any = timm.create_model(name, num_classes=classes.count, checkpoint_path=str(path))
     except RuntimeError as error:  # timm's and PyTorch's for a file that is none of it, or of another size
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(

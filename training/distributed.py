@@ -4,7 +4,7 @@ import faulthandler
 import gc
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -103,7 +103,7 @@ def stop(error: BaseException | None) -> None:
 
 
 @contextmanager
-def first_on_machine(ranks: Ranks) -> Iterator[None]:
+def first_on_machine(ranks: Ranks) -> Generator[None]:
     """The first rank of each machine does the body before the others, who then find what it has cached.
 
     Where the body fails, it lets the others go on all the same: each finds the same error and can say so.
@@ -151,7 +151,7 @@ def share_buffers(model: nn.Module) -> None:
 
 
 @contextmanager
-def lost_ranks_named() -> Iterator[None]:
+def lost_ranks_named() -> Generator[None]:
     """Turn the many errors of a broken connection into one line; the rank that failed says why on its own."""
     try:
         yield

@@ -76,7 +76,9 @@ def _synthetic_batch(trainer: Trainer, size: int) -> tuple[Tensor, Tensor, Tenso
     count, device = trainer.config.data.batch_size // trainer.ranks.world_size, trainer.ranks.device
     dtype = trainer.train_step.precision.dtype or torch.float32
     images = torch.randn(count, 3, size, size, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(trainer.config.model.num_classes, (count,), device=device)
+    num_classes = trainer.config.model.num_classes
+    assert num_classes is not None
+    labels = torch.randint(num_classes, (count,), device=device)
     return images, labels, torch.arange(count)
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from threading import Thread, main_thread
 
@@ -56,10 +56,11 @@ class Interruption:
     def request_from_thread(self) -> None:
         """Ask for a stop, as another rank wants it; from any thread, and only where this process listens."""
         if self._written >= 0 and not self.requested:
+            # pyrefly: ignore[bad-argument-type]: it runs, and has an identity
             signal.pthread_kill(main_thread().ident, WAKE)
 
     @contextmanager
-    def interruptible(self) -> Iterator[None]:
+    def interruptible(self) -> Generator[None]:
         """A request ends the body by raising `Interrupted`."""
         try:
             self._waiting = True

@@ -1,5 +1,7 @@
 """LAMB (You et al., arXiv 1904.00962, algorithm 2) by timm's kernels, with its count of steps on the device."""
 
+from collections.abc import Callable
+
 import torch
 from torch.optim import Optimizer
 
@@ -17,7 +19,7 @@ class Lamb(Optimizer):
         from timm.optim.lamb import lamb
 
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._lamb = lamb
+        self._lamb: Callable[..., None] = lamb  # declared with numbers, where a tensor does as well
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
@@ -25,6 +27,7 @@ class Lamb(Optimizer):
             self.state[group["params"][0]]["steps"] = torch.zeros((), device=group["params"][0].device)
 
     @torch.no_grad()
+    # pyrefly: ignore[bad-override]: nobody hands over a closure
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             steps = self.state[group["params"][0]]["steps"].add_(1)

@@ -23,6 +23,7 @@ class _LeftOut:
     """The two hooks around a step."""
 
     def __init__(self, optimizer: Optimizer):
+        # pyrefly: ignore[missing-attribute]
         optimizer._step_supports_amp_scaling = True  # GradScaler then sets `found_inf` and `grad_scale`
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
@@ -47,6 +48,7 @@ class _LeftOut:
         new = [tensor for tensor in _changing(optimizer) if id(tensor) not in known]  # which the first step makes
         tensors = self._tensors + new
         after = _joined(tensors)
+        assert self._values is not None
         before = torch.cat([self._values, after.new_zeros(len(after) - len(self._values))])
         torch.where(optimizer.found_inf > 0, before, after, out=after)
         torch._foreach_copy_([*map(_in_memory_order, tensors)], after.split([tensor.numel() for tensor in tensors]))

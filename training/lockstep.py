@@ -1,7 +1,7 @@
 """Steps that all ranks do together: they stop before the same one, whatever happens to one of them."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 
 from training.distributed import LostRankError, Ranks, highest_over_ranks
@@ -26,7 +26,7 @@ class Stopwatch:
         return time.monotonic() - self._start
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> Generator[None]:
         """The body is a wait."""
         before = time.monotonic()
         yield

@@ -126,7 +126,7 @@ def mixed_cross_entropy(logits: Tensor, targets: Targets, smoothing: float) -> T
     classes = logits.shape[1]
     logits, epsilon = logits.float(), smoothing * classes / max(1, classes - 1)
     loss = F.cross_entropy(logits, targets.labels, label_smoothing=epsilon)
-    if targets.mixed_in is None:
+    if targets.mixed_in is None or targets.share is None:
         return loss
     mixed_in = F.cross_entropy(logits, targets.mixed_in, label_smoothing=epsilon)
     return torch.lerp(mixed_in, loss, targets.share.to(loss.dtype))

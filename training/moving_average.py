@@ -41,6 +41,8 @@ class MovingAverage(AveragedModel):
         pairs = list(zip(averages, values, strict=True))
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-        torch._foreach_lerp_(*zip(*floats, strict=True), share)
+        averages, values = zip(*floats, strict=True)
+        torch._foreach_lerp_(averages, values, share)
         if counts:
-            torch._foreach_copy_(*zip(*counts, strict=True))
+            averages, values = zip(*counts, strict=True)
+            torch._foreach_copy_(averages, values)

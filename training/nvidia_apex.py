@@ -1,5 +1,6 @@
 """NVIDIA's apex, which is installed from its source alone; PyPI's package of this name is another one."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,7 @@ INSTALL = (
 )
 
 
-def fused_optimizer(kind: str, flag: str, device: torch.device) -> type[Optimizer]:
+def fused_optimizer(kind: str, flag: str, device: torch.device) -> Callable[..., Optimizer]:
     """The class `apex.optimizers.KIND`.
 
     Args:

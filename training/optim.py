@@ -34,6 +34,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr: Tensor | None = N
 
 def _classifier_apart(group: dict, model: nn.Module) -> list[dict]:
     """Muon is for hidden weights: those of `model.classifier` in a group of their own, for AdamW."""
+    # pyrefly: ignore[missing-attribute]: a module
     ids = {id(parameter) for parameter in getattr(model, "classifier", nn.Identity()).parameters()}
     hidden = [parameter for parameter in group["params"] if id(parameter) not in ids]
     last = [parameter for parameter in group["params"] if id(parameter) in ids]

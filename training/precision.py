@@ -37,6 +37,7 @@ class Precision:
     def to_device(self, model: nn.Module) -> nn.Module:
         """The model on the device, in its memory format."""
         memory_format = torch.channels_last if self._config.channels_last else torch.contiguous_format
+        # pyrefly: ignore[no-matching-overload]: PyTorch does not declare memory_format
         return model.to(self.device, memory_format=memory_format)
 
     def in_format(self, images: Tensor) -> Tensor:

@@ -46,11 +46,11 @@ def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout: timede
         torch.distributed.DistStoreError: not all ranks have come.
     """
     mine, end = uuid.uuid4().hex.encode(), time.monotonic() + timeout.total_seconds()
-    store.set(f"attempt/number/{rank}", mine)
+    store.set(f"attempt/number/{rank}", mine)  # pyrefly: ignore[bad-argument-type]: bytes do as well
     while time.monotonic() < end:
         if rank == 0:
             numbers = _read(store, "attempt/number", world_size)
-            store.set("attempt/list", b" ".join(numbers))
+            store.set("attempt/list", b" ".join(numbers))  # pyrefly: ignore[bad-argument-type]
         numbers = store.get("attempt/list").split()
         if len(numbers) == world_size and numbers[rank] == mine:
             name = hashlib.sha256(b" ".join(numbers)).hexdigest()

@@ -123,6 +123,7 @@ class RunLog:
         data = line.encode()
         if self._lost.get("metrics.jsonl"):
             data = b"\n" + data  # a part of the lost line may be in the file
+        assert self._metrics is not None
         if self._metrics.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

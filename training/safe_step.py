@@ -1,5 +1,7 @@
 """Optimizer steps that spoil nothing: an update that is not finite is left out, a step that breaks off is undone."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -24,7 +26,8 @@ class SafeStep:
         average: nn.Module | None,
     ):
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer, self._scaler, self._clip_grad = optimizer, scaler, clip_grad
+        self._optimizer: Any = optimizer  # gets an attribute `found_inf` for a step
+        self._scaler, self._clip_grad = scaler, clip_grad
         buffers = [*model.buffers(), *(average.buffers() if average is not None else ())]
         buffers.sort(key=torch.is_floating_point)  # the counts first: see `_copy`
         self._statistics = buffers

@@ -39,5 +39,7 @@ def _repeated(counts: str) -> list[int]:
 
 def _first_host(nodes: str) -> str:
     """The first name in Slurm's short form of host names: "gpu[03-05,9],login1" begins with gpu03."""
-    prefix, numbers, suffix = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes).groups()
+    found = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
+    assert found is not None  # all of it may be empty
+    prefix, numbers, suffix = found.groups()
     return f"{prefix}{numbers or ''}{suffix}"

@@ -5,7 +5,7 @@ the batch is copied to a place that stays, and what changes from step to step (t
 tensors. Random numbers are those of the generator's seed at each step.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -63,7 +63,8 @@ class StepGraph:
     ):
         self._compute, self._forget, self._say, self._stream, self._new = compute, forget, say, stream, recorder
         self._recorder: Recorder | None = None
-        self._shape, self._steps, self._possible = None, 0, True
+        self._shape: torch.Size | None = None
+        self._steps, self._possible = 0, True
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """`compute(images, labels)`; the results are of this step alone."""
@@ -96,7 +97,7 @@ class StepGraph:
 
 
 @contextmanager
-def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+def on_stream(stream: torch.cuda.Stream | None) -> Generator[None]:
     """The body runs on a stream, between what is before and behind it on the present one."""
     if stream is None:
         yield

@@ -69,7 +69,9 @@ class TrainStep:
         average = None if self.ema is None else self.ema.module
         self.safe = SafeStep(model, self.optimizer, self.scaler, config.optim.clip_grad, average)
         self.metrics = Metrics(device)
-        self._parallel, self._graph, stream = model, None, None
+        self._parallel: Any = model  # over several ranks DistributedDataParallel of it
+        self._graph: StepGraph | None = None
+        stream = None
         if config.precision.cuda_graphs and self._lr_on_host:
             say(
                 f"--cuda-graphs: a step of --optimizer {config.optim.optimizer} cannot be recorded, and is not replayed"

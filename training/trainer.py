@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict
 from resource import RUSAGE_SELF, getrusage
@@ -43,6 +43,7 @@ class Trainer:
         self.loader, self.evaluator, self.lockstep = loader, evaluator, evaluator.lockstep
         self.progress = Progress(loader.steps_per_epoch)
         classes = Classes(len(evaluator.loader.classes), evaluator.loader.class_names)
+        assert config.model.num_classes is not None
         outputs = Classes(config.model.num_classes, classes.names)
         teacher = load_teacher(config.distillation, outputs)
         self.train_step = TrainStep(config, ranks, model, evaluator.precision, log.say, teacher)
@@ -252,7 +253,7 @@ class Trainer:
         }
 
     @contextmanager
-    def saved_on_failure(self) -> Iterator[None]:
+    def saved_on_failure(self) -> Generator[None]:
         """Keep what has been trained when the body fails, e.g. because of a damaged image, on this rank or another."""
         try:
             yield

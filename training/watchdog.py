@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from signal import SIGUSR2
 from threading import Event, Thread
+from typing import Any
 
 import torch.distributed as dist
 
@@ -145,9 +146,10 @@ def _show_where() -> None:
     """Print the stacks of this process's threads, and have its loading processes print theirs, one after another."""
     faulthandler.dump_traceback(file=2)
     for process in multiprocessing.active_children():
+        assert process.pid is not None
         os.kill(process.pid, SIGUSR2)
         time.sleep(0.2)
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     return dist.distributed_c10d._get_default_store()  # private, but the one that all ranks have already

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tools.profiling.layer_report import measured_table
 from tools.profiling.report import Columns
@@ -126,7 +127,7 @@ class Section:
             self.fail(what, last.removeprefix("error: ") if code > 0 else f"ended by signal {-code}: {last}")
         return code == 0
 
-    def measure(self, what: str, program: str, call: str = "main", show: bool = False, **options: object) -> dict:
+    def measure(self, what: str, program: str, call: str = "main", show: bool = False, **options: Any) -> dict:
         """What a program of ours writes to OUT.json, as far as it came; empty if nothing.
 
         Its function is called: a command line would need tyro. show: what is in OUT.md is a part of the report, but for

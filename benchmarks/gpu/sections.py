@@ -9,6 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -23,6 +24,8 @@ from tools.profiling.report import markdown_table
 from tools.profiling.shapes import parse_shape
 from tools.profiling.variants import AUTO, PLAIN, STATIC
 from training.profile.verdict import Rates
+
+Options = dict[str, Any]  # of a program's function
 
 # Tests
 
@@ -84,16 +87,26 @@ def sanitize(section: Section) -> None:
 # Models
 
 REFERENCE, FUSED = "dcd reference", "dcd fused"
-MEASURED = {"layers": (), "amp": ("bf16",), "batch_size": 256, "rounds": 3, "window_s": 1.1, "pictures": False}
-TINY = {"models": ("resnet18",), "batch_size": 2, "size": 32, "rounds": 1, "window_s": 0.01, "compiler": "eager"}
-RESNET50, MOBILENET = {"models": ("resnet50",)}, {"models": ("mobilenetv2",)}
-DYNAMIC, TRAINING = {"variants": (AUTO,)}, {"inference": False}
-GRAPH, COMPILED = {"modes": ("CUDA graph",)}, {"variants": (REFERENCE, FUSED), "modes": ("compiled",)}
+MEASURED: Options = {"layers": (), "amp": ("bf16",), "batch_size": 256, "rounds": 3, "window_s": 1.1, "pictures": False}
+TINY: Options = {
+    "models": ("resnet18",),
+    "batch_size": 2,
+    "size": 32,
+    "rounds": 1,
+    "window_s": 0.01,
+    "compiler": "eager",
+}
+RESNET50: Options = {"models": ("resnet50",)}
+MOBILENET: Options = {"models": ("mobilenetv2",)}
+DYNAMIC: Options = {"variants": (AUTO,)}
+TRAINING: Options = {"inference": False}
+GRAPH: Options = {"modes": ("CUDA graph",)}
+COMPILED: Options = {"variants": (REFERENCE, FUSED), "modes": ("compiled",)}
 # As the official code: plain operations, float32, NCHW, DataParallel on one GPU, PyTorch's default precision
-OFFICIAL = {"variants": (REFERENCE,), "amp": ("off",), "memory_formats": ("nchw",), "modes": ("DataParallel",)}
+OFFICIAL: Options = {"variants": (REFERENCE,), "amp": ("off",), "memory_formats": ("nchw",), "modes": ("DataParallel",)}
 OFFICIAL["matmul_precision"] = "highest"
 # Runs of tools.profile_layers. The most important ones come first, in case the time runs out.
-PLAN = {
+PLAN: dict[str, Options] = {
     "eager": {"models": ("resnet50", "mobilenetv2"), **DYNAMIC, "fold": True},
     "official": RESNET50 | OFFICIAL,
     "compiled": RESNET50 | COMPILED,
@@ -113,21 +126,22 @@ FLOOR = columns_of("what", "variant", "MB", "GFLOP", "floor ms", "bound by", "tr
 FLOOR |= columns_of("training to static", "launches")
 
 
-def profile(section: Section, what: str, tiny: dict = TINY, **options: object) -> list[SimpleNamespace]:
+def profile(section: Section, what: str, tiny: Options = TINY, **options: Any) -> list[SimpleNamespace]:
     """The rows of tools.profile_layers, with their figures as attributes."""
     options = {**MEASURED, **options, **(tiny if section.rehearsal else {}), "device": section.device}
     rows = section.measure(what, "tools.profile_layers", **options).get("rows", [])
     return json.loads(json.dumps(rows), object_hook=lambda row: SimpleNamespace(**row))
 
 
-def way_of(row: SimpleNamespace) -> str:
+def way_of(row: Any) -> str:
     """The mode; what torch.compile makes of the fused path has a name of its own."""
     return row.mode.replace("compiled", "compiled, fast path") if row.variant == FUSED else row.mode
 
 
 def compile_networks(section: Section) -> None:
     """How long torch.compile takes. Its cache is kept for the section that times the networks."""
-    once, rows = {**COMPILED, "rounds": 1, "window_s": 0.0, "optional": True}, []
+    once: Options = {**COMPILED, "rounds": 1, "window_s": 0.0, "optional": True}
+    rows = []
     for network in (RESNET50, MOBILENET)[: 1 if section.rehearsal else 2]:
         rows += profile(section, f"compiling {network['models'][0]}", **network, **once)
     section.table("Compilation, beside the tests", rows, NETWORK | columns_of("first step s"))
@@ -260,7 +274,7 @@ def compare_pixels(section: Section) -> None:
     images = make_images(section)
     amount = {"images": 16, "sizes": (64,)} if section.rehearsal else {"images": 256, "sizes": (224,)}
     for backend in ways_to_load(section) if images.exists() else ():
-        options = {"data": images, "backends": (backend,), "device": section.device, **amount}
+        options: Options = {"data": images, "backends": (backend,), "device": section.device, **amount}
         section.measure(f"pixels of {backend}", "benchmarks.compare_pixels", show=True, **options)
 
 
@@ -270,7 +284,7 @@ def loaders(section: Section) -> None:
     amount = {"epochs": 1, "batch_size": 8, "size": 64} if section.rehearsal else {"epochs": 3}
     for backend, ways in ways_to_load(section).items() if images.exists() else ():
         options_of |= {name: {"backend": backend, **options} for name, options in ways.items()}
-        options = {"data": images, "only": tuple(ways), "device": section.device, "pictures": False, **amount}
+        options: Options = {"data": images, "only": tuple(ways), "device": section.device, "pictures": False, **amount}
         options |= {"beton": convert_images(section, images)} if backend == "ffcv" else {}
         figures = section.measure(f"loader {backend}", "benchmarks.bench_loader", show=True, **options)
         rows += figures.get("rows", [])

@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -67,7 +67,9 @@ def summarise(events: list[Event], steps: int) -> tuple[list[str], float]:
     whole, gaps = max(event.end for event in events) - events[0].start, gaps_us(events)
     waiting = 100 * sum(gap for gap in gaps if gap > GAP_US) / whole
     between = 100 * sum(gaps) / whole - waiting
-    by_kind, calls, by_name = Counter(), Counter(), Counter()
+    by_kind: Any = Counter()  # µs, which are no whole numbers
+    by_name: Any = Counter()
+    calls: Counter[str] = Counter()
     for name, start, end in events:
         by_kind[kind_of(name)] += end - start
         calls[kind_of(name)] += 1

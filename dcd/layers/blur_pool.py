@@ -49,6 +49,7 @@ class _Blur(torch.autograd.Function):
         return _blur(x, kernel, stride)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]: PyTorch's is declared with *gradients
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (kernel,) = ctx.saved_tensors
         if ctx.stride > 1:

@@ -112,6 +112,7 @@ class DCDConv2d(nn.Module):
     def _running(self, x: Tensor) -> Running:
         """What the batch norms remember, of which x is the next batch."""
         bn1, bn2 = self.bn1, self.bn2
+        # pyrefly: ignore[bad-argument-type]: plain norms have them
         statistics = Statistics(bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var)
         counts, momenta = (bn1.num_batches_tracked, bn2.num_batches_tracked), (bn1.momentum, bn2.momentum)
         height, width = (-(-size // self.stride) for size in x.shape[2:])

@@ -137,6 +137,7 @@ class FoldedDCDLinear(nn.Module):
 
 def _absorb(weight: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """A batch norm in evaluation behind a linear map (O, ...): the map with scaled rows, and a bias (O,)."""
+    assert norm.running_mean is not None and norm.running_var is not None
     scaled, shift = fuse_conv_bn_weights(
         weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )

@@ -1,6 +1,7 @@
 """What stands behind a convolution: batch norm, the addition of a shortcut, and an activation."""
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,6 @@ class NormAct(nn.Module):
         return is_possible and self.act in triton_norm.ACTS and triton_norm.fits(norm, y, shortcut)
 
 
-def _is_plain(norm: nn.Module | None) -> bool:
+def _is_plain(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
     """Whether it is a batch norm with weights, statistics of this rank alone, and a fixed momentum."""
     return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None

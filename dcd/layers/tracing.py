@@ -19,7 +19,8 @@ def traced_whole(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Ten
     @wraps(forward)
     def call(self: nn.Module, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):  # what torch.fx traces with
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+            tracer: Any = x.tracer  # of modules: it has `path_of_module`
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
         return forward(self, x)
 
     return call

@@ -129,7 +129,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactory
     """
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
-    layers = OrderedDict()
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
     if blur_pool and stride > 1:
         layers["blur"], stride = BlurPool(in_channels, stride), 1
     layers["0"] = conv(in_channels, out_channels, 1, stride)  # the names are the same with a blur
@@ -157,6 +157,10 @@ class ResNet(nn.Module):
 
     # names of a layer and of the batch norm behind it
     conv_norm_pairs = (("conv1", "bn1"),)
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
 
     def __init__(
         self,
@@ -180,7 +184,7 @@ class ResNet(nn.Module):
         channels = 64
         static_blocks = 0 if conv_blocks is None else sum(depths) - conv_blocks
         for stage, depth in enumerate(depths):
-            blocks = []
+            blocks: list[nn.Module] = []
             for i in range(depth):
                 width, stride = 64 * 2**stage, 2 if stage > 0 and i == 0 else 1
                 make = conv if sum(depths[:stage]) + i >= static_blocks else static_conv

@@ -45,7 +45,7 @@ channels, L latent dimension, L⁺ the width of q, N positions of the output, D 
 
 from collections.abc import Callable
 from functools import wraps
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +138,7 @@ class SavedCore(NamedTuple):
     norms: Norms
     matrices: Matrices
     coefficients: SavedCoefficients
-    fuse: NamedTuple  # SavedFuse, of image_matrices or triton_matrices
+    fuse: Any  # SavedFuse, of image_matrices or triton_matrices
 
 
 def latent_width(latent_dim: int, pool_size: int) -> int:
@@ -327,7 +327,7 @@ def parameters_of(weights: tuple[Tensor, ...]) -> Parameters:
     return Parameters(*cut(weights, Convolutions, Branch, Norms))
 
 
-def cut(tensors: tuple[Tensor, ...], *kinds: type[NamedTuple]) -> list[NamedTuple]:
+def cut(tensors: tuple[Tensor, ...], *kinds: Any) -> list[Any]:
     """A flat sequence of tensors, cut into NamedTuples of these types."""
     parts, start = [], 0
     for kind in kinds:
@@ -336,13 +336,13 @@ def cut(tensors: tuple[Tensor, ...], *kinds: type[NamedTuple]) -> list[NamedTupl
     return parts
 
 
-def save(ctx, form: NamedTuple, core: SavedCore) -> None:
+def save(ctx, form: tuple[Tensor, ...], core: SavedCore) -> None:
     """Keep for backward what a form saves, a NamedTuple of tensors, and what the core does."""
     ctx.kinds = [type(part) for part in (form, *core)]
     ctx.save_for_backward(*(tensor for part in (form, *core) for tensor in part))
 
 
-def load(ctx) -> tuple[NamedTuple, SavedCore]:
+def load(ctx) -> tuple[Any, SavedCore]:
     """What `save` has kept."""
     form, *core = cut(ctx.saved_tensors, *ctx.kinds)
     return form, SavedCore(*core)

@@ -66,6 +66,7 @@ class _DynamicKernels(Function):
     @staticmethod
     @once_differentiable
     @core.leaves_autocast
+    # pyrefly: ignore[bad-override]: PyTorch's is declared with *gradients
     def backward(ctx, d_y: Tensor, *_):
         (x, padded, q, kernels), saved = core.load(ctx)
         (static, proj_in, _), settings, implementation = saved.convolutions, ctx.settings, ctx.settings.implementation

@@ -68,6 +68,7 @@ class _DynamicMaps(Function):
     @staticmethod
     @once_differentiable
     @core.leaves_autocast
+    # pyrefly: ignore[bad-override]: PyTorch's is declared with *gradients
     def backward(ctx, d_y: Tensor, *_):
         maps, saved = core.load(ctx)
         (x, weight, padded, q, _), (static, proj_in, _), settings = maps, saved.convolutions, ctx.settings
@@ -88,6 +89,7 @@ class _DynamicMaps(Function):
                 d_x = implementation.input_gradient(d_static_out, weight.flatten(1), left, right)
                 d_x = as_features(d_x, x.shape[2:])
             else:
+                assert d_x is not None  # it was asked for
                 add_product(as_rows(d_x), left, right)
         return None, d_x, d_static, d_proj_in, *d_others
 

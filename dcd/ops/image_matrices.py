@@ -265,8 +265,8 @@ def update_running(running: Running, found: Statistics) -> None:
     (momentum1, momentum2), unbiased = running.momenta, running.values / (running.values - 1)
     var1, var2 = torch._foreach_mul([found.var1, found.var2], unbiased)
     torch._foreach_add_(list(running.counts), 1)
-    found, weights = [found.mean1, var1, found.mean2, var2], [momentum1, momentum1, momentum2, momentum2]
-    torch._foreach_lerp_(list(running.statistics), found, weights)
+    values_found, weights = [found.mean1, var1, found.mean2, var2], [momentum1, momentum1, momentum2, momentum2]
+    torch._foreach_lerp_(list(running.statistics), values_found, weights)
 
 
 def _affine(scale: Tensor, bias: Tensor, mean: Tensor, width: int) -> Tensor:

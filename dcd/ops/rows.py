@@ -4,7 +4,7 @@ A feature map (B, C, H, W) in channels_last is seen as rows (B, H·W, C), which 
 comments: B images, C channels, N positions, D cells of the pool.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 
 import torch
@@ -19,7 +19,7 @@ def as_rows(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def as_features(rows: Tensor, size: tuple[int, int]) -> Tensor:
+def as_features(rows: Tensor, size: Sequence[int]) -> Tensor:
     """(B, H·W, C) as (B, C, H, W) with channels_last strides: a view."""
     return rows.unflatten(1, size).permute(0, 3, 1, 2)
 
@@ -46,6 +46,7 @@ def kept(constant: Callable[..., Tensor]) -> Callable[..., Tensor]:
         is_traced = torch.compiler.is_compiling() or is_recorded()
         return constant(*args) if is_traced else cached(*args)
 
+    # pyrefly: ignore[missing-attribute]: as a cache has it
     get.cache_clear = cached.cache_clear
     return get
 

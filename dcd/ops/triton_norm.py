@@ -330,6 +330,7 @@ class _NormAct(Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore[bad-override]: PyTorch's is declared with *gradients
     def backward(ctx, d_out: Tensor):
         y, out, found, weight, bias = ctx.saved_tensors
         d_out = d_out.contiguous(memory_format=torch.channels_last)

@@ -50,7 +50,7 @@ class ColorJitter:
         low = np.maximum(centre - spread, [0, 0, 0, -0.5])
         factors = low + (centre + spread - low) * drawn[:, :4]  # [N, 4]
         order = np.argsort(drawn[:, 4:], axis=1)  # [N, 4]
-        rows = np.stack([order, np.take_along_axis(factors, order, 1)], -1)  # [N, 4, 2]
+        rows = np.stack([order.astype(np.float64), np.take_along_axis(factors, order, 1)], -1)  # [N, 4, 2]
         return rows[spread[order] > 0].reshape(len(rows), np.count_nonzero(spread), 2)
 
     def apply(self, images: Tensor, operations: NDArray[np.float64]) -> Tensor:

@@ -152,7 +152,11 @@ class DaliExecutor:
         source = self._source
 
         def read(index: int) -> NDArray[np.uint8]:
-            return source.read_sound(index) if source.plain[index] else _as_ppm(source.examine(index).pixels)
+            if source.plain[index]:
+                return source.read_sound(index)
+            pixels = source.examine(index).pixels
+            assert pixels is not None
+            return _as_ppm(pixels)
 
         def announced() -> Iterable[StepPlan]:
             for step in steps:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,8 @@ def smooth_jpegs() -> list[NDArray[np.uint8]]:
     for height, width in ((375, 500), (500, 333), (64, 48), (427, 641)):
         y, x = torch.linspace(0, 3, height)[:, None], torch.linspace(0, 4, width)[None]
         waves = torch.stack([torch.sin(2 * x + y), torch.cos(x - 2 * y), torch.sin(x * y)])
-        found.append(encode_jpeg((127 + 100 * waves).round().to(torch.uint8), quality=90).numpy())
+        jpeg: Any = encode_jpeg((127 + 100 * waves).round().to(torch.uint8), quality=90)  # a tensor of a tensor
+        found.append(jpeg.numpy())
     return found
 
 
@@ -131,6 +133,7 @@ def main(device_id: int | None) -> None:
         start = (sizes * (0.11 + 0.1 * attempt)).astype(np.int32)
         boxes = np.concatenate([start, (sizes * 0.57).astype(np.int32)], 1).astype(np.int32)
         found = decode_boxes(encoded, boxes, device_id)
+        # pyrefly: ignore[bad-argument-type]: it takes what tolist() gives for a number
         for data, image, (top, left, height, width) in zip(encoded, found, boxes.tolist(), strict=True):
             wanted = native.decode_jpeg(data)[top : top + height, left : left + width]
             if image.shape != wanted.shape:

@@ -84,10 +84,12 @@ class _Batches(Dataset):
         largest = 3 * int(source.sizes.astype(np.int64).prod(1).max())
         self._memory = np.empty(min(largest, MEMORY_BYTES), np.uint8)
 
+    # pyrefly: ignore[bad-override-param-name]
     def __getitem__(self, work: tuple[StepPlan, int]) -> tuple[StepPlan, Tensor] | DataError:
         step, size = work
         try:
             images = self._empty(len(step.indices), size, size, 3)
+            # pyrefly: ignore[bad-argument-type]: it takes what tolist() gives for a number
             for image, index, box, flip in zip(images, step.indices, step.boxes.tolist(), step.flips, strict=True):
                 image.copy_(render(self.source.decode(index, self._memory), box, flip, size))
         except DataError as error:
@@ -196,6 +198,7 @@ class TorchvisionExecutor:
                 signal(SIGCHLD, SIG_DFL)
 
     def run(self, steps: Iterable[StepPlan], image_size: int) -> Executed:
+        assert self._batches is not None  # it is not closed
         self._work.items = ((step, image_size) for step in steps)
         try:
             for item in self._batches:
@@ -261,6 +264,7 @@ def batch_decoder(device: torch.device) -> Callable[[list[Tensor]], list[Tensor]
             "this torchvision has no decoder of JPEGs for a GPU: pip install 'torchvision>=0.26,<0.27', or use "
             "--backend dali, or --backend ffcv with .beton files"
         ) from error
+    # pyrefly: ignore[bad-return]: a list of a list
     return lambda encoded: decode_jpeg(encoded, ImageReadMode.RGB, device=device)
 
 
@@ -299,6 +303,7 @@ class TorchvisionGpuExecutor:
             for step, data in encoded:
                 with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                     whole = self._decode_batch(step, data)
+                    # pyrefly: ignore[bad-argument-type]: as above
                     boxes = zip(whole, step.boxes.tolist(), step.flips, strict=True)
                     images = torch.stack([render(image, box, flip, size) for image, box, flip in boxes])
                 if self._stream:

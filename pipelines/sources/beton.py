@@ -175,6 +175,7 @@ class BetonSource:
             DataError: as `examine`.
         """
         pixels = self.examine(index, memory=memory).pixels
+        assert pixels is not None
         # PyTorch wants writable memory; the mapped file is not.
         return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
 
@@ -184,6 +185,7 @@ class BetonSource:
 
     def will_need(self, indices: NDArray[np.int64]) -> None:
         """Ask the system to read the bytes of these images (N,) from the disk; this does not wait for them."""
+        # pyrefly: ignore[bad-argument-type]: it takes what tolist() gives for a number
         for offset, length in zip(self.offsets[indices].tolist(), self.lengths[indices].tolist(), strict=True):
             self.will_read(offset, length)
 

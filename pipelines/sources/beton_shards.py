@@ -127,6 +127,7 @@ class BetonShards:
 
     def fingerprint_parts(self) -> dict[str, str]:
         """See `BetonSource.fingerprint_parts`; the same as those of one file with all images."""
+        assert self.checksums is not None  # shards have them
         return {"bytes": digest(self.checksums)}
 
     def read(self, index: int) -> NDArray[np.uint8]:

@@ -9,11 +9,11 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ EXTENSIONS = tuple(sorted(end for end, name in Image.registered_extensions().ite
 # A file is an image or it is none: nobody needs warnings of unusual metadata or of many pixels.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 # Texts and colour profiles may be as long as an image; by default Pillow refuses a PNG with more than 1 MB of them.
+# pyrefly: ignore[bad-assignment]: it is meant to be set
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
@@ -118,7 +119,7 @@ def read_header(path: str | Path) -> Header:
         return Header(height, width, plain=False)
 
 
-def _holds_rgb(image: Image.Image) -> bool:
+def _holds_rgb(image: Any) -> bool:
     """Whether a JPEG stores red, green and blue instead of YCbCr, by libjpeg's rules."""
     if len(image.layer) != 3 or "jfif" in image.info:
         return False
@@ -152,7 +153,7 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _examine_by_pillow(data: NDArray[np.uint8]) -> Examined:
-    with _open_by_pillow(io.BytesIO(data)) as image:
+    with _open_by_pillow(io.BytesIO(data.data)) as image:
         form = f"{image.format}, {image.mode}"
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255 rather than scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -162,7 +163,7 @@ def _examine_by_pillow(data: NDArray[np.uint8]) -> Examined:
 
 
 @contextlib.contextmanager
-def _open_by_pillow(file: BinaryIO) -> Iterator[Image.Image]:
+def _open_by_pillow(file: BinaryIO) -> Generator[Image.Image]:
     """An image whose header has been read. Whatever Pillow raises, here or in the block, becomes `BadImage`."""
     try:
         with Image.open(file, formats=FORMATS) as image:

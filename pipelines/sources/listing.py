@@ -163,7 +163,7 @@ def _class_folders(root: Path, walk: "_Walk") -> dict[str, list[str]]:
             raise DataError(
                 f"class {name} has no images in {root / folder}: add some (.JPEG, .png, …) or remove the folder"
             )
-    inside = {os.path.dirname(image) for image in by_class[name]}
+    inside = {os.path.dirname(image) for image in by_class[class_name(folders[0])]}
     if len(folders) == 1 and len(inside) > 1 and folders[0] not in inside:
         raise DataError(f"{root} holds one folder, in which the class folders lie: name {root / folders[0]} instead")
     return by_class

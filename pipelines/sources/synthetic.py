@@ -1,6 +1,7 @@
 """A source without images, for the executor that reads nothing."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class SyntheticSource:
@@ -11,8 +12,8 @@ class SyntheticSource:
 
     def __init__(self, num_images: int, num_classes: int):
         self.classes = [f"{label:08d}" for label in range(num_classes)]
-        self.labels = np.arange(num_images, dtype=np.int64) % num_classes
-        self.sizes = np.broadcast_to(np.array([375, 500], np.int32), (num_images, 2))
+        self.labels: NDArray[np.int64] = np.arange(num_images, dtype=np.int64) % num_classes
+        self.sizes: NDArray[np.int32] = np.broadcast_to(np.array([375, 500], np.int32), (num_images, 2))
 
     def __len__(self) -> int:
         return len(self.labels)

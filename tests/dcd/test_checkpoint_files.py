@@ -320,3 +320,7 @@ def test_a_file_without_checksums(tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     assert_same(read_file(tmp_path / "file.pth"), {"a": torch.ones(3)})
+
+
+def test_an_empty_list_of_classes_tells_nothing_of_the_outputs():
+    assert dcd.Weights({}, [], Path("file.pth")).num_classes is None

@@ -24,6 +24,7 @@ class FileReader:
         self.tasks = tasks_of(np.arange(len(files)))
 
     def read(self, task: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8] | OSError]]:
+        # pyrefly: ignore[not-iterable]: it takes what tolist() gives for a number
         for index in task.tolist():
             try:
                 yield index, np.fromfile(os.path.join(self._root, self._files[index]), np.uint8)

@@ -57,6 +57,7 @@ def convert(data: NDArray[np.uint8], index: int, options: Options) -> Stored:
     """
     seen = examine(data, with_pixels=options.mode == "reencode")
     if options.mode == "reencode":
+        assert seen.pixels is not None
         return _reencode(seen.pixels, seen.reencoded_because, options, options.as_jpeg(index))
     if seen.pixels is None:
         return Stored(JPEG, seen.height, seen.width, data, None)
@@ -73,7 +74,7 @@ def _reencode(pixels: NDArray[np.uint8], reencoded_because: str | None, options:
     ratio = options.max_size / max(height, width)
     if ratio < 1:
         size = (max(1, int(ratio * width)), max(1, int(ratio * height)))  # a line of 1 × 1000 stays one
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+        pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
         height, width = pixels.shape[:2]
     if not as_jpeg:
         return Stored(RAW, height, width, np.ascontiguousarray(pixels).reshape(-1), reencoded_because)

@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from pipelines.sources.errors import DataError
@@ -21,7 +21,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 @contextlib.contextmanager
-def locked(path: Path, shared: bool = False) -> Iterator[None]:
+def locked(path: Path, shared: bool = False) -> Generator[None]:
     """Lock a folder, or a file that is made where it isn't there: network file systems lock files, if anything.
 
     Args:

@@ -109,5 +109,5 @@ def fingerprint(source: Source) -> str:
         split = source.splits[name]
         for column in (split.labels, split.names):
             found.update(f"\0{name} {column.dtype} {len(column)}\0".encode())
-            found.update(np.ascontiguousarray(column))
+            found.update(np.ascontiguousarray(column).data)
     return found.hexdigest()

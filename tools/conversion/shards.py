@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,11 @@ def open_shards(path: Path) -> Source | None:
     listings = {split: _list_rows(path, files[split]) for split in files}
     classes, positions = _find_classes(path, listings)
     for listing in listings.values():
+        # pyrefly: ignore[bad-argument-type]: it takes what tolist() gives for a number
         unknown = sorted(set(listing.labels.tolist()) - set(positions))
         if unknown:
             raise DataError(f"label {unknown[0]} of {path} is none of its {len(classes)} classes: download it again")
+    # pyrefly: ignore[bad-argument-type]: it takes what tolist() gives for a number
     held = {split: {classes[positions[label]] for label in set(listings[split].labels.tolist())} for split in files}
     check_classes(path, *held.values())
     empty = sorted(set(classes) - held["train"])
@@ -111,10 +113,11 @@ def _find_classes(path: Path, listings: dict[str, _Listing]) -> tuple[list[str],
     """(class names, {label in the shards: position in the class names})."""
     wnids: dict[int, set[str | None]] = {}
     for listing in listings.values():
+        # pyrefly: ignore[bad-argument-type]: it takes what tolist() gives for a number
         for label, name in zip(listing.labels.tolist(), listing.paths, strict=True):
             match = WNID.search(name or "")
             wnids.setdefault(label, set()).add(match and match[0])
-    names = {label: found.pop() for label, found in wnids.items() if len(found) == 1 and None not in found}
+    names = {label: name for label, found in wnids.items() if len(found) == 1 for name in found if name is not None}
     if len(names) < len(wnids) or len(set(names.values())) < len(names):
         label_feature = listings["train"].features.get("label", {})
         names = dict(enumerate(label_feature.get("names") or [])) or {label: str(label) for label in sorted(wnids)}
@@ -124,6 +127,7 @@ def _find_classes(path: Path, listings: dict[str, _Listing]) -> tuple[list[str],
 
 
 def _split(listing: _Listing, positions: dict[int, int]) -> Split:
+    # pyrefly: ignore[not-iterable]: it takes what tolist() gives for a number
     labels = np.array([positions[label] for label in listing.labels.tolist()], np.int64)
     # Sorted by the file names of the other forms: the suffix would change the order.
     keys = np.array([os.fsencode(SUFFIX.sub("", name or "")) for name in listing.paths])
@@ -141,7 +145,7 @@ def _split(listing: _Listing, positions: dict[int, int]) -> Split:
 
 
 @contextlib.contextmanager
-def _reading(file: Path) -> Iterator[Any]:
+def _reading(file: Path) -> Generator[Any]:
     """`file` as a pyarrow ParquetFile; a damaged file raises a DataError."""
     try:
         import pyarrow

@@ -5,7 +5,7 @@ they are stored, a task at a time; a task is a few dozen images that one process
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,7 +82,7 @@ def check_parts(path: Path, parts: dict[str, bool]) -> bool:
     return not missing
 
 
-def check_classes(path: Path, train: list[str], val: list[str]) -> None:
+def check_classes(path: Path, train: Collection[str], val: Collection[str]) -> None:
     """Raises:
     DataError: the splits differ in their classes.
     """

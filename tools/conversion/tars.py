@@ -38,6 +38,7 @@ class TarReader:
     def read(self, task: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8] | OSError]]:
         if self._file is None:
             self._file = os.open(self._path, os.O_RDONLY)
+        # pyrefly: ignore[not-iterable]: it takes what tolist() gives for a number
         for index in task.tolist():
             try:
                 yield index, self._read(int(self._offsets[index]), int(self._sizes[index]))
@@ -45,6 +46,7 @@ class TarReader:
                 yield index, error
 
     def _read(self, offset: int, size: int) -> NDArray[np.uint8]:
+        assert self._file is not None
         parts = []
         while size:
             part = os.pread(self._file, size, offset)
@@ -147,7 +149,7 @@ def _val_members(path: Path, wnids: list[str]) -> list[Member]:
         for member in _walk(path, file, 0, path.stat().st_size):
             match = VAL_NAME.fullmatch(Path(member.name).name)
             number = int(match[1]) if match else 0
-            if not 1 <= number <= len(wnids) or number in seen:
+            if match is None or not 1 <= number <= len(wnids) or number in seen:
                 raise DataError(
                     f"{path} holds {member.name!r}, which is no new one of the {len(wnids):,} images that {DEVKIT} "
                     f"knows: download both again"
@@ -170,6 +172,7 @@ def _walk(path: Path, file: io.BufferedReader, start: int, size: int, inside: st
         with tarfile.open(fileobj=window, mode="r:") as archive:
             before = 0
             while (member := archive.next()) is not None:
+                # pyrefly: ignore[missing-attribute]
                 archive.members = []  # otherwise it keeps every header
                 name, parts = member.name, PurePosixPath(member.name).parts
                 if member.size < 0 or not before < member.offset_data <= archive.offset:  # an endless loop
@@ -224,6 +227,7 @@ def _devkit_classes(path: Path) -> list[str]:
     try:
         with tarfile.open(path, "r:gz") as archive:
             files = {
+                # pyrefly: ignore[missing-attribute]: what is no file has none, and ends below
                 name: archive.extractfile(f"ILSVRC2012_devkit_t12/{name}").read(MAX_META)
                 for name in (META, GROUND_TRUTH)
             }

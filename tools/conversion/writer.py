@@ -17,9 +17,10 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,12 +124,12 @@ def write_split(
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Generator[None]:
     """Say in one line that `path` can't be written."""
     try:
         yield
     except OSError as error:
-        advice = ADVICE.get(error.errno, "name another folder")
+        advice = ADVICE.get(error.errno or 0, "name another folder")
         raise DataError(f"cannot write {path} ({error.strerror or error}): {advice}") from error
 
 
@@ -142,6 +143,7 @@ class _Layout:
     def place(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where in the file images of these sizes (N,) go, (N,), in bytes."""
         places = np.empty_like(sizes)
+        # pyrefly: ignore[not-iterable]: it takes what tolist() gives for a number
         for i, size in enumerate(sizes.tolist()):
             left = -self._next % self._page_size or self._page_size
             if size > left:
@@ -223,7 +225,7 @@ def sync(path: Path) -> None:
 
 
 class _Worker:
-    def __init__(self, process: multiprocessing.Process, connection: Connection):
+    def __init__(self, process: BaseProcess, connection: Connection):
         self.process, self.connection = process, connection
         self.queued = 0  # tasks sent that are not converted yet
 
@@ -288,7 +290,8 @@ class _Workers:
             RuntimeError: a worker met an error in the program.
         """
         workers = {worker.connection: worker for worker in self.workers}
-        for connection in wait(list(workers)):
+        ready: list[Any] = wait(list(workers))
+        for connection in ready:
             try:
                 answer = connection.recv()
             except (EOFError, OSError) as error:
@@ -367,7 +370,7 @@ def _convert_task(
 
 def _write(file: int, data: NDArray[np.uint8], place: int) -> None:
     """All of `data` at `place`: the system may write less than asked, as on a disk that is almost full."""
-    left = memoryview(data)
+    left = data.data
     while left:
         count = os.pwrite(file, left, place)
         left, place = left[count:], place + count

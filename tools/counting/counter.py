@@ -1,7 +1,7 @@
 """Counts the kernels of what runs on the fake GPU, with the layer, the part and the phase that each belongs to."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ class Counter(TorchDispatchMode):
         self._phase = "other"
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         """See `training.step_listener`."""
         before, self._phase = self._phase, name
         yield
@@ -114,6 +114,7 @@ class Counter(TorchDispatchMode):
     def launch_triton(self, kernel: Any, args: tuple) -> None:
         self._add(kernel.__name__, [kernel_of_triton(kernel, args)])
 
+    # pyrefly: ignore[bad-override-param-name]
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         options = kwargs or {}
         # has no form for fake tensors, and gives nothing back
@@ -149,7 +150,7 @@ class Counter(TorchDispatchMode):
 
 
 @contextmanager
-def counted(module: nn.Module) -> Iterator[Counter]:
+def counted(module: nn.Module) -> Generator[Counter]:
     """The body runs steps of a module, given on the device "meta", on a fake GPU; the counter has their launches."""
     counter = Counter(module)
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ graph in its place.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import reduce
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ OnNode = Callable[[Node], None]
 
 
 @contextmanager
-def fake_gpu(module: nn.Module, on_launch: OnLaunch, on_node: OnNode) -> Iterator[None]:
+def fake_gpu(module: nn.Module, on_launch: OnLaunch, on_node: OnNode) -> Generator[None]:
     """In the body, tensors on `DEVICE` are fake.
 
     Args:
@@ -57,7 +57,8 @@ def fake_gpu(module: nn.Module, on_launch: OnLaunch, on_node: OnNode) -> Iterato
         "torch.autograd.backward": lambda output, gradient=None, *_, **options: backward(output, gradient, on_node),
     }
     # These must not hand out fake tensors later, nor real ones now.
-    caches = rows._pool_cells, fused_core._constant_one, image_matrices._one
+    caches: tuple[Any, ...] = rows._pool_cells, fused_core._constant_one, image_matrices._one
+    # pyrefly: ignore[no-matching-overload]: PyTorch does not declare memory_format
     module.to(memory_format=torch.channels_last)
     with ExitStack() as stack:
         for cache in caches:
@@ -79,6 +80,7 @@ def backward(output: Tensor, gradient: Tensor | None = None, on_node: OnNode = l
     As there, several gradients of one tensor are added, and have its shape and dtype.
     """
     root = output.grad_fn
+    assert root is not None
     waiting = _edges_to_each_node(root)
     gradients: dict[Node, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))  # of each output of a node
     gradients[root][output.output_nr].append(torch.ones_like(output) if gradient is None else gradient)
@@ -102,11 +104,13 @@ def backward(output: Tensor, gradient: Tensor | None = None, on_node: OnNode = l
 def _apply(node: Node, given: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of a node's inputs."""
     if hasattr(node, "variable"):
+        # pyrefly: ignore[bad-argument-type]: it is the only one, and there
         _accumulate(node.variable, *given)
         return ()
     if isinstance(node, BackwardCFunction):
         found = node.apply(*given)
         return found[len(found) - len(node.next_functions) :]  # those of arguments that are no tensors come first
+    # pyrefly: ignore[not-callable]: PyTorch does not declare it
     found = node(*given)
     return found if isinstance(found, tuple) else (found,)
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipelines.sources.beton_shards import find_betons
 from pipelines.sources.errors import DataError
@@ -194,7 +194,7 @@ def in_words(names: Iterable[str]) -> dict[str, str]:
         from timm.data import ImageNetInfo
     except ImportError:
         return {}
-    known = ImageNetInfo().label_descriptions(as_dict=True)
+    known: Any = ImageNetInfo().label_descriptions(as_dict=True)
     return {name: known[name] for name in ids if name in known}
 
 

@@ -1,8 +1,9 @@
 """The figures of layers and networks as Markdown tables and as plots."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tools.profiling.measure import Row
 from tools.profiling.parts import PartTime
@@ -52,7 +53,7 @@ SUM_HEADS = ("variant", "multiply-adds M", "forward ms", "backward ms", "update 
 SUM_HEADS += ("training to static", "inference ms", "inference to static", "saved for backward MiB")
 
 
-def columns_of(*heads: str) -> Columns[Row]:
+def columns_of(*heads: str) -> dict[str, Callable[[Row], object]]:
     return {head: COLUMNS[head] for head in heads}
 
 
@@ -66,7 +67,7 @@ def layer_sums(rows: Iterable[Row]) -> str:
     sums: list[Row] = []
     for found in groups(rows, lambda row: row.variant).values():
         measured = [name for name in SUMMED if getattr(found[0], name) is not None]
-        total = {name: sum(row.count * getattr(row, name) for row in found) for name in measured}
+        total: dict[str, Any] = {name: sum(row.count * getattr(row, name) for row in found) for name in measured}
         static = vars(sums[0]) if sums else total
         for mode in ("training", "inference"):
             if f"{mode}_ms" in total:

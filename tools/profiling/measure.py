@@ -147,7 +147,7 @@ def measure(
 
     rows = []
     for variant, rounds_ms in times.items():
-        figures: dict[str, float] = {}
+        figures: dict[str, Any] = {}
         for name, found in rounds_ms.items():
             figures[f"{name}_ms"] = statistics.median(found)
             if name not in PARTS:

@@ -64,7 +64,7 @@ class Part:
     def forward(self) -> None:
         with self.autocast():
             outputs = self.function(*self.inputs)
-        self.outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        self.outputs: tuple[Tensor, ...] = (outputs,) if isinstance(outputs, Tensor) else outputs
 
     def backward(self) -> None:
         torch.autograd.grad(self.outputs, self.sources, self.gradients)
@@ -102,6 +102,7 @@ def time_by_part(network: str, shape: Shape, count: int, setting: Setting, exten
     """Time each part of a DCD layer of that shape, and the rest, in training."""
     torch.manual_seed(0)
     device, memory_format = extent.device, setting.torch_memory_format
+    # pyrefly: ignore[no-matching-overload]: PyTorch does not declare memory_format
     layer = create_layer(shape, "dcd reference").to(device, memory_format=memory_format).train()
     x = torch.randn(extent.batch_size, shape.in_channels, shape.size, shape.size)
     x = x.to(device, DTYPES[setting.precision], memory_format=memory_format)

@@ -28,6 +28,7 @@ def show(cell: object) -> str:
     if cell is None or cell != cell:
         return "–"
     if isinstance(cell, Real):
+        # pyrefly: ignore[unsupported-operation]
         return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
     return str(cell)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +54,11 @@ class Runner:
     """
 
     def __init__(self, module: nn.Module, x: Tensor, setting: Setting):
+        # pyrefly: ignore[no-matching-overload]: PyTorch does not declare memory_format
         self.module, self.x, self.setting = module.to(x.device, memory_format=setting.torch_memory_format), x, setting
         self.optimizer = build_optimizer(module, OptimConfig(lr=0.0))
-        self.called, self.gradient = self._callable(module), None
+        self.called = self._callable(module)
+        self.gradient: Any = None  # of the output, from the first step on
 
     def _callable(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         if "compiled" in self.setting.mode:
@@ -147,7 +150,7 @@ class Runner:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             self.train()
             wait(self.x.device)
-        return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+        return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ())
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -35,6 +35,7 @@ class RunProfile(StepListener):
         self._steps_left = next(self._stages)
 
     @property
+    # pyrefly: ignore[bad-override]: others have an attribute
     def listens(self) -> bool:
         return self._listener.listens
 
@@ -63,6 +64,7 @@ class RunProfile(StepListener):
         """Start the listener of each stage in turn, and yield its number of steps."""
         yield WARM_UP
         timer = self._listener = StepTimer(self._ranks, self._model)
+        assert self._config.run.profile is not None
         yield self._config.run.profile
         self._report(timer)
         timer.close()

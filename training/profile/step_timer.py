@@ -16,13 +16,13 @@ the change of memory format.
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class StepTimer(StepListener):
         self._mark("other")
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         if name == "backward":
             self._gradients_left = len(self._parameters)
         self._mark(name)
@@ -174,7 +174,7 @@ class _DeviceClock:
         event = self._stream.record_event(torch.cuda.Event(enable_timing=True))
         return self._host_time(), partial(self._read, event)
 
-    def _read(self, event: torch.cuda.Event) -> float:
+    def _read(self, event: Any) -> float:
         return self._zero_s + self._zero.elapsed_time(event) / 1000
 
 

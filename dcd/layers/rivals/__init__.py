@@ -20,4 +20,5 @@ RIVALS = {
 # the classes of all these layers
 RIVAL_LAYERS = tuple(part for parts in RIVALS.values() for part in parts.values() if isinstance(part, type))
 
+# pyrefly: ignore[unresolvable-dunder-all]
 __all__ = ["RIVALS", "RIVAL_LAYERS", *(layer.__name__ for layer in RIVAL_LAYERS)]
