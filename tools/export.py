@@ -17,7 +17,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -74,7 +74,7 @@ def main(
             sys.exit(f"error: {name} {value}: must be at least {least}")
     try:
         kind = choose_format(out, format, device)
-        model = dcd.load(checkpoint, arch, ema=CHOICES[ema], **shape)
+        model: Any = dcd.load(checkpoint, arch, ema=CHOICES[ema], **shape)
         if size is not None:
             model.preprocessing = replace(model.preprocessing, size=size)
         # Convolutions of a GPU in float32, as the rest: what differs is to be the export.
@@ -116,7 +116,7 @@ def choose_format(out: Path, kind: str | None, device: str) -> str:
 
 
 @torch.no_grad()
-def export(model: nn.Module, kind: Format, out: Path) -> tuple[Model, dict[int, float]]:
+def export(model: Any, kind: Format, out: Path) -> tuple[Model, dict[int, float]]:
     """Write a model of `dcd.load`, folded, and check what was written.
 
     Returns:
@@ -160,7 +160,7 @@ def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
     return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
 
 
-def random_images(model: nn.Module, batch: int) -> Tensor:
+def random_images(model: Any, batch: int) -> Tensor:
     """(batch, 3, H, W), as the model's preprocessing makes them, on its device."""
     size = model.preprocessing.size
     generator = torch.Generator().manual_seed(batch)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.sources.errors import DataError
@@ -66,9 +65,10 @@ class Thumbnail:
     height: int
 
 
-def thumbnail(pixels: NDArray[np.uint8]) -> Thumbnail:
-    """Of pixels (H, W, 3), RGB: at most SIDE wide and high."""
-    image = Image.fromarray(np.ascontiguousarray(pixels))
+def thumbnail(image_read: Examined) -> Thumbnail:
+    """Of an image with its pixels: at most SIDE wide and high."""
+    assert image_read.pixels is not None  # they were asked for
+    image = Image.fromarray(np.ascontiguousarray(image_read.pixels))
     image.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=75)
@@ -79,7 +79,7 @@ def thumbnail(pixels: NDArray[np.uint8]) -> Thumbnail:
 def _images(row: Row) -> Iterator[str]:
     for index, what in row.images:
         try:
-            shown = thumbnail(row.source.examine(index).pixels)
+            shown = thumbnail(row.source.examine(index))
         except DataError as error:
             yield f"<span>{escape(str(error))}</span>"
             continue

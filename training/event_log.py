@@ -40,8 +40,10 @@ class EventLog:
 
         values = {name: _as_hparam(value) for name, value in options.items() if value is not None}
         experiment, session, _ = hparams(values, dict.fromkeys(FIGURES, 0.0))
+        events = self._writer.file_writer
+        assert events is not None  # before `close`
         for summary in (experiment, session):
-            self._writer.file_writer.add_summary(summary)
+            events.add_summary(summary)
 
     def add(self, kind: str, values: dict[str, float], global_step: int) -> None:
         """Figures, under `kind`."""

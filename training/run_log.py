@@ -112,11 +112,11 @@ class RunLog:
     @property
     def wants_images(self) -> bool:
         """Whether `write_images` is still to be called for this run."""
-        return any(copy.wants_images for copy in self._copies)
+        return any(isinstance(copy, EventLog) and copy.wants_images for copy in self._copies)
 
     def write_images(self, name: str, global_step: int, images: Tensor) -> None:
         """A grid of images (N, 3, H, W), in [0, 1], in TensorBoard."""
-        for copy in [copy for copy in self._copies if copy.wants_images]:
+        for copy in [copy for copy in self._copies if isinstance(copy, EventLog) and copy.wants_images]:
             self._copy(copy, lambda copy=copy: copy.add_images(name, images, global_step))
 
     def _write_line(self, line: str) -> None:

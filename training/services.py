@@ -100,8 +100,6 @@ class Service:
         resolved: all of config.json. remember: is told the run's id. say: is told in one line what has failed.
     """
 
-    wants_images = False
-
     def __init__(
         self,
         name: str,

@@ -116,6 +116,7 @@ class DCDConv2d(nn.Module):
         statistics = Statistics(bn1.running_mean, bn1.running_var, bn2.running_mean, bn2.running_var)
         counts, momenta = (bn1.num_batches_tracked, bn2.num_batches_tracked), (bn1.momentum, bn2.momentum)
         height, width = (-(-size // self.stride) for size in x.shape[2:])
+        # pyrefly: ignore[bad-argument-type]: and these
         return Running(statistics, counts, momenta, len(x) * height * width)
 
     def _needs_gradients(self, x: Tensor) -> bool:

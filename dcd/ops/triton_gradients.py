@@ -325,6 +325,7 @@ def input_gradients(
     (batch, out_channels, channels), (_, positions, width) = kernels.shape, q.shape
     d_x, d_q = q.new_empty(batch, positions, channels), torch.empty_like(q)
     block_c = min(BLOCK_C, block_of(channels))
+    assert to_latent.mean is not None  # triton_matrices.py has made it
     _d_x_and_d_q[triton.cdiv(channels, block_c) + 1, triton.cdiv(positions, BLOCK_N), batch](
         d_rows.contiguous(), kernels, q, right, *to_latent, d_x, d_q,
         positions, channels // 8, out_channels // 8, width // 8, len(to_latent.mean),

@@ -43,6 +43,8 @@ def _can_import(name: str) -> bool:
 
 def make_onnx(program: ExportedProgram, description: Description) -> bytes:
     made = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
+    assert made is not None  # by dynamo it never is
+    # pyrefly: ignore[unsupported-operation, bad-assignment]: images have a shape, and its first axis is a symbol
     made.rename_axes({made.model.graph.inputs[0].shape[0]: "batch"})
     made.model.metadata_props.update(description)
     return made.model_proto.SerializeToString()  # fails above 2 GB

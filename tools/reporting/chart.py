@@ -128,7 +128,7 @@ def _curve(curve: Curve, points: list[Point], x: Axis, y: Axis) -> list[str]:
     look = f'stroke="{curve.colour}"' + (' opacity=".55"' if curve.faint else "")
     width, dashes = (1.3 if curve.faint else 2), DASHES[curve.style]
     for is_gap, group in groupby(points, key=lambda point: point[1] is None):
-        places = [(x.at(place), y.start if is_gap else y.at(value)) for place, value in group]
+        places = [(x.at(place), y.start if value is None else y.at(value)) for place, value in group]
         if is_gap:
             crosses = " ".join(f"M{at - 3:.1f} {TOP - 3}l6 6m0 -6l-6 6" for at, _ in places)
             parts.append(f'<path d="{crosses}" {look}><title>no finite number</title></path>')

@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def find_out(run: Run, data: Path | None, images: int, rows: int, shown: int) ->
     data = data or _own_data(run)
     path = find(run.folder)
     try:
-        model = dcd.load(path)
+        model: Any = dcd.load(path)
     except ValueError as error:  # also of a model that another version knew
         raise ConfigError(str(error)) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,10 +96,10 @@ def find_out(run: Run, data: Path | None, images: int, rows: int, shown: int) ->
         eval_flip=bool(run.options.get("eval_flip")),
     )  # fmt: skip
     model.to(device, memory_format=torch.channels_last)
-    source = open_source(config.data, "val")
+    source = cast(ImageSource, open_source(config.data, "val"))  # which synthetic images alone are not
     summary, answers, names, notes = _evaluate(config, model, path, device)
     words = in_words(names)
-    found = {"names": names, "words": words, "classes": per_class(answers, names)}
+    found: dict[str, Any] = {"names": names, "words": words, "classes": per_class(answers, names)}
     found["confusion"] = confusion(answers, len(names))
     spread, spread_images = _spread_over(model, source, images, device)
     return Findings(
@@ -123,7 +124,7 @@ def _own_data(run: Run) -> Path:
 
 
 def _evaluate(
-    config: Config, model: nn.Module, path: Path, device: torch.device
+    config: Config, model: Any, path: Path, device: torch.device
 ) -> tuple[Summary, Answers, list[str], list[str]]:
     """Also the names of the outputs, and lines to say."""
     ranks = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, device=device)
@@ -134,6 +135,7 @@ def _evaluate(
         lockstep, log = Lockstep(ranks, config.run.timeout), RunLog(Path(), enabled=True)
         records = Records()
         summary = Evaluator(config, ranks, model, loader, lockstep, log).evaluate(collect=records.collect)
+        assert summary is not None  # nothing stops it
         notes = [*filter(None, [loader.note]), *matched.notes]
         if summary.not_finite:
             notes.append(summary.warning)
@@ -148,11 +150,11 @@ def _confident_mistakes(
     wrong.sort(key=lambda index: (-answers.confidences[index].item(), index))
     return [
         Mistake(
-            thumbnail(source.examine(index).pixels),
+            thumbnail(source.examine(index)),
             source.name(index),
-            called(answers.labels[index].item()),
-            called(answers.top[index, 0].item()),
-            answers.confidences[index].item(),
+            called(int(answers.labels[index])),
+            called(int(answers.top[index, 0])),
+            float(answers.confidences[index]),
         )
         for index in wrong[:shown]
     ]
@@ -162,13 +164,15 @@ class _Moments:
     """Sums over images of a layer's coefficients and of their squares, in float64."""
 
     def __init__(self):
-        self.images, self.sums, self.squares = 0, 0.0, 0.0
+        self.images = 0
+        self.sums = self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, coefficients: Tensor) -> None:
         """(B, ...)"""
         values = coefficients.double()
         self.images += len(values)
-        self.sums, self.squares = self.sums + values.sum(0), self.squares + values.square().sum(0)
+        self.sums = self.sums.to(values.device) + values.sum(0)
+        self.squares = self.squares.to(values.device) + values.square().sum(0)
 
     def spread(self) -> float:
         """The standard deviation over the images, of all of them and not of a sample; the mean over the entries."""
@@ -177,7 +181,7 @@ class _Moments:
 
 
 @torch.inference_mode()
-def _spread_over(model: nn.Module, source: ImageSource, most: int, device: torch.device) -> tuple[list[Spread], int]:
+def _spread_over(model: Any, source: ImageSource, most: int, device: torch.device) -> tuple[list[Spread], int]:
     """The spread of each dynamic layer, over so many images, evenly spread over the dataset, and their number."""
     moments: dict[str, tuple[_Moments, _Moments]] = {}  # in the order in which the layers are called
 

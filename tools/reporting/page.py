@@ -1,7 +1,7 @@
 """The report as one HTML file: styles, scripts and images are in it, and it asks for nothing else."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
@@ -116,7 +116,7 @@ def _results(runs: list[Run]) -> Iterator[str]:
 
 def _result(run: Run) -> dict[str, str]:
     last, average = ((run.lines[kind] or [{}])[-1] for kind in ("eval", "eval_ema"))
-    summary, best = run.summary if run.is_finished else {}, run.best
+    summary, best = (run.summary or {}) if run.is_finished else {}, run.best
     done = f"in epoch {run.lines['train'][-1]['epoch'] + 1}" if run.lines["train"] else "before the first epoch"
     skipped = sum(finite(line.get("skipped_steps")) or 0 for line in run.lines["train"])
     return {
@@ -154,7 +154,7 @@ def _curves(runs: list[Run]) -> Iterator[str]:
     places = [place for run in runs for kind in STYLES for place, _ in run.points(kind, "loss", by_epoch)]
     x_range = (0.0, max(places, default=1.0))
 
-    def curves(figure: str, kinds: Iterable[str], factor: float = 1.0) -> list[Curve]:
+    def curves(figure: str, kinds: Collection[str], factor: float = 1.0) -> list[Curve]:
         found = []
         for kind in kinds:
             style, faint = STYLES[kind]

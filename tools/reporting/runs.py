@@ -127,11 +127,11 @@ def _read(folder: Path, name: str, its_colour: str) -> Run:
         notes.append("it has logged no step yet")
     elif not lines["eval"] and not lines["eval_ema"]:
         notes.append("it has no evaluation yet")
-    found = {file: _read_json(folder / file) for file in ("summary.json", "status.json")}
-    for file, of_file in found.items():
+    summary, status = (_read_json(folder / file) for file in ("summary.json", "status.json"))
+    for file, of_file in (("summary.json", summary), ("status.json", status)):
         if of_file is None and (folder / file).exists():
             notes.append(f"{file} cannot be read, and is left out")
-    return Run(folder, name, its_colour, content["config"], surroundings, lines, *found.values(), notes)
+    return Run(folder, name, its_colour, content["config"], surroundings, lines, summary, status, notes)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
