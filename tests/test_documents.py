@@ -205,7 +205,7 @@ def test_imagenet_in_four_commands_and_what_comes_after(tiny, folder, carried_ou
     picture = next((tiny / "val").rglob("*.JPEG"))
     shutil.copy(picture, folder / "cat.jpg")
     shutil.copy(picture, folder / "photos")
-    predict, _, convert_weights, check = map(words_of, after[:4])
+    predict, _, _, convert_weights, check = map(words_of, after[:5])
     carried_out(predict, **places)
     carried_out(convert_weights, **places)
     carried_out(check, **places)

@@ -12,11 +12,10 @@ A damaged file, or one that is no picture, is named and counted, and the others 
 
 import json
 import os
-import re
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
@@ -33,7 +32,9 @@ from pipelines.sources.errors import DataError
 from pipelines.sources.images import BadImage, examine, has_native
 from pipelines.sources.listing import list_tree
 from pipelines.threads import Threads
+from tools.evaluation.kinds import imagenet_ids, in_words
 from training.command_line import CHOICES, Choice, parse
+from training.options import ConfigError
 
 T = TypeVar("T")
 BATCHES_AHEAD = 2  # prepared images that wait for the model
@@ -130,36 +131,33 @@ class Names:
     """
 
     def __init__(self, names: list[str] | None, count: int):
-        is_imagenet = count == 1000 if names is None else all(re.fullmatch(r"n\d{8}", name) for name in names)
-        self._names, self._info, self.note = names, imagenet() if is_imagenet else None, None
-        if names is None and self._info is not None:
-            self._names = self._info.label_names()
-            self.note = (
+        self.note = None
+        if names is None:
+            names, self.note = self._guess(count)
+        self._names, self._words = names, in_words(names or [])
+
+    @staticmethod
+    def _guess(count: int) -> tuple[list[str] | None, str]:
+        """Names of classes that the model does not name, if they may be ImageNet's, and what to say of them."""
+        numbered = "the model does not name its classes: they are numbered"
+        if count != 1000:
+            return None, numbered
+        try:
+            return imagenet_ids(), (
                 "the model does not name its 1,000 classes: they are taken for ImageNet's, in the order of their "
                 "WordNet ids"
             )
-        elif names is None:
-            hint = "; pip install timm for ImageNet's names" if is_imagenet else ""
-            self.note = f"the model does not name its classes: they are numbered{hint}"
+        except ConfigError:  # timm is not installed
+            return None, f"{numbered}; pip install timm for ImageNet's names"
 
     def of(self, index: int) -> dict[str, Any]:
         """Of an output: "index", "class" and, for a WordNet id, "description"; without what is not known."""
         found: dict[str, Any] = {"index": index}
         if self._names is not None:
             found["class"] = self._names[index]
-        if self._info is not None:
-            with suppress(KeyError):  # no id of ImageNet
-                found["description"] = self._info.label_name_to_description(found["class"])
+        if found.get("class") in self._words:
+            found["description"] = self._words[found["class"]]
         return found
-
-
-def imagenet() -> Any:
-    """timm's table of ImageNet's classes, or None where timm is not installed."""
-    try:
-        from timm.data import ImageNetInfo
-    except ImportError:
-        return None
-    return ImageNetInfo()
 
 
 def as_text(record: dict[str, Any]) -> str:

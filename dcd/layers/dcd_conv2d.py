@@ -117,7 +117,7 @@ class DCDConv2d(nn.Module):
         counts, momenta = (bn1.num_batches_tracked, bn2.num_batches_tracked), (bn1.momentum, bn2.momentum)
         height, width = (-(-size // self.stride) for size in x.shape[2:])
         # pyrefly: ignore[bad-argument-type]: and these
-        return Running(statistics, counts, momenta, len(x) * height * width)
+        return Running(statistics, counts, momenta, x.shape[0] * height * width)
 
     def _needs_gradients(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))

@@ -162,7 +162,7 @@ def test_a_full_disk(run, static, small_disk):
         ("no/model.pt2", [], "there is no folder"),
         ("model.pt2", ["--size", 16], "--size 16: must be at least 32"),
         ("model.onnx", ["--device", "cuda"], "leave it out"),
-        ("model.pt2", ["--arch", "resnet18"], "is of arch mobilenetv2_dcd, not resnet18: leave it out"),
+        ("model.pt2", ["--arch", "resnet18"], "is of arch mobilenetv2_dcd, not resnet18"),
     ],
 )
 def test_errors_in_one_line(run, checkpoint, tmp_path, name, options, error):
