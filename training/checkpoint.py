@@ -76,12 +76,14 @@ class CheckpointWriter:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_file(state, self._folder / "last.tmp")
+            if best is not None:
+                write_file({"best": best, **{key: state[key] for key in OF_THE_MODEL}}, self._folder / "best.tmp")
+            # Both are written before either has its name: last.pth must not know of a best top-1 that best.pth lacks.
             for age in range(self._keep - 1, 0, -1):
                 if (newer := generation(self._folder, age - 1)).exists():
                     os.replace(newer, generation(self._folder, age))
             os.replace(self._folder / "last.tmp", generation(self._folder, 0))
             if best is not None:
-                write_file({"best": best, **{key: state[key] for key in OF_THE_MODEL}}, self._folder / "best.tmp")
                 os.replace(self._folder / "best.tmp", self._folder / "best.pth")
             sync_folder(self._folder)
             self.failure = None
