@@ -39,7 +39,7 @@ from tools.profiling.variants import (
 )
 from training.command_line import parse
 from training.host_memory import keep_freed_memory, spare_garbage_collector
-from training.precision import autocast_dtype
+from training.precision import allow_fast_products, autocast_dtype
 
 Mode = Literal["eager", "compiled", "CUDA graph", "compiled, CUDA graph", "DataParallel"]
 
@@ -92,7 +92,7 @@ def main(
         modes: how they are run: compiled by torch.compile, which takes minutes on a CPU; as a CUDA graph, without the
             cost of launching kernels one by one; in DataParallel of one GPU. Graphs and DataParallel need a GPU.
         compiler: the backend of torch.compile.
-        matmul_precision: of float32 on a GPU: high multiplies in TF32, as in training; highest is PyTorch's default.
+        matmul_precision: of float32: high as in training, on a GPU in TF32; highest is PyTorch's default.
         window_s: time windows of about so many seconds of whole steps; by default single steps, by their parts.
         inference: measure inference, too.
         fold: measure inference with the batch norms folded into the weights, too.
@@ -139,6 +139,8 @@ def main(
     rows: list[Row] = []
     failures: list[str] = []
     for number, (setting, subject) in enumerate(product(settings, subjects), 1):
+        if matmul_precision == "high":
+            allow_fast_products(where, DTYPES[setting.precision])
         what = " ".join(part for part in (subject.network, subject.layer) if part)
         print(f"{number} of {len(settings) * len(subjects)}: {what}, {setting}", file=sys.stderr)
         measured, failed = measure(subject, tuple(filter(subject.has, chosen)), setting, extent)

@@ -27,7 +27,7 @@ from training.freezing import freeze_all_but_classifier
 from training.host_memory import keep_freed_memory, spare_garbage_collector
 from training.lockstep import Lockstep
 from training.options import ConfigError
-from training.precision import autocast_dtype
+from training.precision import allow_fast_products, autocast_dtype
 from training.profile.verdict import Setting
 from training.run_log import RunLog
 from training.saver import DivergedError
@@ -80,11 +80,11 @@ def open_ranks(config: Config) -> Generator[Ranks]:
         LostRankError: another rank has failed.
     """
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
     # A hang in training is the watchdog's, which knows more; before it, one rank may read the sizes of all images.
     spare_garbage_collector()
     timeout = timedelta(seconds=max(SETUP_TIMEOUT_S, config.run.timeout) + 60)
     ranks = distributed.start(config.precision.device, timeout)
+    allow_fast_products(ranks.device, autocast_dtype(config.precision.amp, ranks.device) or torch.float32)
     if ranks.device.type == "cpu":
         keep_freed_memory()
     failure = None

@@ -23,6 +23,34 @@ def _computes_in_bf16(device: torch.device) -> bool:
     return in_hardware and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def allow_fast_products(device: torch.device, maps: torch.dtype) -> None:
+    """Have products of float32 matrices computed by what is fastest on the device, for this process: on a GPU in TF32.
+
+    On a CPU nothing is rounded. PyTorch multiplies by MKL there, which knows AVX-512 on Intel's processors only, and by
+    oneDNN, which knows it on all, where bf16 is allowed inside a product. But oneDNN makes use of that on cores with AMX
+    alone; others then multiply in float32, twice as fast as by MKL (benchmarks/dynamic_layers.md). Whether they do is
+    tried, since another release of oneDNN may think otherwise.
+
+    Args:
+        device: that computes.
+        maps: dtype of the feature maps. Where it has 16 bits, products of float32 are small, and MKL begins faster.
+    """
+    torch.set_float32_matmul_precision("high")
+    able = torch.cpu.get_capabilities()
+    mkl_is_slow = able.get("avx512_f", False) and "Intel" not in str(able.get("cpu_name"))
+    if device.type == "cpu" and maps == torch.float32 and mkl_is_slow and not able.get("amx_tile", False):
+        torch.set_float32_matmul_precision("medium")
+        if not _multiplies_exactly():
+            torch.set_float32_matmul_precision("high")
+
+
+def _multiplies_exactly() -> bool:
+    """Whether float32 products keep all 24 bits of their factors, for one matrix and for many."""
+    factors = torch.linspace(1, 2, 2 * 64 * 48).view(2, 64, 48)
+    one = torch.eye(48)
+    return torch.equal(factors[0] @ one, factors[0]) and torch.equal(factors @ one.expand(2, -1, -1), factors)
+
+
 class Precision:
     """Carries out `PrecisionConfig` on a device."""
 
