@@ -27,9 +27,9 @@ def allow_fast_products(device: torch.device, maps: torch.dtype) -> None:
     """Have products of float32 matrices computed by what is fastest on the device, for this process: on a GPU in TF32.
 
     On a CPU nothing is rounded. PyTorch multiplies by MKL there, which knows AVX-512 on Intel's processors only, and by
-    oneDNN, which knows it on all, where bf16 is allowed inside a product. But oneDNN makes use of that on cores with AMX
-    alone; others then multiply in float32, twice as fast as by MKL (benchmarks/dynamic_layers.md). Whether they do is
-    tried, since another release of oneDNN may think otherwise.
+    oneDNN, which knows it on all, where bf16 is allowed inside a product. But only cores with AMX make use of that;
+    others multiply in float32 all the same, twice as fast as by MKL (benchmarks/dynamic_layers.md). Whether they do is
+    tried, since another release of oneDNN may do otherwise.
 
     Args:
         device: that computes.

@@ -14,7 +14,7 @@ from dcd.layers.coefficients import CoefficientGenerator
 from dcd.layers.tracing import traced_whole
 from dcd.ops import fused, reference
 from dcd.ops.fused_core import Convolutions, Parameters, Settings
-from dcd.ops.image_matrices import Norms, Running, Statistics, update_running
+from dcd.ops.image_matrices import Norms, Running, Statistics
 from dcd.ops.recorded import is_recorded
 
 # Triton needs a C compiler at run time, for the stub that launches a kernel.
@@ -106,7 +106,7 @@ class DCDConv2d(nn.Module):
         # torch.compile does not see what an autograd function writes in place: it gets this behind it.
         y, statistics = form.train(x, parameters, settings)
         with torch.no_grad():
-            update_running(running, statistics)
+            implementation.update_running(running, statistics)
         return y
 
     def _running(self, x: Tensor) -> Running:

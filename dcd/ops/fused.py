@@ -8,35 +8,22 @@ To be read in this order; the equations are numbered through:
     image_matrices.py   8 to 21: the batch norms among them, and their statistics
     fused_maps.py       22 to 24: the form "maps"
     fused_kernels.py    25 to 29: the form "kernels", one kernel for each image
+    by_pytorch.py       all of these by PyTorch's operations
+    opaque.py           the same for torch.compile on a CPU, which looks into little of it
     triton_*.py         the same equations by kernels for a GPU; 30, 31 and 41 in triton_matrices.py
     folded.py           32 to 35: all batch norms folded, for inference
     triton_norm.py      36 to 40: the network's batch norms, with what stands behind them, for a GPU
 """
 
 from torch import Tensor, float32, float64
+from torch.compiler import is_dynamo_compiling
 
-from dcd.ops import fused_core, fused_kernels, fused_maps, image_matrices
+from dcd.ops import fused_kernels, fused_maps
+from dcd.ops.by_pytorch import PYTORCH
 from dcd.ops.fused_core import Implementation, Parameters, latent_width
+from dcd.ops.opaque import OPAQUE
 
 FORMS = {"maps": fused_maps, "kernels": fused_kernels}
-
-PYTORCH = Implementation(
-    fused_core.read_latent,
-    image_matrices.coefficients,
-    image_matrices.coefficients_backward,
-    image_matrices.fuse,
-    image_matrices.fuse_backward,
-    fused_maps.combine,
-    fused_maps.combine_backward,
-    fused_kernels.kernels_and_bias,
-    fused_kernels.form_kernels_backward,
-    fused_kernels.project,
-    fused_kernels.kernel_gradients,
-    fused_core.gradient_rows,
-    fused_maps.proj_in_backward,
-    None,
-    fused_kernels.input_gradients,
-)
 
 
 def choose_form(form: str, x: Tensor, kernel_size: int, stride: int) -> str:
@@ -57,7 +44,7 @@ def choose_form(form: str, x: Tensor, kernel_size: int, stride: int) -> str:
 def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_triton: bool) -> Implementation:
     """PyTorch's operations, or Triton's kernels for what they can take; these are imported here alone."""
     if not by_triton or x.dtype == float64:
-        return PYTORCH
+        return OPAQUE if is_dynamo_compiling() and x.device.type == "cpu" else PYTORCH
     from dcd.ops import (
         triton_coefficients,
         triton_combine,

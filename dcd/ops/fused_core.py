@@ -83,8 +83,14 @@ class Parameters(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """The functions that do most of the work, each by PyTorch's operations or by Triton's kernels."""
+    """The functions that do most of the work, each by PyTorch's operations or by Triton's kernels. The first five are
+    what torch.compile need not look into; four of them call the others."""
 
+    prepare_maps: Callable  # equations 1, 3 and 4, and the static convolution
+    maps_backward: Callable  # equations 5, 6 and 24
+    prepare_kernels: Callable  # equations 1, 3, 4 and 25
+    kernels_backward: Callable  # equations 5, 6 and 27 to 29
+    update_running: Callable
     read_latent: Callable  # equations 1 and 4
     coefficients: Callable  # Φ and Λ
     coefficients_backward: Callable

@@ -31,7 +31,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dcd.ops import fused_core as core
-from dcd.ops.fused_core import Parameters, Settings
+from dcd.ops.fused_core import Parameters, SavedCore, Settings
 from dcd.ops.image_matrices import Statistics, ToLatent
 from dcd.ops.rows import add_product, as_features, as_gradient, as_rows, exact_product
 
@@ -49,15 +49,9 @@ class _DynamicKernels(Function):
     @staticmethod
     def forward(ctx, settings: Settings, x: Tensor, *weights: Tensor):
         parameters = core.parameters_of(weights)
-        static, proj_in, _ = parameters.convolutions
-        padded, q, offset, descriptor, moments = settings.implementation.read_latent(x, proj_in, settings, True)
-        saved, statistics = core.small_matrices(moments, offset, descriptor, parameters, settings)
-        channel_scale, _, read_out = saved.matrices
-        kernels, bias = settings.implementation.kernels_and_bias(
-            channel_scale, static.flatten(1), read_out, padded, offset, x.dtype
-        )
-        y = settings.implementation.project(as_rows(x), kernels, bias)
-        core.save(ctx, SavedKernels(x, padded, q, kernels), saved)
+        maps, bias, saved, statistics = settings.implementation.prepare_kernels(x, parameters, settings)
+        y = settings.implementation.project(as_rows(x), maps.kernels, bias)
+        core.save(ctx, maps, saved)
         ctx.settings = settings
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
@@ -68,20 +62,9 @@ class _DynamicKernels(Function):
     @core.leaves_autocast
     # pyrefly: ignore[bad-override]: PyTorch's is declared with *gradients
     def backward(ctx, d_y: Tensor, *_):
-        (x, padded, q, kernels), saved = core.load(ctx)
-        (static, proj_in, _), settings, implementation = saved.convolutions, ctx.settings, ctx.settings.implementation
-        d_rows = as_rows(d_y)  # [B, N, O]
-        d_kernels, d_read_out = implementation.kernel_gradients(d_rows, as_rows(x), q)
-        d_scale, d_static = implementation.form_kernels_backward(
-            d_kernels, saved.matrices.channel_scale, static.flatten(1)
-        )
-        d_read_out = d_read_out.to(static.dtype)
-        d_descriptor, to_latent, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, q, settings)
-        cells = core.cell_columns(len(proj_in), settings.pool_size)
-        right = implementation.gradient_rows(padded, to_latent.q_to_d_q, d_descriptor, cells, q.shape[1], x.dtype)
-        d_x, d_q = implementation.input_gradients(d_rows, kernels, q, right, to_latent)
-        d_proj_in, d_x = core.proj_in_gradient(d_q, x, settings.stride, proj_in), as_features(d_x, x.shape[2:])
-        return None, d_x, as_gradient(d_static, static), d_proj_in, *d_others
+        maps, saved = core.load(ctx)
+        d_x, *d_others = ctx.settings.implementation.kernels_backward(as_rows(d_y), maps, saved, ctx.settings)
+        return None, as_features(d_x, maps.x.shape[2:]), *d_others
 
 
 def train(x: Tensor, parameters: Parameters, settings: Settings) -> tuple[Tensor, Statistics]:
@@ -101,6 +84,42 @@ def infer(x: Tensor, parameters: Parameters, statistics: Statistics, settings: S
         channel_scale, static.flatten(1), read_out, padded, core.constant_one(len(proj_in), padded), x.dtype
     )
     return as_features(settings.implementation.project(as_rows(x), kernels, bias), x.shape[2:])
+
+
+def prepare_kernels(
+    x: Tensor, parameters: Parameters, settings: Settings
+) -> tuple[SavedKernels, Tensor, SavedCore, Statistics]:
+    """All of forward but equation 26, by the statistics of this batch; arguments are as for `train`. The second result
+    is the bias (B, O)."""
+    static, proj_in, _ = parameters.convolutions
+    padded, q, offset, descriptor, moments = settings.implementation.read_latent(x, proj_in, settings, True)
+    saved, statistics = core.small_matrices(moments, offset, descriptor, parameters, settings)
+    channel_scale, _, read_out = saved.matrices
+    kernels, bias = settings.implementation.kernels_and_bias(
+        channel_scale, static.flatten(1), read_out, padded, offset, x.dtype
+    )
+    return SavedKernels(x, padded, q, kernels), bias, saved, statistics
+
+
+def kernels_backward(d_rows: Tensor, maps: SavedKernels, saved: SavedCore, settings: Settings) -> tuple[Tensor, ...]:
+    """Equations 5, 6 and 27 to 29.
+
+    Args:
+        d_rows: d_y (B, N, O).
+        maps, saved, settings: of forward.
+
+    Returns:
+        d_x (B, N, C), and the gradients of the weights, in the order of `Parameters`.
+    """
+    (x, padded, q, kernels), (static, proj_in, _), implementation = maps, saved.convolutions, settings.implementation
+    d_kernels, d_read_out = implementation.kernel_gradients(d_rows, as_rows(x), q)
+    d_scale, d_static = implementation.form_kernels_backward(d_kernels, saved.matrices.channel_scale, static.flatten(1))
+    d_read_out = d_read_out.to(static.dtype)
+    d_descriptor, to_latent, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, q, settings)
+    cells = core.cell_columns(len(proj_in), settings.pool_size)
+    right = implementation.gradient_rows(padded, to_latent.q_to_d_q, d_descriptor, cells, q.shape[1], x.dtype)
+    d_x, d_q = implementation.input_gradients(d_rows, kernels, q, right, to_latent)
+    return d_x, as_gradient(d_static, static), core.proj_in_gradient(d_q, x, settings.stride, proj_in), *d_others
 
 
 def form_kernels(channel_scale: Tensor, static: Tensor, read_out: Tensor, padded: Tensor, dtype: torch.dtype) -> Tensor:

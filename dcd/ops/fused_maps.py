@@ -54,16 +54,12 @@ class _DynamicMaps(Function):
     @staticmethod
     def forward(ctx, settings: Settings, x: Tensor, *weights: Tensor):
         parameters = core.parameters_of(weights)
-        static, proj_in, _ = parameters.convolutions
-        padded, q, offset, descriptor, moments = settings.implementation.read_latent(x, proj_in, settings, False)
-        saved, statistics = core.small_matrices(moments, offset, descriptor, parameters, settings)
-        weight = static.to(x.dtype)
-        y, static_out = _apply(x, weight, q, saved.matrices, settings)
-        core.save(ctx, SavedMaps(x, weight, padded, q, static_out), saved)
+        maps, saved, statistics = settings.implementation.prepare_maps(x, parameters, settings)
+        core.save(ctx, maps, saved)
         ctx.settings = settings
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
-        return y, *statistics
+        return _combine(maps.static_out, maps.q, saved.matrices, settings), *statistics
 
     @staticmethod
     @once_differentiable
@@ -71,27 +67,11 @@ class _DynamicMaps(Function):
     # pyrefly: ignore[bad-override]: PyTorch's is declared with *gradients
     def backward(ctx, d_y: Tensor, *_):
         maps, saved = core.load(ctx)
-        (x, weight, padded, q, _), (static, proj_in, _), settings = maps, saved.convolutions, ctx.settings
-        d_rows, implementation = as_rows(d_y), settings.implementation  # [B, N, O]
-        d_x_is_wanted, is_1x1 = ctx.needs_input_grad[1], weight.shape[2] == settings.stride == 1
-        in_one_product = is_1x1 and implementation.input_gradient is not None
-        d_static_out, d_scale, d_read_out = _combine_backward(d_rows, maps, saved, settings)
-        if in_one_product:
-            d_x, d_static = None, as_gradient(product_of_all(d_static_out, as_rows(x), static.dtype), static)
-        else:
-            d_x, d_static = _static_backward(d_static_out, maps, saved, settings, d_x_is_wanted)
-        d_descriptor, to_latent, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, q, settings)
-        d_proj_in, left = implementation.proj_in_backward(d_rows, q, to_latent, x, proj_in, settings)
-        if d_x_is_wanted:
-            cells = core.cell_columns(len(proj_in), settings.pool_size)
-            right = implementation.gradient_rows(padded, None, d_descriptor, cells, left.shape[1], x.dtype)
-            if in_one_product:
-                d_x = implementation.input_gradient(d_static_out, weight.flatten(1), left, right)
-                d_x = as_features(d_x, x.shape[2:])
-            else:
-                assert d_x is not None  # it was asked for
-                add_product(as_rows(d_x), left, right)
-        return None, d_x, d_static, d_proj_in, *d_others
+        settings, d_rows = ctx.settings, as_rows(d_y)  # [B, N, O]
+        static_out, channel_scale = as_rows(maps.static_out), saved.matrices.channel_scale
+        d_sums = settings.implementation.combine_backward(d_rows, static_out, channel_scale, maps.q)
+        d_x_is_wanted = ctx.needs_input_grad[1]
+        return None, *settings.implementation.maps_backward(d_rows, d_sums, maps, saved, settings, d_x_is_wanted)
 
 
 def train(x: Tensor, parameters: Parameters, settings: Settings) -> tuple[Tensor, Statistics]:
@@ -115,26 +95,29 @@ def infer(x: Tensor, parameters: Parameters, statistics: Statistics, settings: S
     static, proj_in, _ = parameters.convolutions
     padded = core.pad_proj_in(proj_in, settings.pool_size).to(x.dtype)
     q = core.latent_rows(x, padded, core.constant_one(len(proj_in), padded), settings.stride)
-    return _apply(x, static.to(x.dtype), q, core.matrices_by(x, parameters, statistics, settings), settings)[0]
+    matrices = core.matrices_by(x, parameters, statistics, settings)
+    return _combine(_convolve(x, static.to(x.dtype), settings), q, matrices, settings)
 
 
-def _apply(x: Tensor, weight: Tensor, q: Tensor, matrices: Matrices, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Equation 22: y and static_out (B, O, H', W'); weight is static, in the dtype of x."""
-    static_out = F.conv2d(x, weight, stride=settings.stride, padding=weight.shape[2] // 2)
+def prepare_maps(x: Tensor, parameters: Parameters, settings: Settings) -> tuple[SavedMaps, SavedCore, Statistics]:
+    """All of forward but equation 22, by the statistics of this batch; arguments are as for `train`."""
+    static, proj_in, _ = parameters.convolutions
+    latent = settings.implementation.read_latent(x, proj_in, settings, False)
+    saved, statistics = core.small_matrices(latent.moments, latent.offset, latent.descriptor, parameters, settings)
+    weight = static.to(x.dtype)
+    static_out = _convolve(x, weight, settings)
+    return SavedMaps(x, weight, latent.padded, latent.q, static_out), saved, statistics
+
+
+def _convolve(x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
+    """static_out (B, O, H', W'); weight is static, in the dtype of x."""
+    return F.conv2d(x, weight, stride=settings.stride, padding=weight.shape[2] // 2)
+
+
+def _combine(static_out: Tensor, q: Tensor, matrices: Matrices, settings: Settings) -> Tensor:
+    """Equation 22 on features (B, O, H', W')."""
     rows = settings.implementation.combine(as_rows(static_out), matrices.channel_scale, q, matrices.read_out)
-    return as_features(rows, static_out.shape[2:]), static_out
-
-
-def _combine_backward(
-    d_rows: Tensor, maps: SavedMaps, saved: SavedCore, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Equation 23 from d_y as rows (B, N, O): d_static_out as rows, and in the dtype of static d_scale and
-    d_read_out."""
-    d_static_out, d_scale, d_read_out = settings.implementation.combine_backward(
-        d_rows, as_rows(maps.static_out), saved.matrices.channel_scale, maps.q
-    )
-    dtype = saved.convolutions.static.dtype
-    return d_static_out, d_scale.to(dtype), d_read_out.to(dtype)
+    return as_features(rows, static_out.shape[2:])
 
 
 def _static_backward(
@@ -152,6 +135,46 @@ def _static_backward(
     if static.shape[2] == 1:  # of a dimension of size 1 oneDNN sets another stride than the weight may have
         d_static = as_gradient(d_static.flatten(1), static)
     return d_x, d_static.to(static.dtype)
+
+
+def maps_backward(
+    d_rows: Tensor,
+    d_sums: tuple[Tensor, Tensor, Tensor],
+    maps: SavedMaps,
+    saved: SavedCore,
+    settings: Settings,
+    d_x_is_wanted: bool,
+) -> tuple[Tensor | None, ...]:
+    """Backward but for equation 23.
+
+    Args:
+        d_rows: d_y (B, N, O).
+        d_sums: of equation 23, d_static_out (B, N, O), d_scale and d_read_out.
+        maps, saved, settings: of forward.
+        d_x_is_wanted: or it is None.
+
+    Returns:
+        d_x (B, C, H, W), channels_last, and the gradients of the weights, in the order of `Parameters`.
+    """
+    d_static_out, d_scale, d_read_out = d_sums
+    (x, weight, padded, q, _), (static, proj_in, _), implementation = maps, saved.convolutions, settings.implementation
+    d_scale, d_read_out = d_scale.to(static.dtype), d_read_out.to(static.dtype)
+    input_gradient = implementation.input_gradient if weight.shape[2] == settings.stride == 1 else None
+    if input_gradient is not None:
+        d_x, d_static = None, as_gradient(product_of_all(d_static_out, as_rows(x), static.dtype), static)
+    else:
+        d_x, d_static = _static_backward(d_static_out, maps, saved, settings, d_x_is_wanted)
+    d_descriptor, to_latent, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, q, settings)
+    d_proj_in, left = implementation.proj_in_backward(d_rows, q, to_latent, x, proj_in, settings)
+    if d_x_is_wanted:
+        cells = core.cell_columns(len(proj_in), settings.pool_size)
+        right = implementation.gradient_rows(padded, None, d_descriptor, cells, left.shape[1], x.dtype)
+        if input_gradient is not None:
+            d_x = as_features(input_gradient(d_static_out, weight.flatten(1), left, right), x.shape[2:])
+        else:
+            assert d_x is not None  # it was asked for
+            add_product(as_rows(d_x), left, right)
+    return d_x, d_static, d_proj_in, *d_others
 
 
 def combine(static_out: Tensor, channel_scale: Tensor, q: Tensor, read_out: Tensor) -> Tensor:

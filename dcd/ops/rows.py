@@ -4,7 +4,8 @@ A feature map (B, C, H, W) in channels_last is seen as rows (B, H·W, C), which 
 comments: B images, C channels, N positions, D cells of the pool.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 
 import torch
@@ -43,12 +44,26 @@ def kept(constant: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(constant)
     def get(*args) -> Tensor:
-        is_traced = torch.compiler.is_compiling() or is_recorded()
+        is_traced = torch.compiler.is_compiling() or is_recorded() or _makes_constants_anew
         return constant(*args) if is_traced else cached(*args)
 
     # pyrefly: ignore[missing-attribute]: as a cache has it
     get.cache_clear = cached.cache_clear
     return get
+
+
+_makes_constants_anew = False
+
+
+@contextmanager
+def constants_anew() -> Generator[None]:
+    """The body keeps no constants, as where it runs on fake tensors: they are fakes, too."""
+    global _makes_constants_anew
+    before, _makes_constants_anew = _makes_constants_anew, True
+    try:
+        yield
+    finally:
+        _makes_constants_anew = before
 
 
 @kept
