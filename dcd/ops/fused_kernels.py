@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from dcd.ops import fused_core as core
 from dcd.ops.fused_core import Parameters, SavedCore, Settings
 from dcd.ops.image_matrices import Statistics, ToLatent
-from dcd.ops.rows import add_product, as_features, as_gradient, as_rows, exact_product
+from dcd.ops.rows import add_product, add_to_positions, as_features, as_gradient, as_rows, exact_product
 
 
 class SavedKernels(NamedTuple):
@@ -173,4 +173,4 @@ def project(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
 
     The bias is added behind the product: `torch.baddbmm` would copy it to all of the result first, which is slower.
     """
-    return torch.bmm(x, kernels.transpose(1, 2)).add_(bias.unsqueeze(1).to(x.dtype))
+    return add_to_positions(torch.bmm(x, kernels.transpose(1, 2)), bias.to(x.dtype))
