@@ -273,7 +273,7 @@ def small_matrices_backward(
     d_proj_out = as_gradient(d_read_out.flatten(0, 1).t() @ fused.flatten(0, 1), proj_out)
     d_y_sum = d_read_out[:, proj_out.shape[1]]  # column L of q is 1
     d_phi, to_latent, d_norms = settings.implementation.fuse_backward(
-        saved.fuse, saved.norms, d_fused, read_out, d_y_sum, q.shape[1], q.dtype
+        saved.fuse, saved.norms, d_fused, read_out, d_y_sum, q
     )
     d_descriptor, d_branch = settings.implementation.coefficients_backward(
         saved.coefficients, saved.branch, d_phi, d_scale

@@ -205,13 +205,7 @@ def fuse(
 
 
 def fuse_backward(
-    saved: SavedFuse,
-    norms: Norms,
-    d_fused: Tensor,
-    read_out: Tensor,
-    d_y_sum: Tensor,
-    positions: int,
-    dtype: torch.dtype,
+    saved: SavedFuse, norms: Norms, d_fused: Tensor, read_out: Tensor, d_y_sum: Tensor, q: Tensor
 ) -> tuple[Tensor, ToLatent, Norms]:
     """The gradients through `fuse`: equations 15 to 21.
 
@@ -221,15 +215,14 @@ def fuse_backward(
         d_fused: (B, L⁺, L).
         read_out: (B, L⁺, O).
         d_y_sum: (B, O), over the positions; for the mean of d_q.
-        positions: N, over which the moments are means.
-        dtype: of q.
+        q: (B, N, L⁺), of which only the size and the dtype matter.
 
     Returns:
-        d_phi (B, L, L); read_out in dtype with q_to_d_q, whose columns from L on hold nothing of use, for the constants
-        in q have no gradient; and the gradients of the norms' weights.
+        d_phi (B, L, L); read_out in the dtype of q with q_to_d_q, whose columns from L on hold nothing of use, for the
+        constants in q have no gradient; and the gradients of the norms' weights.
     """
     phi, moments, mean1, inv1, inv2, scale2, first, mixed = saved
-    batch, latent_dim = phi.shape[:2]
+    (batch, latent_dim, _), positions = phi.shape, q.shape[1]
     d_bias2 = d_fused.select(1, latent_dim).sum(0)
     d_weight2 = (d_fused * mixed).sum((0, 1)).mul_(inv2)
     share = scale2 * (-1 / (batch * positions))
@@ -245,7 +238,7 @@ def fuse_backward(
     away1 = share * inv1 * d_weight1  # its diagonal
     q_to_d_q.diagonal(dim1=1, dim2=2)[:, :latent_dim].add_(away1)
     q_to_d_q.select(1, latent_dim)[:, :latent_dim].add_(torch.addcmul(share * d_bias1, away1, mean1, value=-1))
-    return d_phi, ToLatent(read_out.to(dtype), q_to_d_q, None), Norms(d_weight1, d_bias1, d_weight2, d_bias2)
+    return d_phi, ToLatent(read_out.to(q.dtype), q_to_d_q, None), Norms(d_weight1, d_bias1, d_weight2, d_bias2)
 
 
 def fuse_by(phi: Tensor, statistics: Statistics, norms: Norms, eps: tuple[float, float], width: int) -> Tensor:

@@ -415,18 +415,12 @@ def _q_to_d_q(
 
 
 def fuse_backward(
-    saved: SavedFuse,
-    norms: Norms,
-    d_fused: Tensor,
-    read_out: Tensor,
-    d_y_sum: Tensor,
-    positions: int,
-    dtype: torch.dtype,
+    saved: SavedFuse, norms: Norms, d_fused: Tensor, read_out: Tensor, d_y_sum: Tensor, q: Tensor
 ) -> tuple[Tensor, ToLatent, Norms]:
     """As `image_matrices.fuse_backward`, with the mean of d_q where q has 16 bits."""
     phi, moments, norm1, latent, crossed, norm2 = saved
     (batch, latent_dim, _), (_, width, out_channels) = phi.shape, read_out.shape
-    sizes, blocks = (batch, latent_dim, width), triton.cdiv(batch, IMAGES)
+    sizes, blocks, positions = (batch, latent_dim, width), triton.cdiv(batch, IMAGES), q.shape[1]
     steps = triton.cdiv(blocks, triton.cdiv(MIN_PROGRAMS, latent_dim))
     shares = triton.cdiv(blocks, steps)
     parts = latent_dim * shares
@@ -435,8 +429,8 @@ def fuse_backward(
     d_norms = Norms(*(torch.empty_like(weight) for weight in norms))
     first = norm1, norms.weight1, norms.bias1
     rounded = d_q_means = d_q_mean = None
-    if dtype != read_out.dtype:
-        rounded, d_q_means = torch.empty_like(read_out, dtype=dtype), torch.empty_like(d_latent)
+    if q.dtype != read_out.dtype:
+        rounded, d_q_means = torch.empty_like(read_out, dtype=q.dtype), torch.empty_like(d_latent)
         d_q_mean = phi.new_empty(latent_dim)
     _d_latent[batch,](
         phi, moments, *first, latent, norm2, norms.weight2, d_fused, read_out, d_y_sum,

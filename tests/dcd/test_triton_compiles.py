@@ -55,7 +55,9 @@ def matrices(batch: int, latent_dim: int, width: int) -> None:
     triton_matrices.fuse(*args, Running(statistics, counts, (0.1, 0.1), 49 * batch))
     read_out = torch.empty(batch, width, 512)
     for dtype in (torch.float32, torch.bfloat16):
-        triton_matrices.fuse_backward(saved, norms, fused, read_out, read_out[:, 0], 49, dtype)
+        triton_matrices.fuse_backward(
+            saved, norms, fused, read_out, read_out[:, 0], torch.empty(batch, 49, width, dtype=dtype)
+        )
 
 
 def coefficients(batch: int, width: int, squeezed_width: int, latent_dim: int, out_channels: int) -> None:

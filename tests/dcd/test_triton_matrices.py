@@ -44,7 +44,7 @@ def worked_out(module, phi, q, norms, d_fused, dtype=torch.float32, garbage=Fals
     if garbage:
         moments[:, behind:] = moments[:, :, behind:] = d_fused[:, behind:] = torch.nan
     matrices, statistics, saved = module.fuse(phi, moments, offset, norms, (1e-5, 1e-3), None)
-    args = saved, norms, d_fused, read_out, d_y_sum, q.shape[1], dtype
+    args = saved, norms, d_fused, read_out, d_y_sum, q
     d_phi, (_, q_to_d_q, _), d_norms = module.fuse_backward(*args)
     found = {"fused": matrices, "d_phi": d_phi, "q_to_d_q": q_to_d_q[:, :, : phi.shape[1]], **statistics._asdict()}
     found |= {f"d_{name}": value for name, value in d_norms._asdict().items()}
@@ -114,7 +114,7 @@ def test_the_mean_of_d_q_is_known_from_small_matrices(sizes):
     norms, d_fused = Norms(*(value.to(DEVICE).float() for value in norms)), d_fused.to(DEVICE).float()
     args = phi.to(DEVICE).float(), moments.float(), torch.zeros(width, device=DEVICE), norms, (1e-5, 1e-3), None
     saved = triton_matrices.fuse(*args)[2]
-    args = saved, norms, d_fused, read_out, d_y_sum, positions, torch.float16
+    args = saved, norms, d_fused, read_out, d_y_sum, q.half()
     rounded, q_to_d_q, mean = triton_matrices.fuse_backward(*args)[1]
     assert torch.equal(rounded, read_out.half())
     by_output, by_statistics = d_y @ rounded.double().transpose(1, 2), q @ q_to_d_q.double()
