@@ -83,7 +83,10 @@ def sanitize(section: Section) -> None:
 
 REFERENCE, FUSED = "dcd reference", "dcd fused"
 MEASURED: Options = {"layers": (), "amp": ("bf16",), "batch_size": 256, "rounds": 3, "window_s": 1.1, "pictures": False}
-TINY: Options = {"batch_size": 2, "size": 32, "rounds": 1, "window_s": 0.01, "compiler": "eager"}
+# A rehearsal: two layers in place of networks, and two runs of PLAN
+TINY: Options = {"models": (), "layers": (), "shapes": ("64x64k1s1@8", "64x64k3s1@8"), "batch_size": 2, "rounds": 1}
+TINY |= {"window_s": 0.01, "compiler": "eager"}
+REHEARSED = ("eager", "compiled")
 RESNET50: Options = {"models": ("resnet50",)}
 MOBILENET: Options = {"models": ("mobilenetv2",)}
 DYNAMIC: Options = {"variants": (AUTO,)}
@@ -109,12 +112,9 @@ PLAN: dict[str, Options] = {
 }
 
 
-REHEARSED = ("eager", "compiled")
-
-
-def profile(section: Section, what: str, tiny: Options, **options: Any) -> dict:
-    """What tools.profile_layers finds. tiny: the options of a rehearsal beside TINY."""
-    options = {**MEASURED, **options, **({**TINY, **tiny} if section.rehearsal else {}), "device": section.device}
+def profile(section: Section, what: str, **options: Any) -> dict:
+    """What tools.profile_layers finds."""
+    options = {**MEASURED, **options, **(TINY if section.rehearsal else {}), "device": section.device}
     return section.measure(what, "tools.profile_layers", **options)
 
 
@@ -122,7 +122,7 @@ def compile_networks(section: Section) -> None:
     """How long torch.compile takes. Its cache is kept for the section that times the networks."""
     once: Options = {**COMPILED, "rounds": 1, "window_s": 0.0, "optional": True}
     for network in (RESNET50, MOBILENET)[: 1 if section.rehearsal else 2]:
-        profile(section, f"compiling {network['models'][0]}", {"models": ("resnet18",)}, **network, **once)
+        profile(section, f"compiling {network['models'][0]}", **network, **once)
 
 
 def networks(section: Section) -> None:
@@ -132,7 +132,7 @@ def networks(section: Section) -> None:
         what, options = plan.pop(0)
         if not section.rehearsal and not section.has_time(what, seconds_of(options)):
             continue
-        found = profile(section, what, {"models": ("resnet18",)}, **options)
+        found = profile(section, what, **options)
         rows += found.get("rows", [])
         if any("OutOfMemoryError" in why for why in found.get("failures", ())):
             size = options.get("batch_size", MEASURED["batch_size"]) // 2
@@ -175,7 +175,7 @@ def layers(section: Section) -> None:
     path = available_paths(torch.device(section.device))[-1]
     variants = {"variants": (f"dcd {path} kernels", f"dcd {path} maps"), "modes": ("CUDA graph", "eager")}
     measured = {"models": (), "layers": ("resnet50",), "window_s": 0.05, "inference": False, "floor": True}
-    profile(section, "layers", {"layers": (), "shapes": ("64x64k1s1@8", "64x64k3s1@8")}, **variants, **measured)
+    profile(section, "layers", **variants, **measured)
 
 
 # Loaders

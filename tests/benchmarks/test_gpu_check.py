@@ -165,13 +165,13 @@ def test_it_needs_pytorch_torchvision_and_pytest_alone(bare_machine, tmp_path):
     rows = {what: networks["figures"][what]["rows"] for what in sections.REHEARSED}
     measured = {what: [(row["variant"], row["mode"]) for row in found] for what, found in rows.items()}
     assert measured == {
-        "eager": [("static", "eager"), ("dcd auto", "eager")],
-        "compiled": [(variant, "compiled") for variant in ("static", "dcd reference", "dcd fused")],
+        "eager": 2 * [("static", "eager"), ("dcd auto", "eager")],
+        "compiled": 2 * [(variant, "compiled") for variant in ("static", "dcd reference", "dcd fused")],
     }
     text = (tmp_path / "out/gpu_check.md").read_text()
-    for head in ("## Networks", "### eager", "### compiled", "##### Networks", "## Layers"):
+    for head in ("## Networks", "### eager", "### compiled", "##### Layers given", "## Layers"):
         assert f"\n{head}\n" in text
-    assert {target["found"] for target in networks["targets"]} == {None}, "no figure is of this network"
+    assert {target["found"] for target in networks["targets"]} == {None}, "no figure is of a network"
     assert len(layers["figures"]["layers"]["rows"]) == 2 * 5 and "| above the floor ms |" in text
     assert loaders["skipped"] == ["fake ImageNet: sklearn is not installed here"]
     assert last["skipped"] == ["time line: tqdm is not installed here"]
@@ -281,7 +281,7 @@ def test_figures_are_compared_with_their_own_kind(section):
 def test_a_network_that_does_not_fit_gets_half_the_batch(section, monkeypatch):
     tried = []
 
-    def profile(section, what, tiny, **options):
+    def profile(section, what, **options):
         tried.append((what, options.get("batch_size")))
         return {"failures": ["resnet50 static: OutOfMemoryError: too large"]} if len(tried) < 3 else {}
 
