@@ -118,23 +118,12 @@ def ours(setting: Setting, root: Path, **options: Any) -> Epochs:
 
 def stock_torchvision(setting: Setting, root: Path) -> Epochs:
     """The ImageNet example of PyTorch: ImageFolder, Pillow, ToTensor, Normalize, DataLoader."""
-    ways = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(setting.size),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
-    loader = DataLoader(
-        ImageFolder(root / "train", ways),
-        setting.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=setting.workers,
-        persistent_workers=True,
-        pin_memory=setting.device == "cuda",
-    )
+    crop, flip = transforms.RandomResizedCrop(setting.size), transforms.RandomHorizontalFlip()
+    normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    ways = transforms.Compose([crop, flip, transforms.ToTensor(), normalise])
+    dataset = ImageFolder(root / "train", ways)
+    usual = {"shuffle": True, "drop_last": True, "persistent_workers": True, "pin_memory": setting.device == "cuda"}
+    loader = DataLoader(dataset, setting.batch_size, num_workers=setting.workers, **usual)
     return lambda: (len(images.to(setting.device)) for images, _ in loader)
 
 
@@ -147,15 +136,9 @@ def stock_ffcv(setting: Setting, root: Path, normalised: bool) -> Epochs:
     ways = [RandomResizedCropRGBImageDecoder((setting.size, setting.size)), RandomHorizontalFlip()]
     if normalised:
         ways.append(NormalizeImage(np.array(MEAN), np.array(STD), np.float32))
-    loader = Loader(
-        str(root / "train.beton"),
-        batch_size=setting.batch_size,
-        num_workers=setting.workers,
-        order=OrderOption.RANDOM,
-        os_cache=True,
-        drop_last=True,
-        pipelines={"image": [*ways, ToTensor(), ToTorchImage()], "label": [IntDecoder(), ToTensor(), Squeeze()]},
-    )
+    fields = {"image": [*ways, ToTensor(), ToTorchImage()], "label": [IntDecoder(), ToTensor(), Squeeze()]}
+    usual = {"order": OrderOption.RANDOM, "os_cache": True, "drop_last": True, "pipelines": fields}
+    loader = Loader(str(root / "train.beton"), setting.batch_size, setting.workers, **usual)
     return lambda: (len(labels) for _, labels in loader)
 
 
@@ -169,26 +152,17 @@ def stock_dali(setting: Setting, root: Path) -> Epochs:
 
     @pipeline_def(batch_size=setting.batch_size, num_threads=setting.workers, device_id=0 if on_gpu else None, seed=0)
     def pipeline() -> Any:
-        encoded, labels = fn.readers.file(
-            file_root=str(root / "train"), random_shuffle=True, pad_last_batch=True, name="reader"
-        )
-        images = fn.decoders.image_random_crop(
-            encoded,
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-            random_aspect_ratio=[3 / 4, 4 / 3],
-            random_area=[0.08, 1.0],
-            num_attempts=100,
-        )
+        files = {"file_root": str(root / "train"), "random_shuffle": True, "pad_last_batch": True}
+        encoded, labels = fn.readers.file(**files, name="reader")
+        crop = {"random_aspect_ratio": [3 / 4, 4 / 3], "random_area": [0.08, 1.0], "num_attempts": 100}
+        device = "mixed" if on_gpu else "cpu"
+        images = fn.decoders.image_random_crop(encoded, device=device, output_type=types.RGB, **crop)
         images = fn.resize(images, size=(setting.size, setting.size), interp_type=types.INTERP_TRIANGULAR)
-        images = fn.crop_mirror_normalize(
-            images, dtype=types.FLOAT, output_layout="CHW", mean=MEAN, std=STD, mirror=fn.random.coin_flip()
-        )
-        return images, labels
+        normal = {"dtype": types.FLOAT, "output_layout": "CHW", "mean": MEAN, "std": STD}
+        return fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), **normal), labels
 
-    loader = DALIClassificationIterator(
-        pipeline(), reader_name="reader", last_batch_policy=LastBatchPolicy.DROP, auto_reset=True
-    )
+    drop = {"last_batch_policy": LastBatchPolicy.DROP, "auto_reset": True}
+    loader = DALIClassificationIterator(pipeline(), reader_name="reader", **drop)
     return lambda: (len(batch[0]["data"]) for batch in loader)
 
 
@@ -219,10 +193,10 @@ class Loader(NamedTuple):
 def loaders(setting: Setting) -> dict[str, Loader]:
     """All rows by their names."""
     half, raw = setting.size // 2, f".beton of pixels, longest side {RAW_SIDE}"
-    ffcv, dali, torchvision, synthetic = (
-        partial(ours, backend=name) for name in ("ffcv", "dali", "torchvision", "synthetic")
-    )
-    at_half, reduced = partial(ffcv, input_size=half), "decoded at half size where that is enough"
+    ffcv, dali, torchvision = (partial(ours, backend=name) for name in ("ffcv", "dali", "torchvision"))
+    synthetic = partial(ours, backend="synthetic", synthetic_images=4096)
+    at_half, exact = partial(ffcv, input_size=half), partial(ffcv, input_size=half, exact_decode=True)
+    reduced = "decoded at half size where that is enough"
     rows = {
         "FFCV executor": Loader("ours", "beton", ".beton", ffcv),
         "DALI executor": Loader("ours", "beton", ".beton", dali),
@@ -236,17 +210,14 @@ def loaders(setting: Setting) -> dict[str, Loader]:
         "full decode": Loader("limit", "beton", "libjpeg-turbo, no resize", partial(full_decode, by_libjpeg=True)),
         "full decode, our codes": Loader("ours", "beton", "no resize", partial(full_decode, by_libjpeg=False)),
         f"FFCV executor, {half} pixels": Loader("ours", "beton", reduced, at_half),
-        f"FFCV executor, {half} pixels, exact": Loader(
-            "ours", "beton", "--exact-decode", partial(at_half, exact_decode=True)
-        ),
+        f"FFCV executor, {half} pixels, exact": Loader("ours", "beton", "--exact-decode", exact),
         "FFCV executor, raw": Loader("ours", "raw", raw, ffcv),
         "FFCV Loader, raw": Loader("stock", "raw", raw, partial(stock_ffcv, normalised=True)),
-        "synthetic": Loader("ours", "folder", "reads nothing", partial(synthetic, synthetic_images=4096)),
+        "synthetic": Loader("ours", "folder", "reads nothing", synthetic),
     }
-    if setting.device == "cuda":
-        for share in SHARES:
-            whole = partial(dali, dali_full_decode=share)
-            rows[f"{WHOLE} {share}"] = Loader("ours", "folder", f"--dali-full-decode {share}", whole)
+    for share in SHARES if setting.device == "cuda" else ():
+        whole = partial(dali, dali_full_decode=share)
+        rows[f"{WHOLE} {share}"] = Loader("ours", "folder", f"--dali-full-decode {share}", whole)
     return rows
 
 

@@ -29,19 +29,13 @@ from tools.profiling.report import markdown_table
 from training.command_line import path
 
 LIMIT_S = 530  # for all sections
-# {section: (title, seconds that are kept for it)}. What one leaves over, the next may use.
-SECTIONS = {
-    "correctness": ("Correctness", 125),
-    "networks": ("Models", 195),
-    "layers": ("Roofline of the layers", 50),
-    "loaders": ("Loaders", 130),
-    "timeline": ("Where the time goes", 30),
-}
+# {section: seconds that are kept for it}. What one leaves over, the next may use.
+SECTIONS = {"correctness": 125, "networks": 195, "layers": 50, "loaders": 130, "timeline": 30}
 
 
 def check(name: str, folder: Path, deadline: float, rehearsal: bool) -> Findings:
     """What one section finds, however far it comes."""
-    start, section = time.monotonic(), Section(SECTIONS[name][0], folder, deadline, rehearsal)
+    start, section = time.monotonic(), Section(name.capitalize(), folder, deadline, rehearsal)
     try:
         getattr(sections, name)(section)
     except Exception as error:
@@ -90,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         chosen = [name for name in SECTIONS if name in options.only]
         for number, name in enumerate(chosen, 1):
-            deadline = start + LIMIT_S - sum(SECTIONS[later][1] for later in chosen[number:])
+            deadline = start + LIMIT_S - sum(SECTIONS[later] for later in chosen[number:])
             found.append(check(name, Path(folder), deadline, options.rehearse))
             seconds = time.monotonic() - start
             text = report(machine, found, seconds, options.rehearse)

@@ -6,7 +6,6 @@ Sizes are around 500×375 with long tails, a third of them upright, about 110 KB
 scikit-learn's two sample photographs, enlarged or reduced, with noise like a camera's. The labels mean nothing.
 """
 
-import argparse
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
-from training.command_line import path
+from training.command_line import parse
 
 CLASSES = 10
 NOISE = 6.5  # standard deviation of the luminance noise, in [0, 255]; it makes the files as large as ImageNet's
@@ -55,21 +54,20 @@ def write_image(out: Path, split: str, number: int) -> None:
     random_image(photographs(), draw).save(folder / f"{split}_{number:08d}.JPEG", quality=QUALITY)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.make_fake_imagenet", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("out", type=path, help="folder, which must not hold anything yet")
-    parser.add_argument("--train-images", type=int, default=4096)
-    parser.add_argument("--val-images", type=int, default=1024)
-    options = parser.parse_args()
-    out, counts = options.out, {"train": options.train_images, "val": options.val_images}
+def main(out: Path, train_images: int = 4096, val_images: int = 1024) -> None:
+    """Write images like ImageNet's to OUT.
+
+    Args:
+        out: a folder that does not hold anything yet.
+        train_images: how many are written to OUT/train.
+        val_images: how many are written to OUT/val.
+    """
     try:
         if out.exists() and any(out.iterdir()):
             raise FileExistsError(f"{out} is not empty: name another folder or empty it")
         temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")  # renamed when it is complete
         with ProcessPoolExecutor() as pool:
-            for split, count in counts.items():
+            for split, count in {"train": train_images, "val": val_images}.items():
                 for number in range(CLASSES):
                     (temporary / split / f"n{number:08d}").mkdir(parents=True)
                 work = pool.map(partial(write_image, temporary, split), range(count), chunksize=32)
@@ -82,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parse(main)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from torch import nn
 
-from dcd.registry import create_model, list_models, models_with
+from dcd.registry import create_model, list_models, models_with, takes
 
 # The options that only some models take, by what they decide on: the shapes of the weights, what is computed with them,
 # or their values at the start. Which models take them is read from the models' constructors, so that a new model needs
@@ -46,13 +46,13 @@ class ModelConfig:
         if self.arch not in list_models():
             return  # `create` names the nearest
         for option in SHAPE_OPTIONS + FUNCTION_OPTIONS + START_OPTIONS:
-            default, models = getattr(ModelConfig, option), models_with(option)
-            if getattr(self, option) != default and self.arch not in models:
+            default = getattr(ModelConfig, option)
+            if getattr(self, option) != default and not takes(self.arch, option):
                 flag = option.replace("_", "-")
                 undo = f"--no-{flag}" if default is False else f"--{flag} {default}"
                 raise ValueError(
-                    f"--{flag} has no meaning for {self.arch}, only for {', '.join(models)}: leave it out, or undo a "
-                    f"recipe's by {undo}"
+                    f"--{flag} has no meaning for {self.arch}, only for {', '.join(models_with(option))}: leave it "
+                    f"out, or undo a recipe's by {undo}"
                 )
 
     @property
@@ -75,4 +75,4 @@ class ModelConfig:
 
     def _taken(self, options: tuple[str, ...]) -> dict[str, int | float | bool]:
         """The values of those of these options that the model takes."""
-        return {option: getattr(self, option) for option in options if self.arch in models_with(option)}
+        return {option: getattr(self, option) for option in options if takes(self.arch, option)}

@@ -12,7 +12,7 @@ _CONSTRUCTORS: dict[str, Callable[..., nn.Module]] = {}
 def register_model(name: str, constructor: Callable[..., nn.Module]) -> None:
     """Make `constructor(num_classes=, dropout=, **options)` available as `create_model(name)`.
 
-    The options that it takes are those of its signature: `models_with` reads them there.
+    The options that it takes are those of its signature: `takes` reads them there.
 
     Raises:
         ValueError: the name is taken.
@@ -27,9 +27,14 @@ def list_models() -> list[str]:
     return sorted(_CONSTRUCTORS)
 
 
+def takes(name: str, option: str) -> bool:
+    """Whether a model takes this option of `create_model`."""
+    return name in _CONSTRUCTORS and option in inspect.signature(_CONSTRUCTORS[name]).parameters
+
+
 def models_with(option: str) -> list[str]:
     """The names of the models that take this option of `create_model`, sorted."""
-    return [name for name in list_models() if option in inspect.signature(_CONSTRUCTORS[name]).parameters]
+    return [name for name in list_models() if takes(name, option)]
 
 
 def create_model(name: str, num_classes: int = 1000, dropout: float | None = None, **kwargs) -> nn.Module:

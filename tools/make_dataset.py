@@ -18,7 +18,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,25 @@ from tools.conversion.record import PARTIAL, dataset_record, file_record, publis
 from tools.conversion.source import SPLITS, Source
 from tools.conversion.writer import Written, load_ffcv, write_split, writing
 
+Stems = Mapping[str, str]  # {split: the name of its files, without a suffix}
+WHOLE = {split: split for split in SPLITS}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all parts of a conversion share."""
+
+    src: Path
+    out: Path
+    options: Options
+    on_bad: str
+    workers: int
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """The options as a record has them."""
+        return {**relevant(self.options), "on_bad": self.on_bad}
+
 
 def make_dataset(src: Path, out: Path, options: Options, on_bad: str, workers: int, strict: bool = False) -> None:
     """Convert `src` into `out`.
@@ -40,25 +60,15 @@ def make_dataset(src: Path, out: Path, options: Options, on_bad: str, workers: i
     Raises:
         DataError: anything that a user can mend.
     """
+    job = _Job(src, out, options, on_bad, workers)
     _make_folder(src, out)
-    wanted = {**relevant(options), "on_bad": on_bad}
     with locked(out):
         if _is_finished(out):
-            _compare(out, src, wanted)
+            _compare(out, src, job.wanted)
             return
         _refuse_parts(out)
         load_ffcv()
-        source = _open(src, strict)
-        partial = out / PARTIAL
-        try:
-            found = _convert(source, partial, SPLITS, options, on_bad, workers)
-            _check_bad(_count_bad(found, on_bad))
-            files = _file_records(partial, SPLITS, found)
-            write_record(partial / DATASET_FILE, dataset_record(source, src, wanted, files))
-            publish(partial, out, [*_names(SPLITS), DATASET_FILE])
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        _report(out, SPLITS, DATASET_FILE, found)
+        _check_bad(_convert(job, _open(src, strict), out / PARTIAL, WHOLE, DATASET_FILE))
 
 
 def make_parts(
@@ -71,12 +81,11 @@ def make_parts(
     Raises:
         DataError: anything that a user can mend.
     """
+    job, count = _Job(src, out, options, on_bad, workers), parts[0].count
     _make_folder(src, out)
-    count = parts[0].count
-    wanted = {**relevant(options), "on_bad": on_bad}
     with locked(out, shared=True):
         if _is_finished(out):
-            _compare(out, src, {**wanted, "shards": count})
+            _compare(out, src, {**job.wanted, "shards": count})
             return
         _refuse_parts(out, count)
         load_ffcv()
@@ -84,43 +93,58 @@ def make_parts(
         with writing(out / PARTIAL):
             (out / PARTIAL).mkdir(exist_ok=True)
         listing = fingerprint(source)
-        _check_bad(sum(_make_part(source, src, out, part, wanted, listing, options, workers) for part in parts))
+        _check_bad(sum(_make_part(job, source, part, listing) for part in parts))
     if len(parts) == count:
         join_parts(src, out, on_bad, count)
 
 
-def _make_part(
-    source: Source,
-    src: Path,
-    out: Path,
-    part: Part,
-    wanted: dict[str, Any],
-    listing: str,
-    options: Options,
-    workers: int,
-) -> int:
+def _make_part(job: _Job, source: Source, part: Part, listing: str) -> int:
     """Convert one part, unless it is there; the number of bad images that keep it from being written."""
-    partial = out / PARTIAL / part.name
-    stems = [part.stem(split) for split in SPLITS]
+    partial = job.out / PARTIAL / part.name
+    stems = {split: part.stem(split) for split in SPLITS}
     with locked(partial.with_suffix(".lock")):
         if (partial / part.record).exists():  # only its renaming was left
-            publish(partial, out, [*_names(stems), part.record])
-        if _is_part_there(out, part, wanted, listing):
+            publish(partial, job.out, [*_names(stems), part.record])
+        if _is_part_there(job.out, part, job.wanted, listing):
             print(f"part {part} is there already", flush=True)
             return 0
-        try:
-            piece = part.of(source)
-            found = _convert(piece, partial, stems, options, wanted["on_bad"], workers)
-            if bad := _count_bad(found, wanted["on_bad"]):
-                print(f"part {part} is not written", file=sys.stderr)
-                return bad
-            record = dataset_record(piece, src, wanted, _file_records(partial, stems, found))
-            record["listing"] = listing
-            write_record(partial / part.record, record)
-            publish(partial, out, [*_names(stems), part.record])
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    _report(out, stems, part.record, found)
+        bad = _convert(job, part.of(source), partial, stems, part.record, listing=listing)
+        if bad:
+            print(f"part {part} is not written", file=sys.stderr)
+        return bad
+
+
+def _convert(job: _Job, source: Source, folder: Path, stems: Stems, record: str, **more: str) -> int:
+    """Write both splits into the new folder `folder`, and publish them with their record; name every bad image.
+
+    Args:
+        record: the name of the record, which has `more`, too.
+
+    Returns:
+        the number of bad images that keep the files from being used; then nothing is left of them.
+    """
+    discard_on_bad = job.on_bad == "error"
+    found: dict[str, Written] = {}
+    bad = 0  # after a bad image, the others are still checked, but no longer written
+    try:
+        with writing(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        for split, images in source.splits.items():
+            beton = folder / f"{stems[split]}.beton"
+            found[split] = write_split(images, beton, job.options, job.workers, discard_on_bad, bad > 0)
+            bad += len(found[split].bad) if discard_on_bad else 0
+        for written in found.values():
+            for name, reason in written.bad:
+                print(f"bad image: {name}: {reason}", file=sys.stderr)
+        if bad:
+            return bad
+        files = {split: file_record(folder / f"{stems[split]}.beton", found[split]) for split in found}
+        write_record(folder / record, {**dataset_record(source, job.src, job.wanted, files), **more})
+        publish(folder, job.out, [*_names(stems), record])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _report(job.out, stems, record, found)
     return 0
 
 
@@ -132,7 +156,7 @@ def _is_part_there(out: Path, part: Part, wanted: dict[str, Any], listing: str) 
     """
     record = read_part(out, part)
     if record is None:
-        foreign = [name for name in _names([part.stem(split) for split in SPLITS]) if (out / name).exists()]
+        foreign = [name for name in _names({split: part.stem(split) for split in SPLITS}) if (out / name).exists()]
         if foreign:
             raise DataError(f"{out} holds {foreign[0]} but no {part.record}: remove it, or name another folder")
         return False
@@ -177,18 +201,18 @@ def _open(src: Path, strict: bool) -> Source:
     return source
 
 
-def _names(stems: Sequence[str]) -> list[str]:
+def _names(stems: Stems) -> list[str]:
     """The files of a dataset or part, but for its record."""
-    return [f"{stem}{suffix}" for stem in stems for suffix in (".beton", ".checksums.npy")]
+    return [f"{stem}{suffix}" for stem in stems.values() for suffix in (".beton", ".checksums.npy")]
 
 
 def _is_finished(out: Path) -> bool:
     """Whether `out` holds a dataset; files whose renaming was interrupted are renamed now."""
     if (out / PARTIAL / DATASET_FILE).exists():
-        publish(out / PARTIAL, out, [*_names(SPLITS), DATASET_FILE])
+        publish(out / PARTIAL, out, [*_names(WHOLE), DATASET_FILE])
     if (out / DATASET_FILE).exists():
         return True
-    foreign = [name for name in _names(SPLITS) if (out / name).exists()]
+    foreign = [name for name in _names(WHOLE) if (out / name).exists()]
     if foreign:
         raise DataError(f"{out} holds {foreign[0]} but no {DATASET_FILE}: remove it, or name another folder")
     return False
@@ -210,30 +234,6 @@ def _compare(out: Path, src: Path, wanted: dict[str, Any]) -> None:
     print(f"{out} is there already")
 
 
-def _convert(
-    source: Source, folder: Path, stems: Sequence[str], options: Options, on_bad: str, workers: int
-) -> dict[str, Written]:
-    """Write both splits into the new folder `folder`; then name every image that is bad."""
-    with writing(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    found: dict[str, Written] = {}
-    useless = False  # after a bad image, the others are still checked, but no longer written
-    for split, stem in zip(SPLITS, stems, strict=True):
-        beton = folder / f"{stem}.beton"
-        found[split] = write_split(source.splits[split], beton, options, workers, on_bad == "error", useless)
-        useless = useless or (on_bad == "error" and bool(found[split].bad))
-    for written in found.values():
-        for name, reason in written.bad:
-            print(f"bad image: {name}: {reason}", file=sys.stderr)
-    return found
-
-
-def _count_bad(found: dict[str, Written], on_bad: str) -> int:
-    """The images that keep the files from being used."""
-    return sum(len(written.bad) for written in found.values()) if on_bad == "error" else 0
-
-
 def _check_bad(bad: int) -> None:
     """Raises:
     DataError: there are bad images.
@@ -243,15 +243,9 @@ def _check_bad(bad: int) -> None:
         raise DataError(f"{count} not decode: replace what is listed, or leave it out with --on-bad skip")
 
 
-def _file_records(folder: Path, stems: Sequence[str], found: dict[str, Written]) -> dict[str, Any]:
-    return {
-        split: file_record(folder / f"{stem}.beton", found[split]) for split, stem in zip(SPLITS, stems, strict=True)
-    }
-
-
-def _report(out: Path, stems: Sequence[str], record: str, found: dict[str, Written]) -> None:
+def _report(out: Path, stems: Stems, record: str, found: dict[str, Written]) -> None:
     size = sum((out / name).stat().st_size for name in _names(stems)) / 2**30
-    counts = " and ".join(f"{len(found[split].checksums):,} {stem}" for split, stem in zip(SPLITS, stems, strict=True))
+    counts = " and ".join(f"{len(found[split].checksums):,} {stem}" for split, stem in stems.items())
     print(f"wrote {counts} images, {size:.1f} GiB, to {out}", flush=True)
     for what, images in (
         ("re-encoded as RGB", [image for written in found.values() for image in written.reencoded]),

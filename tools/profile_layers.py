@@ -26,7 +26,7 @@ from tools.profiling.measure import Extent, Row, Subject, measure
 from tools.profiling.parts import PartTime, time_by_part
 from tools.profiling.report import write_figures, write_report
 from tools.profiling.runner import DTYPES, Setting
-from tools.profiling.shapes import Shape, ShapeError, parse_shape, shapes_of
+from tools.profiling.shapes import ShapeError, parse_shape, shapes_of
 from tools.profiling.variants import (
     NETWORKS,
     STATIC,
@@ -42,15 +42,6 @@ from training.host_memory import keep_freed_memory, spare_garbage_collector
 from training.precision import allow_fast_products, autocast_dtype
 
 Mode = Literal["eager", "compiled", "CUDA graph", "compiled, CUDA graph", "DataParallel"]
-
-
-def layer_subject(network: str, shape: Shape, count: int) -> Subject:
-    input_shape = (shape.in_channels, shape.size, shape.size)
-    return Subject(network, str(shape), count, input_shape, partial(create_layer, shape), partial(has_layer, shape))
-
-
-def network_subject(network: str, size: int) -> Subject:
-    return Subject(network, "", 1, (3, size, size), partial(create_model, network), partial(has_model, network))
 
 
 def main(
@@ -100,39 +91,30 @@ def main(
         pictures: draw them.
         out: where OUT.md, OUT.json, OUT_networks.png and OUT_parts.png are written.
     """
-    gpu = torch.cuda.is_available()
-    where = torch.device("cuda" if device == "cuda" or (device == "auto" and gpu) else "cpu")
-    if where.type == "cuda" and not gpu:
+    where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if where.type == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda: there is no GPU")
     batch_size = (64 if where.type == "cuda" else 4) if batch_size is None else batch_size
-    known, others = all_variants(where), other_variants(where)
-    _refuse_unknown("--models", models, NETWORKS)
-    _refuse_unknown("--layers", layers, NETWORKS)
-    _refuse_unknown("--variants", variants, (*known, *others))
     for name, value, least in (("--batch-size", batch_size, 2), ("--size", size, 32), ("--rounds", rounds, 1)):
         if value < least:
             sys.exit(f"error: {name} {value}: must be at least {least}")
-    try:
-        given = [parse_shape(text) for text in shapes]
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except (ShapeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    found = {network: shapes_of(network, size) for network in layers}
-    subjects = [network_subject(network, size) for network in models]
-    subjects += [layer_subject(network, *item) for network in layers for item in found[network].items()]
-    subjects += [layer_subject("", shape, 1) for shape in given]
+    chosen = chosen_variants(variants, where)
+    subjects = chosen_subjects(models, layers, shapes, size)
     names = {dtype: name for name, dtype in DTYPES.items()}
     precisions = dict.fromkeys(names[autocast_dtype(each, where) or torch.float32] for each in amp)
     settings = [Setting(*each, compiler) for each in product(memory_formats, precisions, modes)]
     if not subjects or not settings:
         sys.exit("error: nothing to measure: name --models, --layers or --shapes, --memory-formats, --amp and --modes")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: {error}")
 
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # this and the following as in training
     torch.set_float32_matmul_precision(matmul_precision)
-    spare_garbage_collector()  # as this
+    spare_garbage_collector()
     if where.type == "cpu":
         keep_freed_memory()
-    chosen = [name for name in (*known, *others) if name in (STATIC, *(variants or known))]
     extent = Extent(where, batch_size, rounds, window_s, inference, fold, floor)
     machine = {**describe_machine(where), "batch_size": batch_size, "size": size, "rounds": rounds}
     machine |= {"window_s": window_s, "matmul_precision": matmul_precision}
@@ -150,7 +132,7 @@ def main(
     times = [
         time
         for setting, network in product((setting for setting in settings if setting.mode == "eager"), layers)
-        for shape, count in found[network].items()
+        for shape, count in shapes_of(network, size).items()
         if not window_s
         for time in time_by_part(network, shape, count, setting, extent)
     ]
@@ -161,18 +143,43 @@ def main(
         sys.exit(f"error: not everything could be measured: {failures[0]}")
 
 
-def plot(rows: list[Row], times: list[PartTime], out: Path, what: str) -> None:
-    """The pictures beside OUT.md, of what was measured."""
-    if networks := [row for row in rows if not row.layer]:
-        plot_networks(networks, out.with_name(f"{out.name}_networks.png"), what)
-    if times:
-        plot_parts(times, out.with_name(f"{out.name}_parts.png"), f"DCD layers by the reference, {what}")
+def chosen_variants(variants: Iterable[str], device: torch.device) -> list[str]:
+    """Static, and the named variants, or all: in their usual order."""
+    known, others = all_variants(device), other_variants(device)
+    _refuse_unknown("--variants", variants, (*known, *others))
+    return [name for name in (*known, *others) if name in (STATIC, *(variants or known))]
+
+
+def chosen_subjects(models: Iterable[str], layers: Iterable[str], shapes: Iterable[str], size: int) -> list[Subject]:
+    """What is measured: networks as a whole, the layers of networks, and the given shapes."""
+    _refuse_unknown("--models", models, NETWORKS)
+    _refuse_unknown("--layers", layers, NETWORKS)
+    try:
+        given = [("", parse_shape(text), 1) for text in shapes]
+    except ShapeError as error:
+        sys.exit(f"error: {error}")
+    subjects = [
+        Subject(name, "", 1, (3, size, size), partial(create_model, name), partial(has_model, name)) for name in models
+    ]
+    found = [(network, shape, count) for network in layers for shape, count in shapes_of(network, size).items()]
+    for network, shape, count in found + given:
+        build, has = partial(create_layer, shape), partial(has_layer, shape)
+        subjects.append(Subject(network, str(shape), count, (shape.in_channels, shape.size, shape.size), build, has))
+    return subjects
 
 
 def _refuse_unknown(flag: str, names: Iterable[str], known: Iterable[str]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         sys.exit(f"error: {flag} {unknown[0]}: use {', '.join(known)}")
+
+
+def plot(rows: list[Row], times: list[PartTime], out: Path, what: str) -> None:
+    """The pictures beside OUT.md, of what was measured."""
+    if networks := [row for row in rows if not row.layer]:
+        plot_networks(networks, out.with_name(f"{out.name}_networks.png"), what)
+    if times:
+        plot_parts(times, out.with_name(f"{out.name}_parts.png"), f"DCD layers by the reference, {what}")
 
 
 if __name__ == "__main__":

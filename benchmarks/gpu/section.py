@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.profiling.layer_report import measured_table
-from tools.profiling.report import Columns
-
 ROOT = Path(__file__).parents[2]
 # Inductor compiles in a few threads, not in a process for each core; pytest says why a test failed in wide lines.
 ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "2", "COLUMNS": "200"}
@@ -62,24 +59,14 @@ class Section:
 
     def __init__(self, title: str, folder: Path, deadline: float, rehearsal: bool):
         self.found, self.folder, self.deadline, self.rehearsal = Findings(title), folder, deadline, rehearsal
+        self.device = "cpu" if rehearsal else "cuda"
         self._running: list[subprocess.Popen] = []
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.rehearsal else "cuda"
 
     def skip(self, what: str, why: str) -> None:
         self.found.skipped.append(f"{what}: {why}")
 
     def fail(self, what: str, why: str) -> None:
         self.found.failed.append(f"{what}: {why}")
-
-    def say(self, sentence: str) -> None:
-        self.found.text.append(sentence)
-
-    def table(self, title: str, rows: list, columns: Columns) -> None:
-        """A table of rows of tools.profile_layers; none of nothing."""
-        self.found.text += [f"**{title}**", measured_table(rows, columns)] if rows else []
 
     def target(self, what: str, wanted: float, found: float | None, at_most: bool = False) -> None:
         self.found.targets.append(Target(what, wanted, found, at_most))
@@ -116,8 +103,8 @@ class Section:
             kill(process)
             self._running.remove(process)
 
-    def judge(self, what: str, code: int | None, output: str, failures: Iterable[str] = ()) -> bool:
-        """Whether a program has succeeded; if not, the report says why: as it says by itself, or by its last line."""
+    def judge(self, what: str, code: int | None, output: str, failures: Iterable[str] = ()) -> None:
+        """If a program has failed, the report says why: as it says by itself, or by its last line."""
         last = (output.strip().splitlines() or ["no output"])[-1]
         for failure in failures:  # memory that does not suffice is no failure
             (self.skip if "OutOfMemoryError" in failure else self.fail)(what, failure)
@@ -125,21 +112,27 @@ class Section:
             self.skip(what, f"{missing[1]} is not installed here")
         elif code and not failures:
             self.fail(what, last.removeprefix("error: ") if code > 0 else f"ended by signal {-code}: {last}")
-        return code == 0
 
-    def measure(self, what: str, program: str, call: str = "main", show: bool = False, **options: Any) -> dict:
+    def measure(self, what: str, program: str, call: str = "main", optional: bool = False, **options: Any) -> dict:
         """What a program of ours writes to OUT.json, as far as it came; empty if nothing.
 
-        Its function is called: a command line would need tyro. show: what is in OUT.md is a part of the report, but for
-        the description of the machine. options: of the function, to which `out` is added; `optional` as in `run`.
+        Its function is called: a command line would need tyro. The report takes over what it writes to OUT.md.
+
+        Args:
+            optional: as in `run`. options: of the function, to which `out` is added.
         """
-        out, optional = self.folder / re.sub(r"\W+", "_", what), bool(options.pop("optional", False))
+        out = self.folder / re.sub(r"\W+", "_", what)
         code = f"from pathlib import PosixPath; from {program} import *; {call}(**{ {**options, 'out': out}!r})"
         ended, output = self.run(what, [sys.executable, "-c", code], optional)
-        file = out.with_suffix(".json")
+        file, report = out.with_suffix(".json"), out.with_suffix(".md")
         figures = self.found.figures[what] = json.loads(file.read_text()) if file.exists() else {}
-        if self.judge(what, ended, output, figures.get("failures", ())) and show:
-            self.say(out.with_suffix(".md").read_text().partition("\n\n")[2].strip())
+        self.judge(what, ended, output, figures.get("failures", ()))
+        if report.exists():
+            self.found.text.append(f"### {what}")
+            _, *paragraphs = re.sub("^#", "###", report.read_text().strip(), flags=re.MULTILINE).split("\n\n")
+            for text in paragraphs:  # behind the description of the machine, which all have; notes stand there once
+                if text.startswith("#") or text not in self.found.text:
+                    self.found.text.append(text)
         return figures
 
     def at_the_same_time(self, *jobs: Callable[[], None]) -> None:

@@ -1,6 +1,5 @@
 """What each section of `benchmarks.gpu_check` runs, and what it takes from the figures of these programs."""
 
-import json
 import os
 import shutil
 import statistics
@@ -8,7 +7,6 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,12 +14,9 @@ import torch
 from benchmarks.gpu.section import ROOT, Section
 from dcd.layers import available_paths
 from dcd.layers.rivals import RIVALS
-from dcd.ops.fused import choose_form
 from pipelines.executors.dali_executor import is_installed as has_dali
 from pipelines.executors.dali_probe import why_no_box_decode
-from tools.profiling.layer_report import columns_of
 from tools.profiling.report import markdown_table
-from tools.profiling.shapes import parse_shape
 from tools.profiling.variants import AUTO, PLAIN, STATIC
 from training.profile.verdict import Rates
 
@@ -62,7 +57,7 @@ def read_summary(section: Section, output: str) -> None:
         if outcome == "SKIPPED":
             section.skip("tests", what)
     if " passed" in lines[-1]:
-        section.say(f"Tests marked gpu: {lines[-1].strip('= ')}.")
+        section.found.text.append(f"Tests marked gpu: {lines[-1].strip('= ')}.")
     else:
         section.fail("tests marked gpu", f"none passed: {lines[-1]}")
 
@@ -81,21 +76,17 @@ def sanitize(section: Section) -> None:
     if code:
         section.fail("compute-sanitizer", f"exit code {code}: {'; '.join(lines[-4:])}")
     elif code == 0:
-        section.say(f"compute-sanitizer (memcheck) over the Triton kernels: {'; '.join(lines[-4:])}.")
+        section.found.text.append(f"compute-sanitizer (memcheck) over the Triton kernels: {'; '.join(lines[-4:])}.")
 
 
 # Models
 
 REFERENCE, FUSED = "dcd reference", "dcd fused"
 MEASURED: Options = {"layers": (), "amp": ("bf16",), "batch_size": 256, "rounds": 3, "window_s": 1.1, "pictures": False}
-TINY: Options = {
-    "models": ("resnet18",),
-    "batch_size": 2,
-    "size": 32,
-    "rounds": 1,
-    "window_s": 0.01,
-    "compiler": "eager",
-}
+# A rehearsal: two layers in place of networks, and two runs of PLAN
+TINY: Options = {"models": (), "layers": (), "shapes": ("64x64k1s1@8", "64x64k3s1@8"), "batch_size": 2, "rounds": 1}
+TINY |= {"window_s": 0.01, "compiler": "eager"}
+REHEARSED = ("eager", "compiled")
 RESNET50: Options = {"models": ("resnet50",)}
 MOBILENET: Options = {"models": ("mobilenetv2",)}
 DYNAMIC: Options = {"variants": (AUTO,)}
@@ -119,46 +110,33 @@ PLAN: dict[str, Options] = {
     **{f"batch {size}": TRAINING | RESNET50 | DYNAMIC | {"batch_size": size} for size in (512, 128, 1024)},
     "compiled, CUDA graph": TRAINING | RESNET50 | COMPILED | {"modes": ("compiled, CUDA graph",)},
 }
-NETWORK = columns_of("what", "variant") | {"way": lambda row: way_of(row), "batch": lambda row: row.batch_size}
-RATES = columns_of("training images/s", "training ms", "training to static", "peak memory MiB", "inference images/s")
-RATES |= columns_of("inference to static", "folded images/s", "folded to static")
-FLOOR = columns_of("what", "variant", "MB", "GFLOP", "floor ms", "bound by", "training ms", "training to floor")
-FLOOR |= columns_of("training to static", "launches")
 
 
-def profile(section: Section, what: str, tiny: Options = TINY, **options: Any) -> list[SimpleNamespace]:
-    """The rows of tools.profile_layers, with their figures as attributes."""
-    options = {**MEASURED, **options, **(tiny if section.rehearsal else {}), "device": section.device}
-    rows = section.measure(what, "tools.profile_layers", **options).get("rows", [])
-    return json.loads(json.dumps(rows), object_hook=lambda row: SimpleNamespace(**row))
-
-
-def way_of(row: Any) -> str:
-    """The mode; what torch.compile makes of the fused path has a name of its own."""
-    return row.mode.replace("compiled", "compiled, fast path") if row.variant == FUSED else row.mode
+def profile(section: Section, what: str, **options: Any) -> dict:
+    """What tools.profile_layers finds."""
+    options = {**MEASURED, **options, **(TINY if section.rehearsal else {}), "device": section.device}
+    return section.measure(what, "tools.profile_layers", **options)
 
 
 def compile_networks(section: Section) -> None:
     """How long torch.compile takes. Its cache is kept for the section that times the networks."""
     once: Options = {**COMPILED, "rounds": 1, "window_s": 0.0, "optional": True}
-    rows = []
     for network in (RESNET50, MOBILENET)[: 1 if section.rehearsal else 2]:
-        rows += profile(section, f"compiling {network['models'][0]}", **network, **once)
-    section.table("Compilation, beside the tests", rows, NETWORK | columns_of("first step s"))
+        profile(section, f"compiling {network['models'][0]}", **network, **once)
 
 
 def networks(section: Section) -> None:
     """Images/s, ms and memory of whole networks; the batch is halved until it fits."""
-    rows, plan = [], list(PLAN.items())[: 3 if section.rehearsal else None]
+    rows, plan = [], [(what, options) for what, options in PLAN.items() if what in REHEARSED or not section.rehearsal]
     while plan:
         what, options = plan.pop(0)
         if not section.rehearsal and not section.has_time(what, seconds_of(options)):
             continue
-        rows += profile(section, what, **options)
-        if any("OutOfMemoryError" in why for why in section.found.figures[what].get("failures", ())):
+        found = profile(section, what, **options)
+        rows += found.get("rows", [])
+        if any("OutOfMemoryError" in why for why in found.get("failures", ())):
             size = options.get("batch_size", MEASURED["batch_size"]) // 2
             plan.insert(0, (f"{what}, {size} images", {**options, "batch_size": size}))
-    section.table("Networks: three windows of 1 s; peak memory of a step after the first", rows, NETWORK | RATES)
     report_targets(section, rows)
 
 
@@ -167,12 +145,14 @@ def seconds_of(options: dict) -> float:
     return 10 + len(options["models"]) * (1 + len(options["variants"])) * (16 if "compiled" in str(options) else 8)
 
 
-def report_targets(section: Section, rows: list[SimpleNamespace]) -> None:
+def report_targets(section: Section, rows: list[dict]) -> None:
     """Compare the figures with the targets: eager with eager, compiled with compiled."""
 
     def best(figure: str, network: str, variants: tuple[str, ...], *modes: str) -> float | None:
-        found = [row for row in rows if row.network == network and row.variant in variants and row.mode in modes]
-        return max((getattr(row, figure) for row in found), default=None)
+        what = [
+            row for row in rows if row["network"] == network and row["variant"] in variants and row["mode"] in modes
+        ]
+        return max((row[figure] for row in what), default=None)
 
     rate, to_static = partial(best, "training_images_per_sec", "resnet50"), partial(best, "training_to_static")
     ours, compiled = (AUTO, REFERENCE, FUSED), ("compiled", "compiled, CUDA graph")
@@ -190,43 +170,12 @@ def quotient(dividend: float | None, divisor: float | None) -> float | None:
     return dividend / divisor if dividend and divisor else None
 
 
-# Layers
-
-
 def layers(section: Section) -> None:
     """Each DCD layer of ResNet-50 beside its floor; 1×1 layers as maps and as one kernel for each image."""
     path = available_paths(torch.device(section.device))[-1]
     variants = {"variants": (f"dcd {path} kernels", f"dcd {path} maps"), "modes": ("CUDA graph", "eager")}
     measured = {"models": (), "layers": ("resnet50",), "window_s": 0.05, "inference": False, "floor": True}
-    tiny = {**TINY, "models": (), "layers": (), "shapes": ("64x64k1s1@8", "64x64k3s1@8")}
-    rows = profile(section, "layers", tiny, **variants, **measured)
-    for mode, title in (("CUDA graph", "kernels alone, as a CUDA graph"), ("eager", "eager")):
-        if found := [row for row in rows if row.mode == mode]:
-            section.table(f"DCD layers, a step of training, {title}", found, FLOOR)
-            summarise_layers(section, found, path)
-
-
-def summarise_layers(section: Section, rows: list[SimpleNamespace], path: str) -> None:
-    """Sums over the network, and what lies most above the floor."""
-    static = [row for row in rows if row.variant == STATIC]
-    ours = [row for row in rows if row.variant == usual_variant(row.layer, path)]
-    static_ms, ours_ms = (sum(row.count * row.training_ms for row in each) for each in (static, ours))
-    section.say(
-        f"These layers alone, each as often as the network has it: {sum(row.count for row in static)} "
-        f"static ones {static_ms:.1f} ms, {sum(row.count for row in ours)} of ours, in the forms that they take by "
-        f"themselves, {ours_ms:.1f} ms."
-    )
-    above = sorted(((row.count * (row.training_ms - row.floor.ms), row.layer) for row in ours), reverse=True)
-    largest, rest = above[:5], above[5:]
-    named = ", ".join(f"{layer} {ms:.1f} ms" for ms, layer in largest)
-    section.say(f"Above the floor: {named}; {len(rest)} other shapes {sum(ms for ms, _ in rest):.1f} ms.")
-
-
-def usual_variant(layer: str, path: str) -> str:
-    """The form that a layer takes by itself."""
-    shape = parse_shape(layer)
-    x = torch.empty(1, shape.in_channels, shape.size, shape.size, device="meta")
-    return f"dcd {path} {choose_form('auto', x, shape.kernel_size, shape.stride)}"
+    profile(section, "layers", **variants, **measured)
 
 
 # Loaders
@@ -237,12 +186,11 @@ SHARES = (0.0, 0.5, 0.75, 1.0)
 
 def make_images(section: Section) -> Path:
     """Fake ImageNet, made once for all sections."""
-    images = section.folder / "images"
+    images = section.folder / "fake_ImageNet"
     os.environ["XDG_CACHE_HOME"] = str(section.folder)  # the images' sizes
     if not images.exists():
-        counts = ("96", "16") if section.rehearsal else ("6144", "512")
-        made = ["benchmarks.make_fake_imagenet", str(images), "--train-images", counts[0], "--val-images", counts[1]]
-        section.judge("fake ImageNet", *section.run("fake ImageNet", [sys.executable, "-m", *made]))
+        train, val = (96, 16) if section.rehearsal else (6144, 512)
+        section.measure("fake ImageNet", "benchmarks.make_fake_imagenet", train_images=train, val_images=val)
     return images
 
 
@@ -275,26 +223,26 @@ def compare_pixels(section: Section) -> None:
     amount = {"images": 16, "sizes": (64,)} if section.rehearsal else {"images": 256, "sizes": (224,)}
     for backend in ways_to_load(section) if images.exists() else ():
         options: Options = {"data": images, "backends": (backend,), "device": section.device, **amount}
-        section.measure(f"pixels of {backend}", "benchmarks.compare_pixels", show=True, **options)
+        section.measure(f"pixels of {backend}", "benchmarks.compare_pixels", **options)
 
 
 def loaders(section: Section) -> None:
     """The rates of the loaders alone, then training from the fastest way of each backend."""
-    images, rows, options_of = make_images(section), [], {}
+    images = make_images(section)
     amount = {"epochs": 1, "batch_size": 8, "size": 64} if section.rehearsal else {"epochs": 3}
+    best: dict[str, Options] = {}  # {row: options of the trainer}
     for backend, ways in ways_to_load(section).items() if images.exists() else ():
-        options_of |= {name: {"backend": backend, **options} for name, options in ways.items()}
         options: Options = {"data": images, "only": tuple(ways), "device": section.device, "pictures": False, **amount}
         options |= {"beton": convert_images(section, images)} if backend == "ffcv" else {}
-        figures = section.measure(f"loader {backend}", "benchmarks.bench_loader", show=True, **options)
-        rows += figures.get("rows", [])
-    for row in rows:
-        if row["error"]:
-            section.fail(row["name"], row["error"])
-    best: dict[str, str] = {}
-    for row in sorted((row for row in rows if row["rates"]), key=lambda row: -statistics.median(row["rates"])):
-        best.setdefault(options_of[row["name"]]["backend"], row["name"])
-    found = [train_from(section, images, name, options_of[name]) for name in best.values()]
+        rows = section.measure(f"loader {backend}", "benchmarks.bench_loader", **options).get("rows", [])
+        for row in rows:
+            if row["error"]:
+                section.fail(row["name"], row["error"])
+        rates = {row["name"]: statistics.median(row["rates"]) for row in rows if row["rates"]}
+        if rates:
+            fastest = max(rates, key=lambda name: rates[name])
+            best[fastest] = {"backend": backend, **ways[fastest]}
+    found = [train_from(section, images, name, options) for name, options in best.items()]
     together = [rates for rates in found if rates]
     heads = ("images/s, trained from", "loader alone", "model alone", "together", "to the smaller of both")
     section.found.text += [markdown_table(heads, together)] if together else []
@@ -313,16 +261,13 @@ def train_from(section: Section, images: Path, name: str, options: dict) -> tupl
     found = section.measure(f"training from {name}", "tools.profile_throughput", call, **options)
     if not found:
         return None
-    section.say(f"Training from {name}: {found['verdict']}")
+    section.found.text.append(f"Training from {name}: {found['verdict']}")
     rates = Rates(**found["images_per_sec"]["train"])
     return (name, *rates, rates.together / min(rates.loader, rates.model))
-
-
-# Time line
 
 
 def timeline(section: Section) -> None:
     """What the GPU does in the trainer's steps."""
     found = section.measure("time line", "benchmarks.gpu.timeline", device=section.device)
-    section.found.text += found.get("text", [])
-    section.target("gaps of more than 5 µs on the GPU's time line, % at most", 3.0, found.get("gaps"), at_most=True)
+    gaps = found.get("gaps")
+    section.target("gaps of more than 5 µs on the GPU's time line, % at most", 3.0, gaps, at_most=True)

@@ -1,20 +1,18 @@
 """Twenty training steps on the GPU's time line: which kernels run, and how long the GPU is idle."""
 
-import json
 import re
-import tempfile
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import DeviceType, ProfilerActivity, profile
 
-from tools.profiling.feed import Window, endless_run, train
-from tools.profiling.report import markdown_table, write_figures
+from tools.profiling.feed import ENDLESS, Window, train
+from tools.profiling.report import markdown_table, write_report
 from tools.profiling.timing import wait
 from training.build import open_trainer
+from training.config import Config
 
 STEPS = 20
 WARM_UP = 5
@@ -50,10 +48,10 @@ def kind_of(kernel: str) -> str:
     return next(kind for kind, part in KINDS.items() if re.search(part, kernel, re.IGNORECASE))
 
 
-def device_events(trace: dict, categories: tuple[str, ...]) -> list[Event]:
-    """Those of a Chrome trace, in the order of their starts."""
-    found = [event for event in trace["traceEvents"] if event.get("cat") in categories and "dur" in event]
-    return sorted((Event(each["name"], each["ts"], each["ts"] + each["dur"]) for each in found), key=lambda e: e.start)
+def device_events(profiler: profile, device: DeviceType) -> list[Event]:
+    """What has run on a device, in the order of the starts."""
+    found = [each for each in profiler.events() or () if each.device_type == device and not each.is_user_annotation]
+    return sorted((Event(e.name, e.time_range.start, e.time_range.end) for e in found), key=lambda e: e.start)
 
 
 def gaps_us(events: list[Event]) -> list[float]:
@@ -75,12 +73,10 @@ def summarise(events: list[Event], steps: int) -> tuple[list[str], float]:
         calls[kind_of(name)] += 1
         by_name[name[:100].replace("|", "/")] += end - start
     total, short = by_kind.total(), sum(end - start < 3 for _, start, end in events)
-    shares = ", ".join(f"{kind} {100 * us / total:.0f} %" for kind, us in by_kind.most_common())
     sentence = (
         f"{steps} steps of {whole / 1000 / steps:.1f} ms: the GPU works for {100 - waiting - between:.1f} % of them, "
         f"on {len(events) / steps:,.0f} kernels a step; gaps of more than {GAP_US:g} µs take {waiting:.1f} %, the "
-        f"shorter ones between kernels {between:.1f} %. {shares}. {short / steps:,.0f} of the kernels take less than "
-        "3 µs."
+        f"shorter ones between kernels {between:.1f} %. {short / steps:,.0f} of the kernels take less than 3 µs."
     )
     kinds = [
         (k, us / 1000 / steps, 100 * us / total, calls[k] / steps, us / calls[k]) for k, us in by_kind.most_common()
@@ -99,7 +95,7 @@ def main(out: Path, device: str) -> None:
     on_gpu = device == "cuda"
     data = {"backend": "synthetic", "synthetic_images": 1000 * 256, "num_classes": 1000}
     sizes = {"arch": "resnet50_dcd"} if on_gpu else {"arch": "resnet18_dcd", "batch_size": 2, "input_size": 32}
-    config = endless_run(torch.device(device), **data, **sizes, label_smoothing=0.1, mixup=0.2)
+    config = Config().with_options(device=device, **ENDLESS, **data, **sizes, label_smoothing=0.1, mixup=0.2)
     steps = STEPS if on_gpu else 1
     with open_trainer(config, write_log=False) as trainer:
         feed = iter(trainer.loader)
@@ -108,10 +104,5 @@ def main(out: Path, device: str) -> None:
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
             train(trainer, Window(feed, steps))
             wait(trainer.ranks.device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text())
-    categories = ("kernel", "gpu_memcpy", "gpu_memset") if on_gpu else ("cpu_op",)
-    text, gaps = summarise(device_events(trace, categories), steps)
-    write_figures(out, {}, text=text, gaps=gaps)
+    sections, gaps = summarise(device_events(profiler, DeviceType.CUDA if on_gpu else DeviceType.CPU), steps)
+    write_report(out, {"device": device}, sections, gaps=gaps)

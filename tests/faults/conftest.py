@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def data(digits, tmp_path_factory) -> dict[str, Path]:
-    """48 images to train and 23 to evaluate: {backend: folder} for torchvision, ffcv and dali."""
+    """{backend: the folder that it reads}: 48 images to train and 23 to evaluate."""
     root = tmp_path_factory.mktemp("faults")
     folder = part_of(digits, root / "folder", {"train": [16, 16, 16], "val": [8, 8, 7]})
     beton = converted(folder, root / "beton")
@@ -63,7 +63,7 @@ def start(warm, tmp_path) -> Iterator[Callable[..., Job]]:
 
 @pytest.fixture
 def whole(data, start, tmp_path_factory) -> Callable[..., dict]:
-    """whole(*args, ranks=2): the last checkpoint of an undisturbed run."""
+    """A function that runs an undisturbed training to its end, and returns its last checkpoint."""
 
     def whole(*args, ranks: int = 2) -> dict:
         out = tmp_path_factory.mktemp("whole")

@@ -20,7 +20,7 @@ ONE_STEP = "--stop-after-steps", 1
 
 @pytest.mark.parametrize(("ranks", "parts"), [(2, 2), (1, 4)])
 def test_going_on_with_fewer_ranks(data, start, tmp_path, ranks, parts):
-    """A checkpoint of 4 ranks; fewer ranks that accumulate over as many parts get the same gradients.
+    """From a checkpoint of 4 ranks, fewer ranks that accumulate gradients over more parts get the same gradients.
 
     Only one step is compared. The gradients of this small network, whose last maps are single pixels, grow to a norm of
     a thousand, so the next step multiplies rounding differences by a thousand.

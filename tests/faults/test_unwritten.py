@@ -53,7 +53,7 @@ def every_sampling():
 
 
 def test_the_same_pixels_whatever_memory_held_before(tmp_path, root):
-    """Every sampling at every scale, with and without columns cut away; new memory holds one of two values."""
+    """Every sampling at every scale, with and without columns cut away; new memory is filled with 1, then with 200."""
     work = []
     for sampling in every_sampling():
         data = jpegs.write(jpegs.smooth(300, 420), sampling)

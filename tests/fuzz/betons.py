@@ -66,7 +66,7 @@ def changed(data: bytes, draw: np.random.Generator) -> bytes:
 
 
 def use(path: Path) -> bool:
-    """Open a file and do all that a loader does. Returns whether it opened; raises on any wrong behaviour."""
+    """Open a file and read it as a loader does. Returns whether it opened; raises on any wrong behaviour."""
     try:
         source = BetonSource(path)
     except DataError as error:
@@ -98,7 +98,7 @@ def fuzz(folder: Path, seconds: float, seed: int = 0) -> tuple[int, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         while time.monotonic() < stop:
-            recorded = count % 4 == 0  # with the record, by which any change of the .beton file is noticed
+            recorded = count % 4 == 0  # with dataset.json, whose checksums show any change of the .beton file
             change = list(contents)[draw.integers(1, 3)] if recorded else "val.beton"
             for name, data in contents.items():
                 if name == change:

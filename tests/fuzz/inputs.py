@@ -1,4 +1,4 @@
-"""Inputs of `native_input.cpp`, and the seeds of the fuzzer."""
+"""Inputs of `native_input.cpp`, and those with which the fuzzer begins."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ def native_input(
     count: int = 1,
     size: tuple[int, int] = (1, 1),
 ) -> bytes:
-    """The bytes of an image after the operation on it: `Choice` of native_input.cpp.
+    """An input: what is to be done with an image (`Choice` of native_input.cpp), then the bytes of the image.
 
     Args:
         box: (top, left, height, width) inside the image.
@@ -44,7 +44,7 @@ def with_header(data: bytes, **changes: int) -> bytes:
 
 
 def seeds() -> dict[str, bytes]:
-    """The first inputs of the fuzzer of native.cpp: each kind of file, of 40×56 pixels, with an operation."""
+    """The first inputs of the fuzzer: an image of 40×56 pixels in each kind of file, and what to do with it."""
     pixels = jpegs.smooth(*SIZE, step=8)
     inks = np.concatenate([pixels, pixels[..., :1]], 2)
     whole, progressive = jpegs.write(pixels).tobytes(), jpegs.write(pixels, progressive=True).tobytes()

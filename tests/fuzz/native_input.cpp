@@ -1,7 +1,7 @@
-// One input of `native.cpp`: a `Choice`, then the bytes of an image. `run.py` makes a fuzzer of this file by clang; with
-// ALONE it is a program that takes the files on its command line, for valgrind.
+// Runs `native.cpp` on one input: a `Choice`, then the bytes of an image. `run.py` compiles it by clang as a fuzzer;
+// with ALONE defined it is a program for valgrind, whose command line names the files with the inputs.
 
-#ifdef __clang__  // has another name for GCC's
+#ifdef __clang__  // GCC has this function, clang does not
 #include <cstdint>
 template <class Bytes>
 static Bytes __builtin_shuffle(Bytes from, Bytes order) {
@@ -22,10 +22,9 @@ struct Choice {  // as in inputs.py; 16 bytes
 };
 enum { EXACT = 1, FLIP = 2, FLOATS = 4, RAW = 8, WRONG_SIZE = 16, WRONG_CHECKSUM = 32 };
 
-static const uint64_t MOST_PIXELS_HERE = 1 << 20;  // what larger images would need is time, not another path
+static const uint64_t MOST_PIXELS_HERE = 1 << 20;  // larger images take longer, but reach no other code
 
-// Ends the program where bytes are of no use; under valgrind also where they were never written: it reports a branch
-// on such bytes.
+// Reads all bytes. valgrind reports a branch that depends on bytes that were never written, as the one below then does.
 static void use(const void *bytes, size_t size) {
     if (dcd_xxh64(static_cast<const uint8_t *>(bytes), size) == 1) abort();
 }
@@ -36,7 +35,7 @@ static void claim(bool holds, const char *what) {
     abort();
 }
 
-// Only exactly as many bytes as an image has, so that a sanitizer sees each that is too much.
+// The memory for the images has exactly their size, so that a sanitizer sees each byte that is written behind them.
 template <class Component>
 static void render(const Choice &choice, const uint8_t *data, uint64_t size, int height, int width) {
     const int side = 1 + choice.side % 64, count = 1 + choice.count % 2;

@@ -2,9 +2,9 @@
 
     python -m tests.fuzz.run --seconds 60
 
-libFuzzer tests the first, with AddressSanitizer and UBSan; the second gets a quarter of the time. A file that fails
-is kept in FOLDER/findings (a .beton file in FOLDER/betons), and the exit code is 1. A later run continues with the
-corpus in FOLDER.
+For three quarters of the time libFuzzer tests the first, with AddressSanitizer and UBSan; then the second is tested. A
+file that fails is kept in FOLDER/findings (a .beton file in FOLDER/betons), and the exit code is 1. A later run goes on
+from the inputs that this one has kept in FOLDER/corpus.
 """
 
 import shutil

@@ -60,13 +60,35 @@ def write_photos(folder: Path, blur: float = 0) -> None:
                 whole.crop(cut).save(folder / split / name / f"{number}.JPEG", quality=95)
 
 
-def converted(src: Path, out: Path, **options) -> Path:
-    """`out`, with the .beton files of `src` by these `Options`. In this process, so that FFCV is imported once."""
-    from tools.conversion.images import Options
-    from tools.make_dataset import make_dataset
+def converted(src: Path, out: Path, shards: int | None = None, **options) -> Path:
+    """`out`, with the .beton files of `src` by these `Options`, each split in so many shards, or in one file.
 
-    make_dataset(src, out, Options(**options), "error", workers=1)
+    In this process, so that FFCV is imported once.
+    """
+    from tools.conversion.images import Options
+    from tools.conversion.parts import Part
+    from tools.make_dataset import make_dataset, make_parts
+
+    how = (src, out, Options(**options), "error", 1)
+    if shards is None:
+        make_dataset(*how)
+    else:
+        make_parts(*how, [Part(number, shards) for number in range(shards)])
     return out
+
+
+def listed_by_the_converter(root: Path, strict: bool = False):
+    """The images that the converter finds in a folder: its `Source`."""
+    from tools.conversion.inputs import open_source
+
+    return open_source(root, strict)
+
+
+def stored_by_the_converter(data: bytes):
+    """What the converter makes of an image without options: its `Stored`."""
+    from tools.conversion.images import Options, convert
+
+    return convert(np.frombuffer(data, np.uint8), 0, Options())
 
 
 def config_of(executor: str, photos: Photos) -> DataConfig:

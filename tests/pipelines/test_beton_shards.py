@@ -13,7 +13,7 @@ from pipelines.config import DataConfig
 from pipelines.sources.beton import BetonSource
 from pipelines.sources.beton_shards import BetonShards, open_betons
 from pipelines.sources.errors import DataError
-from tests.pipelines.helpers import OF_BETONS, indices_of
+from tests.pipelines.helpers import OF_BETONS, converted, indices_of
 
 COUNTS = [1, 3, 7]
 
@@ -21,16 +21,9 @@ COUNTS = [1, 3, 7]
 @pytest.fixture(scope="session")
 def sharded(photos, tmp_path_factory):
     """{number of shards: a folder}, of the photographs half raw."""
-    from tools.conversion.images import Options
-    from tools.conversion.parts import Part
-    from tools.make_dataset import make_parts
-
     root = tmp_path_factory.mktemp("sharded")
-    options = Options("reencode", 500, 95, 0.5)
-    for count in COUNTS:
-        parts = [Part(number, count) for number in range(count)]
-        make_parts(photos.folder, root / str(count), options, "error", 1, parts)
-    return {count: root / str(count) for count in COUNTS}
+    half_raw = {"mode": "reencode", "quality": 95, "jpeg_fraction": 0.5}
+    return {count: converted(photos.folder, root / str(count), shards=count, **half_raw) for count in COUNTS}
 
 
 @pytest.fixture
@@ -97,7 +90,7 @@ def test_a_damaged_image_is_named_by_its_place_in_its_shard(copy, backend):
 
 
 def refused(root, *words):
-    for backend in ("ffcv", "torchvision"):
+    for backend in OF_BETONS:
         with pytest.raises(DataError) as error:
             build_loader(DataConfig(root, backend, batch_size=4, workers=0), "train")
         assert "\n" not in str(error.value)

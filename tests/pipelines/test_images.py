@@ -3,20 +3,24 @@
 import io
 import struct
 import zlib
+from importlib import import_module
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from pipelines.executors.torchvision_executor import TorchvisionExecutor, TorchvisionGpuExecutor
+from pipelines.batch import ExecutorOptions, Place
+from pipelines.config import DataConfig
+from pipelines.executors.torchvision_executor import TorchvisionGpuExecutor
 from pipelines.plan import StepPlan
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
 from pipelines.sources.images import BadImage, examine
-from tools.conversion.images import Options, convert
+from tests.pipelines.helpers import OF_FOLDERS, stored_by_the_converter
 
-CPU = torch.device("cpu")
+BY_BATCHES = "torchvision by batches"  # as it decodes on a GPU
+# "torchvision" keeps nothing: it finds the damage whenever it decodes
+CHECKING_ONCE = [name for name in (*OF_FOLDERS, BY_BATCHES) if name != "torchvision"]
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +54,10 @@ def folder_of(tmp_path, files: dict[str, bytes]) -> FolderSource:
 
 
 def executor_of(name: str, source: FolderSource):
-    if name == "dali":
-        from pipelines.executors.dali_executor import DaliExecutor
-
-        return DaliExecutor(source, CPU, torch.float32, 1, 1, as_bytes=True)
-    if name == "torchvision":
-        return TorchvisionExecutor(source, CPU, 0)
-    return TorchvisionGpuExecutor(source, CPU, 1)  # the same code by the CPU's decoder
+    if name == BY_BATCHES:
+        return TorchvisionGpuExecutor(source, Place().device, 1)  # the same code by the CPU's decoder
+    options = ExecutorOptions(DataConfig(batch_size=1, workers=0), True, Place(), as_bytes=True)
+    return import_module(f"pipelines.executors.{name}_executor").create_executor(source, options)
 
 
 def pixels(executor, index: int, height: int, width: int) -> np.ndarray:
@@ -111,7 +112,7 @@ UNUSUAL = {
 }
 
 
-@pytest.mark.parametrize("executor", ["torchvision", "torchvision by batches", "dali"])
+@pytest.mark.parametrize("executor", [*OF_FOLDERS, BY_BATCHES])
 def test_unusual_images_have_the_same_pixels_by_every_backend(tmp_path, executor):
     source = folder_of(tmp_path, UNUSUAL)
     runner = executor_of(executor, source)
@@ -141,7 +142,7 @@ def test_unusual_images_hold_what_their_makers_put_in(name):
     else:
         assert name == "turned tiff.JPEG"
     assert (seen.reencoded_because is None) == (name in ("grey.JPEG", "progressive.JPEG", "stored as RGB.JPEG"))
-    assert convert(np.frombuffer(UNUSUAL[name], np.uint8), 0, Options()).reencoded_because == seen.reencoded_because
+    assert stored_by_the_converter(UNUSUAL[name]).reencoded_because == seen.reencoded_because
 
 
 def with_rows(data: bytes, rows: int) -> bytes:
@@ -196,12 +197,12 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("executor", ["torchvision", "torchvision by batches", "dali"])
+@pytest.mark.parametrize("executor", [*OF_FOLDERS, BY_BATCHES])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_in_a_class_folder_is_what_it_is_to_the_converter(tmp_path, executor, damage):
     data = DAMAGE[damage]
     with pytest.raises(BadImage) as bad:
-        convert(np.frombuffer(data, np.uint8), 0, Options())
+        stored_by_the_converter(data)
     source = folder_of(tmp_path, {"a.JPEG": WHOLE, "b.JPEG": data})  # the header is that of an image
     runner = executor_of(executor, source)
     assert pixels(runner, 0, 200, 200).shape == (200, 200, 3)
@@ -211,7 +212,7 @@ def test_damage_in_a_class_folder_is_what_it_is_to_the_converter(tmp_path, execu
     assert str(caught.value) == f"{source.path(1)} does not decode ({bad.value}): replace or remove this file"
 
 
-@pytest.mark.parametrize("executor", ["torchvision by batches", "dali"])
+@pytest.mark.parametrize("executor", CHECKING_ONCE)
 def test_that_an_image_is_sound_is_found_out_once_and_kept(tmp_path, executor):
     source = folder_of(tmp_path, {"a.JPEG": WHOLE})
     runner = executor_of(executor, source)
@@ -228,7 +229,7 @@ def test_that_an_image_is_sound_is_found_out_once_and_kept(tmp_path, executor):
     runner.close()
 
 
-@pytest.mark.parametrize("executor", ["torchvision", "torchvision by batches", "dali"])
+@pytest.mark.parametrize("executor", [*OF_FOLDERS, BY_BATCHES])
 def test_an_image_that_was_replaced_by_one_of_another_size_is_found_at_the_next_start(tmp_path, executor):
     source = folder_of(tmp_path, {"a.JPEG": saved(RGB, "JPEG")})
     (tmp_path / "train" / "all" / "a.JPEG").write_bytes(WHOLE)  # written over in place

@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.sources.errors import DataError
 from pipelines.sources.folder import FolderSource
 from pipelines.sources.listing import is_hidden
-from tools.conversion.inputs import open_source
+from tests.pipelines.helpers import listed_by_the_converter
 
 ROOT = Path(__file__).parents[2]
 CAFE = unicodedata.normalize("NFC", "café")
@@ -38,7 +38,7 @@ def picture(path: Path, **options) -> Path:
 def refused(root: Path, *words: str) -> None:
     """Both the loaders and the converter refuse the folder, by the same line."""
     lines = []
-    for read in (lambda: FolderSource(root / "train"), lambda: open_source(root)):
+    for read in (lambda: FolderSource(root / "train"), lambda: listed_by_the_converter(root)):
         with pytest.raises(DataError) as caught:
             read()
         lines.append(str(caught.value))
@@ -50,7 +50,7 @@ def names(root: Path, split: str = "train") -> list[str]:
     """The images of a split by the loaders; the converter lists the same."""
     source = FolderSource(root / split)
     found = [source.path(i).relative_to(root).as_posix() for i in range(len(source))]
-    converted = open_source(root)
+    converted = listed_by_the_converter(root)
     assert converted.classes == source.classes
     assert [converted.splits[split].name(i) for i in range(len(found))] == found
     assert converted.splits[split].labels.tolist() == source.labels.tolist()
@@ -121,9 +121,9 @@ def test_what_is_left_out_is_counted_and_named_and_an_error_if_strict(root):
     assert "2 .xml" in source.note and "1 no extension" in source.note and "such as alone.JPEG" in source.note
     with pytest.raises(DataError, match="left out 5 files .*: remove them, or go without --strict"):
         FolderSource(root / "train", strict=True)
-    assert open_source(root).left_out[root / "train"].note(root / "train") == source.note
+    assert listed_by_the_converter(root).left_out[root / "train"].note(root / "train") == source.note
     with pytest.raises(DataError, match="left out 5 files .*: remove them, or go without --strict"):
-        open_source(root, strict=True)
+        listed_by_the_converter(root, strict=True)
 
 
 def test_a_link_to_a_class_folder_is_followed_and_one_to_nothing_is_named(root):
@@ -143,7 +143,8 @@ def test_a_link_from_an_image_to_nothing_is_named_as_an_image(root):
     link.symlink_to("nowhere")
     with pytest.raises(DataError, match="1 file is no image; .*b.JPEG .No such file or directory"):
         FolderSource(root / "train")
-    assert "train/cat/b.JPEG" in [open_source(root).splits["train"].name(i) for i in range(3)]  # and is converted: bad
+    train = listed_by_the_converter(root).splits["train"]
+    assert "train/cat/b.JPEG" in [train.name(i) for i in range(3)]  # and is bad when it is converted
 
 
 def test_a_link_to_a_folder_that_it_lies_in_ends(root):
@@ -170,7 +171,7 @@ def test_classes_in_two_forms_of_unicode_are_the_same(root):
     assert composed != taken_apart
     picture(root / "train" / composed / "x.JPEG")
     picture(root / "val" / taken_apart / "y.JPEG")
-    assert open_source(root).classes == FolderSource(root / "val").classes == [CAFE, "cat", "dog"]
+    assert listed_by_the_converter(root).classes == FolderSource(root / "val").classes == [CAFE, "cat", "dog"]
     assert names(root, "val")[0] == f"val/{taken_apart}/y.JPEG"
     picture(root / "train" / taken_apart / "z.JPEG")
     refused(root, f"two folders {CAFE}", "two forms of Unicode")
@@ -192,7 +193,7 @@ def test_tiny_imagenet_is_read(root):
     assert FolderSource(root / "val").labels.tolist() == [0, 1, 1] and FolderSource(root / "val").note is None
     picture(root / "val" / "images" / "val_3.JPEG")
     with pytest.raises(DataError, match=r"val_annotations.txt has no class for images/val_3.JPEG"):
-        open_source(root)
+        listed_by_the_converter(root)
 
 
 def _only(folder: Path) -> None:

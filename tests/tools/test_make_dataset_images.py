@@ -196,6 +196,18 @@ def test_the_limit_of_pixels_is_that_of_pillow():
     assert MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
 
 
+@pytest.mark.parametrize("max_size, quality", [(500, 90), (256, 75), (97, 100), (40, 1)])
+def test_an_image_is_shrunk_and_compressed_as_by_ffcv(max_size, quality):
+    from ffcv.fields.rgb_image import encode_jpeg, resizer
+
+    whole = np.random.default_rng(0).integers(0, 256, (333, 517, 3), np.uint8)
+    data, expected = saved(Image.fromarray(whole), "PNG"), resizer(whole, max_size)
+    as_jpeg, as_pixels = (stored(data, Options("reencode", max_size, quality, share)) for share in (1, 0))
+    assert (as_jpeg.height, as_jpeg.width) == (as_pixels.height, as_pixels.width) == expected.shape[:2]
+    np.testing.assert_array_equal(as_jpeg.data, encode_jpeg(expected, quality))
+    np.testing.assert_array_equal(as_pixels.data, expected.reshape(-1))
+
+
 def test_a_line_of_pixels_stays_one():
     image = stored(saved(Image.new("RGB", (1000, 1)), "PNG"), REENCODE)
     assert (image.height, image.width) == (1, 40)

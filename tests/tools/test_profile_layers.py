@@ -203,10 +203,12 @@ def test_a_network_s_sums_count_each_layer_as_often_as_it_occurs():
         rows += measure(subject, (STATIC, "se"), EAGER, Extent(CPU, 2, 2))[0]
     static, se = layer_sums(rows).splitlines()[2:]
     expected = 3 * rows[0].forward_ms + 2 * rows[2].forward_ms
-    assert static.split(" | ")[2] == show(expected)
     millions = (3 * 16 * 16 * 16 + 2 * 16 * 16 * 32) / 1e6
-    assert float(static.split(" | ")[1]) == pytest.approx(millions, rel=0.01)
-    assert se.startswith("| se | ")
+    assert static.split(" | ")[1] == "5" and static.split(" | ")[3] == show(expected)
+    assert float(static.split(" | ")[2]) == pytest.approx(millions, rel=0.01)
+    assert se.startswith("| se | 5 | ")
+    _, one = layer_sums(rows[:3]).splitlines()[2:]  # the second layer as static alone: se is compared over the first
+    assert one.startswith("| se | 3 | ") and f" | {show(rows[0].training_ms / rows[1].training_ms)} | " in one
 
 
 # A real run

@@ -10,6 +10,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,60 +33,30 @@ class TarReader:
 
     def __init__(self, path: Path, offsets: NDArray[np.int64], sizes: NDArray[np.int64]):
         self._path, self._offsets, self._sizes = path, offsets, sizes
-        self._file: int | None = None
+        self._file: BinaryIO | None = None  # opened in the process that reads
         self.tasks = tasks_of(np.argsort(offsets, kind="stable"))
 
     def read(self, task: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8] | OSError]]:
-        if self._file is None:
-            self._file = os.open(self._path, os.O_RDONLY)
+        file = self._file = self._file or open(self._path, "rb")  # noqa: SIM115  (it ends with the process)
         # pyrefly: ignore[not-iterable]: it takes what tolist() gives for a number
         for index in task.tolist():
             try:
-                yield index, self._read(int(self._offsets[index]), int(self._sizes[index]))
+                file.seek(int(self._offsets[index]))
+                data = np.frombuffer(file.read(int(self._sizes[index])), np.uint8)
+                if len(data) < self._sizes[index]:
+                    raise OSError(f"{self._path} has become shorter")
+                yield index, data
             except OSError as error:
                 yield index, error
 
-    def _read(self, offset: int, size: int) -> NDArray[np.uint8]:
-        assert self._file is not None
-        parts = []
-        while size:
-            part = os.pread(self._file, size, offset)
-            if not part:
-                raise OSError(f"{self._path} has become shorter")
-            parts.append(part)
-            offset, size = offset + len(part), size - len(part)
-        return np.frombuffer(b"".join(parts), np.uint8)
 
+class _Headers(io.FileIO):
+    """A file of which tarfile reads headers only. A header may claim any size, even for itself."""
 
-class _Window(io.RawIOBase):
-    """A part of an open file as a file of its own, for an archive inside an archive."""
-
-    def __init__(self, file: io.BufferedReader, start: int, size: int):
-        self._file, self._start, self._size, self._at = file, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= MAX_HEADER:  # a header may claim any size, even for itself
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
-        left = max(0, self._size - self._at)
-        if not left:
-            return b""
-        self._file.seek(self._start + self._at)
-        data = self._file.read(min(size, left))
-        self._at += len(data)
-        return data
+        return super().read(size)
 
 
 def open_tars(path: Path) -> Source | None:
@@ -120,7 +91,7 @@ def _split(path: Path, classes: list[str], members: list[Member]) -> Split:
 def _train_members(path: Path, left_out: LeftOut) -> list[Member]:
     """The images of all classes; other files are added to `left_out`."""
     members = []
-    with open(path, "rb") as file, _bar(path) as bar:
+    with _Headers(path) as file, _bar(path) as bar:
         for outer in _walk(path, file, 0, path.stat().st_size):
             name = Path(outer.name).name
             if not name.endswith(".tar"):
@@ -133,7 +104,7 @@ def _train_members(path: Path, left_out: LeftOut) -> list[Member]:
                     left_out.add(f"{name}/{member.name}")
                 else:
                     inner = os.fsencode(f"{name}/{Path(member.name).name}")
-                    members.append((wnid, inner, outer.offset_data + member.offset_data, member.size))
+                    members.append((wnid, inner, member.offset_data, member.size))
             if len(members) == before:
                 raise DataError(f"class {wnid} has no images in {path}/{outer.name}: download it again")
             bar.update(outer.size)
@@ -145,7 +116,7 @@ def _train_members(path: Path, left_out: LeftOut) -> list[Member]:
 def _val_members(path: Path, wnids: list[str]) -> list[Member]:
     """The images of val. wnids: the class of each, in the order of the image numbers, which begin at 1."""
     members, seen = [], set()
-    with open(path, "rb") as file:
+    with _Headers(path) as file:
         for member in _walk(path, file, 0, path.stat().st_size):
             match = VAL_NAME.fullmatch(Path(member.name).name)
             number = int(match[1]) if match else 0
@@ -161,23 +132,23 @@ def _val_members(path: Path, wnids: list[str]) -> list[Member]:
     return members
 
 
-def _walk(path: Path, file: io.BufferedReader, start: int, size: int, inside: str = "") -> Iterator[tarfile.TarInfo]:
-    """The files of the archive in `size` bytes of `file` from `start`, without hidden files.
+def _walk(path: Path, file: _Headers, start: int, size: int, inside: str = "") -> Iterator[tarfile.TarInfo]:
+    """The files of the archive in `size` bytes of `file` from `start`, without hidden ones, with offsets in `file`.
 
     Raises:
         DataError: the archive is damaged, or holds something that an archive of images cannot hold.
     """
     try:
-        window, names = _Window(file, start, size), set()
-        with tarfile.open(fileobj=window, mode="r:") as archive:
-            before = 0
+        names, before, end = set(), start, start + size
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 # pyrefly: ignore[missing-attribute]
                 archive.members = []  # otherwise it keeps every header
                 name, parts = member.name, PurePosixPath(member.name).parts
                 if member.size < 0 or not before < member.offset_data <= archive.offset:  # an endless loop
                     raise tarfile.ReadError(f"{name!r} has a size of {member.size:,} bytes")
-                if member.isreg() and member.offset_data + member.size > size:
+                if member.offset_data + (member.size if member.isreg() else 0) > end:
                     raise tarfile.ReadError("unexpected end of data")
                 before = member.offset_data
                 if any(letter < " " for letter in name):
@@ -195,7 +166,7 @@ def _walk(path: Path, file: io.BufferedReader, start: int, size: int, inside: st
                     raise DataError(f"{path}{inside} holds {parts[-1]!r} twice: download it again")
                 names.add(parts[-1])
                 yield member
-            _check_end(window, archive.offset, size)
+            _check_end(file, archive.offset, end)
     except DataError:
         raise
     except (
@@ -208,16 +179,18 @@ def _walk(path: Path, file: io.BufferedReader, start: int, size: int, inside: st
         raise DataError(f"{path}{inside} is damaged or no tar archive ({error}): download it again") from error
 
 
-def _check_end(window: _Window, offset: int, size: int) -> None:
+def _check_end(file: _Headers, offset: int, end: int) -> None:
     """tarfile takes anything that is not a header as the end of an archive, even a cut or a hole in a download.
 
     Raises:
-        ReadError: the bytes from `offset` on are not all zeros, or are more zeros than an archive ends with.
+        ReadError: the bytes from `offset` to `end` are not all zeros, or are more zeros than an archive ends with.
     """
-    window.seek(offset)
-    rest = window.read(MAX_END + 1)
-    if not tarfile.BLOCKSIZE <= len(rest) <= MAX_END or any(rest):
-        raise tarfile.ReadError(f"it ends in the middle, after {offset:,} of {size:,} bytes")
+    left = end - offset
+    if tarfile.BLOCKSIZE <= left <= MAX_END:
+        file.seek(offset)
+        if file.read(left) == bytes(left):
+            return
+    raise tarfile.ReadError(f"it ends in the middle, {left:,} bytes before its end")
 
 
 def _devkit_classes(path: Path) -> list[str]:

@@ -20,7 +20,6 @@ import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,18 +83,18 @@ def write_split(
     layout = _Layout(writer.data_region_start, writer.page_size)
     tasks = split.reader.tasks
     with (
-        _Workers(min(workers, len(tasks)), split, path, options, writer.page_size) as pool,
+        _workers(min(workers, len(tasks)), split, path, options, writer.page_size) as pool,
         tqdm(desc=path.stem, total=len(rows), unit=" images", smoothing=0.1, disable=None) as bar,
     ):
         converted: dict[int, tuple[_Worker, NDArray]] = {}
         begun = placed = written = 0
         while written < len(tasks):
-            for worker in pool.workers:
-                while worker.queued < QUEUED and begun < min(len(tasks), placed + AHEAD * len(pool.workers)):
+            for worker in pool:
+                while worker.queued < QUEUED and begun < min(len(tasks), placed + AHEAD * len(pool)):
                     worker.send("convert", begun)
                     worker.queued += 1
                     begun += 1
-            for worker, (done, number, payload) in pool.answers():
+            for worker, (done, number, payload) in _answers(pool):
                 if done == "written":
                     written += 1
                     bar.update(payload)
@@ -225,8 +224,20 @@ def sync(path: Path) -> None:
 
 
 class _Worker:
-    def __init__(self, process: BaseProcess, connection: Connection):
-        self.process, self.connection = process, connection
+    """A process that runs `_work`, and our end of the pipe to it.
+
+    Args:
+        others: the workers that were started before. arguments: of `_work`, behind the pipe.
+    """
+
+    def __init__(self, others: list["_Worker"], *arguments: Any):
+        context = multiprocessing.get_context("fork")  # the index is shared, and FFCV imported once
+        self.connection, theirs = context.Pipe()
+        # A fork copies the ends of the other workers' pipes. If they stayed open, nobody would see a process die.
+        foreign = [self.connection, *(other.connection for other in others)]
+        self.process = context.Process(target=_work, args=(theirs, foreign, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()
         self.queued = 0  # tasks sent that are not converted yet
 
     def send(self, action: str, number: int, payload: Any = None) -> None:
@@ -244,63 +255,58 @@ class _Worker:
         )
 
 
-class _Workers:
-    """Processes that run `_work`; they end with the `with` block, however it ends."""
-
-    def __init__(self, count: int, split: Split, path: Path, options: Options, page_size: int):
-        native.checksum(np.zeros(1, np.uint8))  # compiled once, here
-        self.workers: list[_Worker] = []
-        self._count, self._arguments = count, (split, path, options, page_size)
-
-    def __enter__(self) -> "_Workers":
-        try:
-            # Signals wait meanwhile: Python drops an exception that is raised while it prepares a fork.
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-            try:
-                for _ in range(self._count):
-                    self._start_worker()
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _start_worker(self) -> None:
-        context = multiprocessing.get_context("fork")  # the index is shared, and FFCV imported once
-        ours, theirs = context.Pipe()
-        # A fork copies the ends of the other workers' pipes. If they stayed open, nobody would see a process die.
-        foreign = [worker.connection for worker in self.workers] + [ours]
-        process = context.Process(target=_work, args=(theirs, foreign, *self._arguments), daemon=True)
-        process.start()
-        theirs.close()
-        self.workers.append(_Worker(process, ours))
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self.workers:
+@contextlib.contextmanager
+def _workers(count: int, *arguments: Any) -> Generator[list[_Worker]]:
+    """Workers of these arguments, which end with the `with` block, however it ends."""
+    native.checksum(np.zeros(1, np.uint8))  # compiled once, here
+    workers: list[_Worker] = []
+    try:
+        with _stops_wait():
+            for _ in range(count):
+                workers.append(_Worker(workers, *arguments))
+        yield workers
+    finally:
+        for worker in workers:
             worker.process.kill()  # nothing is left for them to do
-        for worker in self.workers:
+        for worker in workers:
             worker.process.join()
 
-    def answers(self) -> Iterator[tuple[_Worker, tuple[str, int, Any]]]:
-        """(worker, answer) of those that have one; waits for the first.
 
-        Raises:
-            DataError: a worker has died or can't write.
-            RuntimeError: a worker met an error in the program.
-        """
-        workers = {worker.connection: worker for worker in self.workers}
-        ready: list[Any] = wait(list(workers))
-        for connection in ready:
-            try:
-                answer = connection.recv()
-            except (EOFError, OSError) as error:
-                raise workers[connection].dead() from error
-            if isinstance(answer[2], DataError):
-                raise answer[2]
-            if answer[0] == "crashed":
-                raise RuntimeError(f"in a worker process:\n{answer[2]}")
-            yield workers[connection], answer
+@contextlib.contextmanager
+def _stops_wait() -> Generator[None]:
+    """Signals that stop the program wait for the end of the block: Python drops an exception that is raised while it
+    prepares a fork. A mask is not enough: a thread of a library takes the signal, and Python raises the exception here.
+    """
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)
+
+
+def _answers(workers: list[_Worker]) -> Iterator[tuple[_Worker, tuple[str, int, Any]]]:
+    """(worker, answer) of those that have one; waits for the first.
+
+    Raises:
+        DataError: a worker has died or can't write.
+        RuntimeError: a worker met an error in the program.
+    """
+    by_connection = {worker.connection: worker for worker in workers}
+    ready: list[Any] = wait(list(by_connection))
+    for connection in ready:
+        try:
+            answer = connection.recv()
+        except (EOFError, OSError) as error:
+            raise by_connection[connection].dead() from error
+        if isinstance(answer[2], DataError):
+            raise answer[2]
+        if answer[0] == "crashed":
+            raise RuntimeError(f"in a worker process:\n{answer[2]}")
+        yield by_connection[connection], answer
 
 
 def _work(
@@ -309,7 +315,6 @@ def _work(
     """A worker process: convert and write what the parent says, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     for other in foreign:
         other.close()
     gc.freeze()  # the collector need not look at what the parent had

@@ -11,7 +11,6 @@ import torch
 from pipelines.batch import Batch
 from pipelines.loader import Loader
 from tools.profiling.timing import wait
-from training.config import Config
 from training.distributed import Ranks, barrier, sum_over_ranks
 from training.options import ConfigError
 from training.profile.verdict import Rates
@@ -21,11 +20,6 @@ from training.trainer import Trainer
 # Without a learning rate the same batch can be trained on for ever; no log, so that no step waits for the device.
 ENDLESS = {"lr": 0.0, "print_freq": 10**9, "checkpoint_minutes": 1e9, "stop_after_steps": None}
 WARM_UP = 2  # steps of the model before each window
-
-
-def endless_run(device: torch.device, **options: object) -> Config:
-    """The options of a run that is measured, not trained, by their names on the command line."""
-    return Config().with_options(device=device.type, **ENDLESS, **options)
 
 
 class Feed:

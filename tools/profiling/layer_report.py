@@ -1,6 +1,6 @@
 """The figures of layers and networks as Markdown tables and as plots."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ Folded is inference with the batch norms folded into the weights, beside the sta
 first of training, with all that is compiled and searched.
 Multiply-adds are those of convolutions and matrix products for one image. "saved for backward" is the memory that
 forward keeps for backward, without the module's own parameters and buffers. "peak memory" is the highest allocation on
-the GPU in a step of training, of this variant alone; it does not exist on a CPU."""
+the GPU in a step of training, of this variant alone; it does not exist on a CPU. "above the floor" is the time of
+training beyond the floor, as often as the network has the layer."""
 PARTS_NOTE = """\
 Sums over the layers, each as often as the network has it. Each part is timed by itself, with what it takes to start it
 and to wait for it; the rest is the whole layer minus the parts. Where layers are small the parts' own starts weigh more
@@ -46,15 +47,12 @@ COLUMNS: Columns[Row] = {
     "floor ms": lambda row: row.floor and row.floor.ms,
     "bound by": lambda row: row.floor and row.floor.bound_by,
     "training to floor": lambda row: row.floor and row.training_ms / row.floor.ms,
+    "above the floor ms": lambda row: row.floor and row.count * (row.training_ms - row.floor.ms),
     "launches": lambda row: row.launches,
 }
 SUMMED = ("multiply_adds", "forward_ms", "backward_ms", "update_ms", "training_ms", "inference_ms", "saved_mib")
-SUM_HEADS = ("variant", "multiply-adds M", "forward ms", "backward ms", "update ms", "training ms")
-SUM_HEADS += ("training to static", "inference ms", "inference to static", "saved for backward MiB")
-
-
-def columns_of(*heads: str) -> dict[str, Callable[[Row], object]]:
-    return {head: COLUMNS[head] for head in heads}
+SUM_HEADS = ("multiply-adds M", "forward ms", "backward ms", "update ms", "training ms", "training to static")
+SUM_HEADS += ("inference ms", "inference to static", "saved for backward MiB")
 
 
 def measured_table(rows: list[Row], columns: Columns[Row] = COLUMNS) -> str:
@@ -62,18 +60,26 @@ def measured_table(rows: list[Row], columns: Columns[Row] = COLUMNS) -> str:
     return table_of(rows, {h: cell for h, cell in columns.items() if any(cell(row) is not None for row in rows)})
 
 
-def layer_sums(rows: Iterable[Row]) -> str:
-    """For each variant the sums over a network's layers, each as often as the network has it."""
-    sums: list[Row] = []
-    for found in groups(rows, lambda row: row.variant).values():
-        measured = [name for name in SUMMED if getattr(found[0], name) is not None]
-        total: dict[str, Any] = {name: sum(row.count * getattr(row, name) for row in found) for name in measured}
-        static = vars(sums[0]) if sums else total
+def layer_sums(rows: list[Row]) -> str:
+    """For each variant the sums over the layers of a network that have it, each as often as the network has it.
+
+    The first variant is static; the others are compared with it over the same layers.
+    """
+
+    def total(found: list[Row], name: str) -> float:
+        return sum(row.count * getattr(row, name) for row in found)
+
+    static, *_ = by_variant = list(groups(rows, lambda row: row.variant).values())
+    static_layers, sums = {row.layer: row for row in static}, []
+    for found in by_variant:
+        figures: dict[str, Any] = {name: total(found, name) for name in SUMMED if getattr(found[0], name) is not None}
         for mode in ("training", "inference"):
-            if f"{mode}_ms" in total:
-                total[f"{mode}_to_static"] = static[f"{mode}_ms"] / total[f"{mode}_ms"]
-        sums.append(replace(found[0], **total))
-    return measured_table(sums, columns_of(*SUM_HEADS))
+            if f"{mode}_ms" in figures:
+                of_static = total([static_layers[row.layer] for row in found], f"{mode}_ms")
+                figures[f"{mode}_to_static"] = of_static / figures[f"{mode}_ms"]
+        sums.append(replace(found[0], count=sum(row.count for row in found), **figures))
+    heads: Columns[Row] = {"variant": COLUMNS["variant"], "layers": lambda row: row.count}
+    return measured_table(sums, {**heads, **{head: COLUMNS[head] for head in SUM_HEADS}})
 
 
 def part_sums(times: Iterable[PartTime]) -> list[tuple[str, float, float]]:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -75,6 +76,7 @@ def create_network(name: str) -> nn.Module:
     return dcd.create_model(name, **PUBLISHED.get(name, {}))
 
 
+@cache
 def shapes_of(network: str, size: int) -> Counter[Shape]:
     """How often each shape occurs among the DCD convolutions of a network on `size` × `size` pixels.
 
