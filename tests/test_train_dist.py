@@ -1,4 +1,7 @@
-"""The main job as its users run it: real processes, real images, torchrun."""
+"""The main job as its users run it: real processes, real images.
+
+By torchrun where a test says so or `start`s a run; elsewhere by ranks that have torchrun's variables (`helpers.run`).
+"""
 
 import re
 import shutil
@@ -54,7 +57,7 @@ def few(digits, tmp_path_factory) -> Path:
 def test_official_commands(few, tmp_path, name):
     """Train by the official command, shortened to one epoch of smaller images, then evaluate by the official one."""
     smaller = ["--epochs", 1, "--input-size", 32]
-    run(*OFFICIAL_TRAINING[name].split(), "-d", few, "-c", tmp_path, *smaller, ranks=2)
+    run(*OFFICIAL_TRAINING[name].split(), "-d", few, "-c", tmp_path, *smaller, ranks=2, torchrun="resnet" in name)
     summary = read(tmp_path, "summary.json")
     assert summary["arch"] == name and summary["eval"]["images"] == 60
     assert summary["train_images_per_sec"] > 0
@@ -281,7 +284,6 @@ def break_class_names(data: Path) -> None:
     ("ranks", "args", "spoil", "message"),
     [
         (2, ["--wrong", "1"], None, "Unrecognized options: --wrong"),
-        (2, ["-b", "13"], None, "--batch-size 13 is global: 2 ranks"),
         (2, ["-d", "/nowhere"], None, "no folder /nowhere/val: it must hold CLASS/"),
         (None, ["--num-classes", "2"], None, "--num-classes 2: the data has 3 classes"),
         (2, ["--sync-bn"], None, "--sync-bn works on GPUs only"),
@@ -295,9 +297,16 @@ def test_errors_are_one_line_on_every_rank(tiny, tmp_path, ranks, args, spoil, m
         spoil(data)
     output = run(*SMALL, "-d", data, "-c", tmp_path / "out", "-b", 12, "--epochs", 1, *args, ranks=ranks, fails=True)
     found = error_lines(output)
-    # torchrun may end the second rank before it has spoken; what is said is the same line
-    assert found and all(message in line for line in found), output
-    assert "]: Traceback" not in output and output.count("Traceback") == (1 if ranks else 0), "only torchrun's own"
+    assert len(found) == (ranks or 1) and all(message in line for line in found), output
+    assert "Traceback" not in output
+
+
+def test_an_error_by_torchrun_is_one_line_too(tiny, tmp_path):
+    output = run(*SMALL, "-d", tiny, "-c", tmp_path / "out", "-b", 13, ranks=2, torchrun=True, fails=True)
+    found = error_lines(output)
+    # it may end the second rank before that has spoken; what is said is the same line
+    assert found and all("--batch-size 13 is global: 2 ranks" in line for line in found), output
+    assert "]: Traceback" not in output and output.count("Traceback") == 1, "torchrun's own"
 
 
 @pytest.mark.parametrize(

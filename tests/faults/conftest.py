@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import SMALL, command, difference, last, part_of
 from tests.pipelines.helpers import converted
-from tests.processes import Job, WarmPython, start_command
+from tests.processes import Job, WarmPython, start_command, warm_python
 
 HERE = Path(__file__).parent
 EVERYTHING = ["--dropout", 0.2, "--mixup", 0.4, "--mixup-epochs", 1, "--ema", 0.9, "--clip-grad", 1.0]
@@ -37,10 +37,8 @@ def data(digits, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[WarmPython]:
-    python = WarmPython()
-    yield python
-    python.close()
+def warm() -> WarmPython:
+    return warm_python()
 
 
 @pytest.fixture
