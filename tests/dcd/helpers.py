@@ -1,10 +1,14 @@
-"""Dynamic convolutions of many shapes, and how results of one are compared: outputs, gradients, statistics."""
+"""Dynamic convolutions of many shapes, how results of one are compared (outputs, gradients, statistics), and small
+networks."""
 
 import copy
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
+import dcd
+from dcd import registry
 from dcd.layers import DCDConv2d, set_path
 
 # in, out, kernel, stride, latent_dim, pool_size, batch, height, width
@@ -37,6 +41,17 @@ def create_layer(channels, out_channels, kernel_size, stride, latent_dim, pool_s
             nn.init.uniform_(value, 0.5, 1.5)
     nn.init.normal_(layer.coefficients.to_channel_scale.weight, std=2.0)  # so that some scales are at their bounds
     return layer
+
+
+def few_blocks(name: str, depths: tuple[int, ...]) -> nn.Module:
+    """For what takes its time by the number of operations: a ResNet with so many blocks in its stages, or a MobileNetV2
+    with one block of each kind; of ten classes."""
+    if name.startswith("mobilenetv2"):
+        with patch("dcd.models.mobilenet_v2.STAGES", ((1, 16, 1, 1), (6, 24, 2, 2))):
+            return dcd.create_model(name, 10, width_mult=0.5)
+    constructor = registry._CONSTRUCTORS[name]
+    block, _, *others = constructor.args
+    return constructor.func(block, depths, *others, num_classes=10, dropout=None, **constructor.keywords)
 
 
 def results(layer: DCDConv2d, path: str, x: torch.Tensor, amp: torch.dtype | None = None) -> dict[str, torch.Tensor]:
