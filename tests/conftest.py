@@ -23,7 +23,14 @@ def pytest_report_header() -> str:
     return f"processor: {capability}, --amp auto: {autocast_dtype('auto', torch.device('cpu')) or 'off'}"
 
 
+# Modules of which single tests, or a few with a fixture of theirs, take many seconds.
+LONG = {"test_gpu_check", "test_train_dist", "test_documents", "test_export", "test_triton_compiles", "test_models"}
+LONG |= {"test_slurm_script", "test_triton_gradients", "test_bench_loader", "test_installed", "test_run_profile"}
+
+
 def pytest_collection_modifyitems(items):
+    """The long ones come first: workers that share out the tests then end together."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

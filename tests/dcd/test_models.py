@@ -1,6 +1,7 @@
 """The models: sizes, layouts, precisions, names, and agreement of the static twins with torchvision."""
 
 import copy
+from functools import lru_cache
 
 import pytest
 import torch
@@ -24,8 +25,13 @@ def build(name: str, num_classes: int = 10, **kwargs) -> nn.Module:
 
     Without statistics a deep dynamic network explodes in eval mode, the official one too: Φ(x) q is quadratic in x.
     """
+    return copy.deepcopy(_built(name, num_classes, **{**SMALL.get(name, {}), **kwargs}))
+
+
+@lru_cache(maxsize=8)
+def _built(name: str, num_classes: int, **kwargs) -> nn.Module:
     torch.manual_seed(0)
-    return settled(dcd.create_model(name, num_classes, **{**SMALL.get(name, {}), **kwargs}))
+    return settled(dcd.create_model(name, num_classes, **kwargs))
 
 
 def settled(model: nn.Module) -> nn.Module:

@@ -117,7 +117,10 @@ def test_torch_export(run, checkpoint, tmp_path):
     check(program, found, checkpoint)
 
 
-def test_aoti(run, checkpoint, tmp_path):
+def test_aoti(run, tmp_path, monkeypatch):
+    """Of one block: what is compiled takes the time."""
+    monkeypatch.setattr("dcd.models.mobilenet_v2.STAGES", ((6, 16, 1, 2),))
+    checkpoint = save(tmp_path / "best.pth", "mobilenetv2_dcd", width_mult=0.1, fc_squeeze=16)
     run(checkpoint, tmp_path / "model.pt2", "--format", "aoti", *QUICK)
     package = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
     check(package, package.get_metadata(), checkpoint, layouts=LAYOUTS[:1])
