@@ -35,19 +35,19 @@ def command(*args, ranks: int | None = None, launcher: list[str] | None = None) 
     return [sys.executable, *(torchrun if ranks else []), str(ROOT / "train_dist.py"), *map(str, args)]
 
 
-def run(*args, ranks: int | None = None, torchrun: bool = False, fails: bool = False) -> str:
-    """Standard output and error together, of a run that ends well, or all of whose ranks fail; a hang is a failure.
+def run(*args, ranks: int | None = None, torchrun: bool = False, fails: bool = False, module: str | None = None) -> str:
+    """Standard output and error together, of a run of train_dist.py, or of a module.
 
-    By torchrun, or by a Python that has imported everything, which saves seconds for each rank and those of torchrun
-    itself. However it ends, no thread of a process group may live on: it could abort the process in Python's last
-    moments.
+    It ends well, or all of its ranks fail; a hang is a failure. It is started by torchrun, or by a Python that has
+    imported everything: that saves seconds for each rank, and those of torchrun itself. However it ends, no thread of a
+    process group may live on: it could abort the process in Python's last moments.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
         if torchrun:
             job = start_command(command(*args, ranks=ranks), log)
         else:
-            job = warm_python().start(*args, ranks=ranks or 1, output=log)
+            job = warm_python().start(*args, ranks=ranks or 1, output=log, module=module)
         try:
             codes = job.wait()
         finally:

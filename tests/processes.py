@@ -106,8 +106,13 @@ class WarmPython:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, *args, ranks: int, output: Path, envs: list[dict[str, str]] | None = None) -> Job:
-        """So many ranks, with torchrun's variables or with `envs`, one for each. With one rank: no variables at all."""
+    def start(
+        self, *args, ranks: int, output: Path, envs: list[dict[str, str]] | None = None, module: str | None = None
+    ) -> Job:
+        """So many ranks, with torchrun's variables or with `envs`, one for each. With one rank: no variables at all.
+
+        They run train_dist.py, or a module as a program.
+        """
         if envs is None:
             port = free_port()
             envs = [
@@ -123,7 +128,8 @@ class WarmPython:
             ]
             envs = envs if ranks > 1 else [{}]
         common = {**os.environ, **ENVIRONMENT}
-        words = [str(ROOT / "train_dist.py"), *map(str, args)]
+        program = ["-m", module] if module else [str(ROOT / "train_dist.py")]
+        words = [*program, *map(str, args)]
         pids = [self._ask(start=words, env={**common, **env}, output=str(output)) for env in envs]
         return Job(pids, lambda pid: self._ask(poll=pid), output)
 

@@ -1,6 +1,6 @@
 """The main job as its users run it: real processes, real images.
 
-By torchrun where a test says so or `start`s a run; elsewhere by ranks that have torchrun's variables (`helpers.run`).
+By torchrun where a test says so; elsewhere by ranks that have its variables (`helpers.run`).
 """
 
 import re

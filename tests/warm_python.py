@@ -1,4 +1,4 @@
-"""A Python that has imported what train_dist.py imports, and forks itself for each run, to save seconds.
+"""A Python that has imported what train_dist.py imports, and forks itself for each run of it or of a module.
 
     python warm_python.py ROOT        JSON lines: requests on standard input, their answers on standard output
 
@@ -69,5 +69,9 @@ if __name__ == "__main__":
     warm_up()
     print(json.dumps("ready"), flush=True)
     script, *arguments = serve()
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    if script == "-m":
+        sys.argv = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")

@@ -63,15 +63,15 @@ def keep_from_bounds(layer: DCDConv2d, x: torch.Tensor) -> None:
     settle(branch.to_channel_scale, squeezed * hard_sigmoid2(branch.gate(squeezed)))
 
 
-def few_blocks(name: str, depths: tuple[int, ...]) -> nn.Module:
+def few_blocks(name: str, depths: tuple[int, ...], dropout: float | None = None) -> nn.Module:
     """For what takes its time by the number of operations: a ResNet with so many blocks in its stages, or a MobileNetV2
     with one block of each kind; of ten classes."""
     if name.startswith("mobilenetv2"):
         with patch("dcd.models.mobilenet_v2.STAGES", ((1, 16, 1, 1), (6, 24, 2, 2))):
-            return dcd.create_model(name, 10, width_mult=0.5)
+            return dcd.create_model(name, 10, dropout, width_mult=0.5)
     constructor = registry._CONSTRUCTORS[name]
     block, _, *others = constructor.args
-    return constructor.func(block, depths, *others, num_classes=10, dropout=None, **constructor.keywords)
+    return constructor.func(block, depths, *others, num_classes=10, dropout=dropout, **constructor.keywords)
 
 
 def results(layer: DCDConv2d, path: str, x: torch.Tensor, amp: torch.dtype | None = None) -> dict[str, torch.Tensor]:

@@ -25,7 +25,9 @@ def build(name: str, num_classes: int = 10, **kwargs) -> nn.Module:
 
     Without statistics a deep dynamic network explodes in eval mode, the official one too: Φ(x) q is quadratic in x.
     """
-    return copy.deepcopy(_built(name, num_classes, **{**SMALL.get(name, {}), **kwargs}))
+    model = copy.deepcopy(_built(name, num_classes, **{**SMALL.get(name, {}), **kwargs}))
+    torch.manual_seed(0)  # the same numbers follow whether it was built now or earlier
+    return model
 
 
 @lru_cache(maxsize=8)

@@ -24,7 +24,7 @@ SIZE = 64
 def network(name: str) -> nn.Module:
     """With statistics, in evaluation, in float64; a ResNet has one block, with a stride and no identity as shortcut."""
     torch.manual_seed(0)
-    model = few_blocks(name, (0, 1, 0, 0))
+    model = few_blocks(name, (0, 1, 0, 0), dropout=0.1)
     with torch.no_grad():
         for _ in range(5):
             model(images(8, SIZE))

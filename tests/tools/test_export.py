@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dcd
-from tests.dcd.test_models import build, images
+from tests.dcd.test_models import images, settled
 from tools import export
 from tools.exporting import formats
 
@@ -31,9 +31,10 @@ def few_blocks():
 
 def save(path: Path, arch: str, **shape) -> Path:
     """A network in a file as the trainer writes it."""
+    torch.manual_seed(0)
     torch.save(
         {
-            "model": build(arch, len(NAMES), **shape).state_dict(),
+            "model": settled(dcd.create_model(arch, len(NAMES), **shape)).state_dict(),
             "architecture": {"arch": arch, "num_classes": len(NAMES), **shape},
             "classes": NAMES,
             "preprocessing": dcd.Preprocessing(SIZE, 1.0).to_dict(),
