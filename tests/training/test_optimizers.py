@@ -200,47 +200,42 @@ def test_cuda_graphs_are_not_had_with_apex(tmp_path, capsys, name):
     assert said == f"--cuda-graphs: a step of --optimizer {name} cannot be recorded, and is not replayed\n"
 
 
-def apex_found(*folders: Path) -> list[str]:
-    """What is said of the packages in each folder, or the class that is found; for a GPU, then for a CPU.
-
-    All in processes that one forks: it takes seconds to import torch.
-    """
+def apex_found(packages: Path) -> str:
+    """What is said of the packages in a folder, or the class that is found."""
     program = f"""
-import os, sys, torch
+import sys
+sys.path.insert(0, {str(packages)!r})
+import torch
 from training.nvidia_apex import fused_optimizer
 from training.options import ConfigError
-for folder in {[*map(str, folders)]}:
-    if os.fork():
-        os.wait()
-        continue
-    sys.path.insert(0, folder)
-    for device in ("cuda", "cpu"):
-        try:
-            print(fused_optimizer("FusedSGD", "apex-sgd", torch.device(device)), flush=True)
-        except ConfigError as error:
-            print(error, flush=True)
-    break
+for device in ("cuda", "cpu"):
+    try:
+        print(fused_optimizer("FusedSGD", "apex-sgd", torch.device(device)))
+    except ConfigError as error:
+        print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return done.stdout
 
 
 def test_what_is_said_of_each_apex(tmp_path):
-    unrelated, bare, whole = (tmp_path / name for name in ("unrelated", "bare", "whole"))
-    (unrelated / "apex").mkdir(parents=True)  # PyPI's is a toolkit for web sites; what is imported of it is an error
-    (unrelated / "apex" / "__init__.py").write_text("raise RuntimeError('imported')")
-    for folder in (bare, whole):
-        (folder / "apex" / "optimizers").mkdir(parents=True)
-        (folder / "apex" / "__init__.py").touch()
-        (folder / "apex" / "optimizers" / "__init__.py").write_text("class FusedSGD: pass")
-    (whole / "amp_C.py").touch()
-    found = apex_found(tmp_path / "nothing", unrelated, bare, whole)
-    assert found[0].startswith("--optimizer apex-sgd needs NVIDIA's apex, which is not on PyPI: git clone")
-    toolkit = "the installed package apex is an unrelated toolkit, as PyPI's is: pip uninstall apex, then git clone"
-    assert toolkit in found[2]
-    assert found[4].startswith("--optimizer apex-sgd: apex is installed without its CUDA extensions (amp_C): git clone")
-    assert found[6] == "<class 'apex.optimizers.FusedSGD'>"
-    assert found[7] == "--optimizer apex-sgd runs on GPUs only: leave out 'apex-', or use another one"
-    assert len(found) == 8
+    assert apex_found(tmp_path).startswith("--optimizer apex-sgd needs NVIDIA's apex, which is not on PyPI: git clone")
+    # PyPI's is a toolkit for web sites; what is imported of it would be an error here.
+    unrelated = tmp_path / "unrelated" / "apex"
+    unrelated.mkdir(parents=True)
+    (unrelated / "__init__.py").write_text("raise RuntimeError('imported')")
+    assert "the installed package apex is an unrelated toolkit, as PyPI's is: pip uninstall apex, then git clone" in (
+        apex_found(unrelated.parent)
+    )
+    right = tmp_path / "right" / "apex" / "optimizers"
+    right.mkdir(parents=True)
+    (right.parent / "__init__.py").touch()
+    (right / "__init__.py").write_text("class FusedSGD: pass")
+    said = apex_found(right.parents[1])
+    assert said.startswith("--optimizer apex-sgd: apex is installed without its CUDA extensions (amp_C): git clone")
+    (right.parents[1] / "amp_C.py").touch()
+    on_gpu, on_cpu = apex_found(right.parents[1]).splitlines()
+    assert on_gpu == "<class 'apex.optimizers.FusedSGD'>"
+    assert on_cpu == "--optimizer apex-sgd runs on GPUs only: leave out 'apex-', or use another one"
     assert "pip install" in nvidia_apex.INSTALL and "\n" not in nvidia_apex.INSTALL
