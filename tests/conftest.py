@@ -12,6 +12,9 @@ from training.precision import autocast_dtype
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # is read when triton is imported
+# Is read when Inductor is imported. To find out by itself whether vector instructions work, it compiles a program and
+# starts a Python for each kind that the processor says it has.
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 
 
 def pytest_report_header() -> str:
@@ -20,7 +23,14 @@ def pytest_report_header() -> str:
     return f"processor: {capability}, --amp auto: {autocast_dtype('auto', torch.device('cpu')) or 'off'}"
 
 
+# Modules of which single tests, or a few with a fixture of theirs, take many seconds.
+LONG = {"test_gpu_check", "test_train_dist", "test_documents", "test_export", "test_triton_compiles", "test_models"}
+LONG |= {"test_slurm_script", "test_triton_gradients", "test_bench_loader", "test_installed", "test_run_profile"}
+
+
 def pytest_collection_modifyitems(items):
+    """The long ones come first: workers that share out the tests then end together."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -86,6 +96,27 @@ def main(capsys, exact_float32):
     signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts a run in the background, which ends with the test. launcher: options of torchrun."""
+    from tests.helpers import command
+    from tests.processes import Job, start_command, warm_python
+
+    jobs = []
+
+    def start(*args, ranks: int = 2, torchrun: bool = False, launcher=(), output: str = "log.txt") -> Job:
+        file = tmp_path / output
+        if torchrun:
+            jobs.append(start_command(command(*args, ranks=ranks, launcher=[*launcher]), file))
+        else:
+            jobs.append(warm_python().start(*args, ranks=ranks, output=file))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.end()
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Runs of train_dist.py in the background, to be watched, signalled and killed by tests."""
 
+import atexit
+import functools
 import json
 import os
 import signal
@@ -94,7 +96,7 @@ class WarmPython:
     """Starts runs by `warm_python.py`: what is imported once need not be imported for each."""
 
     def __init__(self):
-        script = [sys.executable, str(ROOT / "tests" / "faults" / "warm_python.py"), str(ROOT)]
+        script = [sys.executable, str(ROOT / "tests" / "warm_python.py"), str(ROOT)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(script, env={**os.environ, **ENVIRONMENT}, cwd=ROOT, **pipes)
         assert json.loads(self._process.stdout.readline()) == "ready"
@@ -104,8 +106,13 @@ class WarmPython:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, *args, ranks: int, output: Path, envs: list[dict[str, str]] | None = None) -> Job:
-        """So many ranks, with torchrun's variables or with `envs`, one for each. With one rank: no variables at all."""
+    def start(
+        self, *args, ranks: int, output: Path, envs: list[dict[str, str]] | None = None, module: str | None = None
+    ) -> Job:
+        """So many ranks, with torchrun's variables or with `envs`, one for each. With one rank: no variables at all.
+
+        They run train_dist.py, or a module as a program.
+        """
         if envs is None:
             port = free_port()
             envs = [
@@ -120,9 +127,20 @@ class WarmPython:
                 for rank in range(ranks)
             ]
             envs = envs if ranks > 1 else [{}]
-        pids = [self._ask(start=[str(arg) for arg in args], env=env, output=str(output)) for env in envs]
+        common = {**os.environ, **ENVIRONMENT}
+        program = ["-m", module] if module else [str(ROOT / "train_dist.py")]
+        words = [*program, *map(str, args)]
+        pids = [self._ask(start=words, env={**common, **env}, output=str(output)) for env in envs]
         return Job(pids, lambda pid: self._ask(poll=pid), output)
 
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait(30)
+
+
+@functools.cache
+def warm_python() -> WarmPython:
+    """One for all tests of this process."""
+    python = WarmPython()
+    atexit.register(python.close)
+    return python

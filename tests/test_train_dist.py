@@ -1,9 +1,11 @@
-"""The main job as its users run it: real processes, real images, torchrun."""
+"""The main job as its users run it: real processes, real images.
+
+By torchrun where a test says so; elsewhere by ranks that have its variables (`helpers.run`).
+"""
 
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import torch
 import dcd
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
-from tests.helpers import ROOT, SMALL, command, difference, environment, error_lines, last, lines, part_of, read, run
+from tests.helpers import ROOT, SMALL, difference, error_lines, last, lines, part_of, read, run
 from tests.pipelines.helpers import converted
+from tests.processes import Job, until
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def few(digits, tmp_path_factory) -> Path:
 def test_official_commands(few, tmp_path, name):
     """Train by the official command, shortened to one epoch of smaller images, then evaluate by the official one."""
     smaller = ["--epochs", 1, "--input-size", 32]
-    run(*OFFICIAL_TRAINING[name].split(), "-d", few, "-c", tmp_path, *smaller, ranks=2)
+    run(*OFFICIAL_TRAINING[name].split(), "-d", few, "-c", tmp_path, *smaller, ranks=2, torchrun="resnet" in name)
     summary = read(tmp_path, "summary.json")
     assert summary["arch"] == name and summary["eval"]["images"] == 60
     assert summary["train_images_per_sec"] > 0
@@ -117,76 +120,66 @@ def test_resume_is_exact_to_the_bit(tiny, tmp_path, ranks, precision, stops, aug
     assert steps == sorted(set(steps)) and steps[-1] == 8
 
 
-def test_a_signal_ends_a_run_with_a_checkpoint(tiny, tmp_path):
+def test_a_signal_ends_a_run_with_a_checkpoint(tiny, start, tmp_path):
     """SIGTERM to torchrun, as a batch system sends it: nothing is lost, and the exit code says unfinished."""
-    common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 200, "--seed", 1]
-    process = start(*common, "-c", tmp_path, ranks=2)
-    wait_for(process, tmp_path, "eval")
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "stopped; the same command goes on" in output
-    assert "ends with threads" not in output and read(tmp_path, "status.json")["state"] == "preempted"
-    done = last(tmp_path)["epoch"] * 4 + last(tmp_path)["step"]
+    out = tmp_path / "out"
+    job = start(*SMALL, "-d", tiny, "-b", 12, "--epochs", 200, "--seed", 1, "-c", out, torchrun=True)
+    wait_for(job, out, "eval")
+    job.signal(signal.SIGTERM)
+    assert job.wait(120) != [0] and "stopped; the same command goes on" in job.output
+    assert "ends with threads" not in job.output and read(out, "status.json")["state"] == "preempted"
+    done = last(out)["epoch"] * 4 + last(out)["step"]
     assert 4 <= done < 800
-    assert lines(tmp_path, "train")[-1]["global_step"] == done, "the checkpoint is of the last step that was logged"
+    assert lines(out, "train")[-1]["global_step"] == done, "the checkpoint is of the last step that was logged"
 
 
-def start(*args, ranks: int | None = None, launcher: list[str] | None = None) -> subprocess.Popen:
-    """A run in the background, whose output is one text."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(*args, ranks=ranks, launcher=launcher), env=environment(), **pipes)
-
-
-def wait_for(process: subprocess.Popen, out: Path, kind: str) -> None:
+def wait_for(job: Job, out: Path, kind: str) -> None:
     """Until a line of this kind is in the log."""
-    log, deadline = out / "metrics.jsonl", time.monotonic() + 120
-    while not (log.exists() and f'"{kind}"' in log.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    log = out / "metrics.jsonl"
+    until(lambda: not job.running or (log.exists() and f'"{kind}"' in log.read_text()))
+    assert job.running, job.output
 
 
-def test_a_run_that_waits_for_data_is_preempted_in_seconds(tiny, tmp_path):
+def test_a_run_that_waits_for_data_is_preempted_in_seconds(tiny, start, tmp_path):
     """Its loading process is halted; and meanwhile no other run may use its folder."""
-    common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 2000, "-c", tmp_path, "-j", 1]
-    process = start(*common)
-    wait_for(process, tmp_path, "eval")
-    for worker in psutil.Process(process.pid).children():
+    out = tmp_path / "out"
+    common = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 2000, "-c", out, "-j", 1]
+    job = start(*common, ranks=1)
+    wait_for(job, out, "eval")
+    for worker in psutil.Process(job.pids[0]).children():
         worker.suspend()
     output = run(*common, fails=True)
-    assert f"{tmp_path} is in use by another run (process {process.pid} on " in error_lines(output)[0]
-    process.send_signal(signal.SIGUSR1)
+    assert f"{out} is in use by another run (process {job.pids[0]} on " in error_lines(output)[0]
+    job.signal(signal.SIGUSR1)
     before = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75 and time.monotonic() - before < 10, output
-    assert "stopped; the same command goes on" in output and read(tmp_path, "status.json")["state"] == "preempted"
-    assert last(tmp_path)["epoch"] * 4 + last(tmp_path)["step"] == lines(tmp_path, "train")[-1]["global_step"] > 0
+    assert job.wait(60) == [75] and time.monotonic() - before < 10, job.output
+    assert "stopped; the same command goes on" in job.output and read(out, "status.json")["state"] == "preempted"
+    assert last(out)["epoch"] * 4 + last(out)["step"] == lines(out, "train")[-1]["global_step"] > 0
 
 
-def test_a_rank_that_hangs_ends_the_run_with_its_name(tiny, tmp_path):
-    process = start(*SMALL, "-d", tiny, "-b", 12, "--epochs", 2000, "-c", tmp_path, "--timeout", 8, ranks=2)
-    wait_for(process, tmp_path, "eval")
-    ranks = {child.environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
-    ranks["1"].suspend()
-    psutil.wait_procs([ranks["0"]], timeout=30)
-    ranks["1"].kill()  # torchrun would wait half a minute before it does so
-    output, _ = process.communicate(timeout=60)
-    (line,) = error_lines(output)
+def test_a_rank_that_hangs_ends_the_run_with_its_name(tiny, start, tmp_path):
+    out = tmp_path / "out"
+    job = start(*SMALL, "-d", tiny, "-b", 12, "--epochs", 2000, "-c", out, "--timeout", 8)
+    wait_for(job, out, "eval")
+    job.signal(signal.SIGSTOP, 1)
+    until(lambda: job.running and job.codes[0] is not None, 30)
+    job.signal(signal.SIGKILL, 1)
+    assert job.wait(60) == [1, -signal.SIGKILL]
+    (line,) = error_lines(job.output)
     assert re.search("no progress for [0-9]+ s .*; rank 1 is silent .step [0-9]+, ", line), line
-    assert re.search(r'train_dist.py", line \d+ in train\n', output), output
-    assert re.search(r'data/_utils/worker.py", line \d+ in _worker_loop\n', output), output
-    assert process.returncode != 0
+    assert re.search(r'train_dist.py", line \d+ in train\n', job.output), job.output
+    assert re.search(r'data/_utils/worker.py", line \d+ in _worker_loop\n', job.output), job.output
 
 
-def test_torchrun_restarts_a_run_in_which_a_rank_dies(tiny, tmp_path):
+def test_torchrun_restarts_a_run_in_which_a_rank_dies(tiny, start, tmp_path):
     """All go on from the last checkpoint, though torchrun's store still holds the addresses of the dead."""
-    args = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 5, "--lr", 1e-4, "--checkpoint-steps", 2, "-c", tmp_path]
-    process = start(*args, ranks=2, launcher=["--max-restarts=3"])
-    wait_for(process, tmp_path, "eval")
-    ranks = {child.environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
-    ranks["1"].kill()
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and output.count("going on from") == 1, output
-    assert [line["global_step"] for line in lines(tmp_path, "train")] == list(range(2, 21, 2))
+    out = tmp_path / "out"
+    args = [*SMALL, "-d", tiny, "-b", 12, "--epochs", 5, "--lr", 1e-4, "--checkpoint-steps", 2, "-c", out]
+    job = start(*args, torchrun=True, launcher=["--max-restarts=3"])
+    wait_for(job, out, "eval")
+    job.ranks()[1].kill()
+    assert job.wait(120) == [0] and job.output.count("going on from") == 1, job.output
+    assert [line["global_step"] for line in lines(out, "train")] == list(range(2, 21, 2))
 
 
 def test_two_ranks_train_as_one(tiny, tmp_path):
@@ -281,7 +274,6 @@ def break_class_names(data: Path) -> None:
     ("ranks", "args", "spoil", "message"),
     [
         (2, ["--wrong", "1"], None, "Unrecognized options: --wrong"),
-        (2, ["-b", "13"], None, "--batch-size 13 is global: 2 ranks"),
         (2, ["-d", "/nowhere"], None, "no folder /nowhere/val: it must hold CLASS/"),
         (None, ["--num-classes", "2"], None, "--num-classes 2: the data has 3 classes"),
         (2, ["--sync-bn"], None, "--sync-bn works on GPUs only"),
@@ -295,9 +287,16 @@ def test_errors_are_one_line_on_every_rank(tiny, tmp_path, ranks, args, spoil, m
         spoil(data)
     output = run(*SMALL, "-d", data, "-c", tmp_path / "out", "-b", 12, "--epochs", 1, *args, ranks=ranks, fails=True)
     found = error_lines(output)
-    # torchrun may end the second rank before it has spoken; what is said is the same line
-    assert found and all(message in line for line in found), output
-    assert "]: Traceback" not in output and output.count("Traceback") == (1 if ranks else 0), "only torchrun's own"
+    assert len(found) == (ranks or 1) and all(message in line for line in found), output
+    assert "Traceback" not in output
+
+
+def test_an_error_by_torchrun_is_one_line_too(tiny, tmp_path):
+    output = run(*SMALL, "-d", tiny, "-c", tmp_path / "out", "-b", 13, ranks=2, torchrun=True, fails=True)
+    found = error_lines(output)
+    # it may end the second rank before that has spoken; what is said is the same line
+    assert found and all("--batch-size 13 is global: 2 ranks" in line for line in found), output
+    assert "]: Traceback" not in output and output.count("Traceback") == 1, "torchrun's own"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,17 @@
-"""Dynamic convolutions of many shapes, and how results of one are compared: outputs, gradients, statistics."""
+"""Dynamic convolutions of many shapes, how results of one are compared (outputs, gradients, statistics), and small
+networks."""
 
 import copy
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import dcd
+from dcd import registry
 from dcd.layers import DCDConv2d, set_path
+from dcd.ops.reference import hard_sigmoid2
 
 # in, out, kernel, stride, latent_dim, pool_size, batch, height, width
 SHAPES = {
@@ -37,6 +43,35 @@ def create_layer(channels, out_channels, kernel_size, stride, latent_dim, pool_s
             nn.init.uniform_(value, 0.5, 1.5)
     nn.init.normal_(layer.coefficients.to_channel_scale.weight, std=2.0)  # so that some scales are at their bounds
     return layer
+
+
+@torch.no_grad()
+def keep_from_bounds(layer: DCDConv2d, x: torch.Tensor) -> None:
+    """Draw weights of the coefficients anew until no gate and no scale of these images is near a bound.
+
+    There a rounding decides whether it has a gradient, whoever computes it.
+    """
+    branch = layer.coefficients
+
+    def settle(layer: nn.Linear, read: torch.Tensor) -> None:
+        deviation = layer.weight.std()
+        while (near := ((layer(read).abs() - 3).abs() < 0.1).any(0)).any():
+            layer.weight[near] = deviation * torch.randn_like(layer.weight[near])
+
+    squeezed = branch.squeeze(F.adaptive_avg_pool2d(x, layer.pool_size).flatten(1))
+    settle(branch.gate, squeezed)
+    settle(branch.to_channel_scale, squeezed * hard_sigmoid2(branch.gate(squeezed)))
+
+
+def few_blocks(name: str, depths: tuple[int, ...], dropout: float | None = None) -> nn.Module:
+    """For what takes its time by the number of operations: a ResNet with so many blocks in its stages, or a MobileNetV2
+    with one block of each kind; of ten classes."""
+    if name.startswith("mobilenetv2"):
+        with patch("dcd.models.mobilenet_v2.STAGES", ((1, 16, 1, 1), (6, 24, 2, 2))):
+            return dcd.create_model(name, 10, dropout, width_mult=0.5)
+    constructor = registry._CONSTRUCTORS[name]
+    block, _, *others = constructor.args
+    return constructor.func(block, depths, *others, num_classes=10, dropout=dropout, **constructor.keywords)
 
 
 def results(layer: DCDConv2d, path: str, x: torch.Tensor, amp: torch.dtype | None = None) -> dict[str, torch.Tensor]:

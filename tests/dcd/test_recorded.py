@@ -2,7 +2,6 @@
 
 import copy
 from functools import lru_cache
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,27 +9,22 @@ from torch import nn
 from torch.export import Dim
 
 import dcd
-from dcd import registry
 from dcd.layers import set_path
+from dcd.layers.rivals import RIVALS
+from tests.dcd.helpers import few_blocks
 from tests.dcd.test_models import images
 
-# deeper networks of the same blocks
-KINDS = [name for name in dcd.list_models() if not name.startswith(("resnet34", "resnet101", "resnet152"))]
+# Without deeper networks of the same blocks. Layers of other papers are the same ones in both kinds of blocks.
+DEEPER = ("resnet34", "resnet101", "resnet152", *(f"resnet50_{rival}" for rival in RIVALS if rival != "se"))
+KINDS = [name for name in dcd.list_models() if not name.startswith(DEEPER)]
 SIZE = 64
 
 
 @lru_cache
 def network(name: str) -> nn.Module:
-    """A MobileNetV2 of three blocks or a ResNet of one, with statistics; in evaluation, in float64."""
+    """With statistics, in evaluation, in float64; a ResNet has one block, with a stride and no identity as shortcut."""
     torch.manual_seed(0)
-    if name.startswith("mobilenetv2"):
-        with patch("dcd.models.mobilenet_v2.STAGES", ((1, 16, 1, 1), (6, 24, 2, 2))):
-            model = dcd.create_model(name, 10, width_mult=0.5)
-    else:
-        constructor = registry._CONSTRUCTORS[name]
-        block, _, *others = constructor.args
-        depths = 0, 1, 0, 0  # one block, with a stride and a shortcut that is no identity
-        model = constructor.func(block, depths, *others, num_classes=10, dropout=0.1, **constructor.keywords)
+    model = few_blocks(name, (0, 1, 0, 0), dropout=0.1)
     with torch.no_grad():
         for _ in range(5):
             model(images(8, SIZE))

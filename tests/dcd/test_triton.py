@@ -10,7 +10,7 @@ import torch
 import dcd
 from dcd.layers import PATHS, available_paths, set_form, set_path
 from dcd.ops import triton_combine
-from tests.dcd.helpers import SHAPES, calls_of, create_layer, error, results
+from tests.dcd.helpers import SHAPES, calls_of, create_layer, error, keep_from_bounds, results
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WITH_MAPS = {name: shape for name, shape in SHAPES.items() if shape[2] == 3 or shape[3] == 2 or name == "many channels"}
@@ -34,9 +34,11 @@ def launches(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("path, shape", COMPARED, ids=lambda value: value)
 def test_it_is_at_most_twice_as_far_off_as_the_reference(path, shape, amp, monkeypatch):
     *sizes, batch, height, width = WITH_MAPS[shape]
-    layer = create_layer(*sizes).to(DEVICE)
+    layer = create_layer(*sizes)
     set_form(layer, "maps")
-    x = torch.randn(4 * batch, sizes[0], height, width).to(DEVICE, memory_format=torch.channels_last)
+    x = torch.randn(4 * batch, sizes[0], height, width)
+    keep_from_bounds(layer, x)
+    layer, x = layer.to(DEVICE), x.to(DEVICE, memory_format=torch.channels_last)
     exact = results(layer.double(), "reference", x.double())
     layer = layer.float()
     plain = results(layer, "reference", x, amp)

@@ -14,7 +14,7 @@ from dcd.ops import fused_core, fused_kernels, fused_maps, triton_gradients
 from dcd.ops.fused_core import Settings
 from dcd.ops.image_matrices import ToLatent
 from dcd.ops.rows import as_rows, pool_cells
-from tests.dcd.helpers import create_layer, error, results
+from tests.dcd.helpers import create_layer, error, keep_from_bounds, results
 from tests.dcd.test_triton import PRECISIONS
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -139,23 +139,24 @@ def test_gradient_of_q_where_proj_in_sees_x(stride, height, width, pool_size, dt
 @pytest.mark.parametrize("amp", HALVES)
 @pytest.mark.parametrize("shape", LAYERS.values(), ids=LAYERS)
 def test_layers_are_at_most_twice_as_far_off_as_the_reference(shape, amp):
-    """The median over three inputs, as behind a batch norm and ReLU: see `test_fused.py`. The gradients of the
-    coefficients' weights are left out: at the bounds of a scale, a rounding decides whether they are 0, by either way.
-    `test_triton_coefficients.py` has them."""
+    """The median over three inputs, as behind a batch norm and ReLU: see `test_fused.py`. One does where tensors are
+    large."""
     mean, deviation = 3, 0.3
     *sizes, batch, height, width, form = shape
-    layer = create_layer(*sizes).to(DEVICE)
-    set_form(layer, form)
     by_reference, by_kernels = defaultdict(list), defaultdict(list)
-    for _ in range(3):
+    for _ in range(1 if sizes[0] > 64 else 3):
+        layer = create_layer(*sizes)
         x = deviation * torch.randn(batch, sizes[0], height, width) + mean * torch.rand(sizes[0], 1, 1)
-        x = x.relu().to(DEVICE, amp, memory_format=torch.channels_last)
+        x = x.relu().to(amp).contiguous(memory_format=torch.channels_last)
+        keep_from_bounds(layer, x.float())
+        set_form(layer, form)
+        layer, x = layer.to(DEVICE), x.to(DEVICE)
         exact = results(layer.double(), "reference", x.double())
         layer = layer.float()
         plain, found = results(layer, "reference", x, amp), results(layer, "triton", x, amp)
-        for name in (name for name in exact if "gradient of coefficients" not in name):
-            by_reference[name].append(error(plain[name], exact[name]))
-            by_kernels[name].append(error(found[name], exact[name]))
+        for name, value in exact.items():
+            by_reference[name].append(error(plain[name], value))
+            by_kernels[name].append(error(found[name], value))
     for name, errors in by_kernels.items():
         assert median(errors) <= 2 * median(by_reference[name]) + torch.finfo(amp).eps / 2, name
 

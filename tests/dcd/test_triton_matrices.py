@@ -11,7 +11,7 @@ from dcd.layers import set_form, set_path
 from dcd.ops import image_matrices, triton_matrices, triton_project
 from dcd.ops.image_matrices import Norms, Running, Statistics
 from dcd.ops.rows import round_up
-from tests.dcd.helpers import SHAPES, create_layer, error, results
+from tests.dcd.helpers import SHAPES, create_layer, error, keep_from_bounds, results
 from tests.dcd.test_triton import PRECISIONS
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -172,9 +172,11 @@ def test_what_one_program_cannot_hold_is_left_to_pytorch():
 @pytest.mark.parametrize("shape", WITH_KERNELS.values(), ids=WITH_KERNELS)
 def test_layers_with_a_kernel_for_each_image_are_at_most_twice_as_far_off_as_the_reference(shape, amp):
     *sizes, batch, height, width = shape
-    layer = create_layer(*sizes).to(DEVICE)
+    layer = create_layer(*sizes)
     set_form(layer, "kernels")
-    x = torch.randn(4 * batch, sizes[0], height, width).to(DEVICE, memory_format=torch.channels_last)
+    x = torch.randn(4 * batch, sizes[0], height, width)
+    keep_from_bounds(layer, x)
+    layer, x = layer.to(DEVICE), x.to(DEVICE, memory_format=torch.channels_last)
     exact = results(layer.double(), "reference", x.double())
     layer = layer.float()
     plain, found = results(layer, "reference", x, amp), results(layer, "triton", x, amp)

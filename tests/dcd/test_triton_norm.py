@@ -30,6 +30,7 @@ SIZES = [
     (2, 1, 3, 3),
 ]
 BEHIND = [(F.relu, False), (F.relu, True), (F.relu6, False), (F.relu6, True), (None, True)]  # act, has a shortcut
+KINKS = {None: [], F.relu: [0], F.relu6: [0, 6]}  # where an activation has no derivative
 
 
 def channels_last(*size: int, mean: float = 0.0, deviation: float = 1.0) -> torch.Tensor:
@@ -66,9 +67,15 @@ def results(path: str, act, norm: nn.BatchNorm2d, d_out: torch.Tensor, *maps: to
 
 
 def compare(act, norm: nn.BatchNorm2d, maps: list[torch.Tensor], dtype: torch.dtype) -> None:
-    """The kernels with PyTorch's operations, both with maps of this dtype."""
+    """The kernels with PyTorch's operations, both with maps of this dtype.
+
+    Near a kink of the activation, a rounding decides whether a gradient passes, by either way: there d_out is 0.
+    """
     d_out = (0.5 + torch.randn(maps[0].shape)).to(dtype)  # whose sums are not much smaller than their terms
     maps = [value.to(dtype) for value in maps]
+    before = copy.deepcopy(norm).double()(maps[0].double()) + sum(value.double() for value in maps[1:])
+    for kink in KINKS[act]:  # by less, bfloat16 rounds what is about 6, and float32 what lies on a mean of 1e5
+        d_out[(before - kink).abs() < 0.05] = 0
     exact = results("reference", act, copy.deepcopy(norm).double(), d_out, *(value.double() for value in maps))
     plain, found = results("reference", act, norm, d_out, *maps), results("triton", act, norm, d_out, *maps)
     for name, value in exact.items():
@@ -121,12 +128,13 @@ def test_the_first_position_may_lie_far_away():
 def test_a_constant_channel_has_no_variance(dtype):
     y = channels_last(2, 20, 40, 13).to(dtype)
     y[:, 3], y[:, 7] = 1000 / 3, 0
-    norm = create_norm(20)
+    norm, constant = create_norm(20), [3, 7]
+    with torch.no_grad():
+        norm.bias.copy_(norm.bias.to(dtype))  # so that nothing is rounded where it is the output
     found = results("triton", F.relu, norm, torch.randn(y.shape), y)
-    constant = [3, 7]
-    expected = norm.bias.detach()[constant].to(dtype).double()
-    assert (found["out"][:, constant] == expected[:, None, None]).all()
-    assert torch.equal(found["running_var"][constant], (0.7 * norm.running_var[constant]).double())
+    assert (found["out"][:, constant] == norm.bias.detach()[constant, None, None].double()).all()
+    expected = 0.7 * norm.running_var[constant].double()
+    torch.testing.assert_close(found["running_var"][constant], expected, rtol=torch.finfo(torch.float32).eps, atol=0)
     assert all(value.isfinite().all() for value in found.values())
 
 

@@ -3,14 +3,14 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import SMALL, command, difference, last, part_of
+from tests.helpers import SMALL, difference, last, part_of
 from tests.pipelines.helpers import converted
-from tests.processes import Job, WarmPython, start_command
+from tests.processes import WarmPython, warm_python
 
 HERE = Path(__file__).parent
 EVERYTHING = ["--dropout", 0.2, "--mixup", 0.4, "--mixup-epochs", 1, "--ema", 0.9, "--clip-grad", 1.0]
@@ -37,28 +37,8 @@ def data(digits, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[WarmPython]:
-    python = WarmPython()
-    yield python
-    python.close()
-
-
-@pytest.fixture
-def start(warm, tmp_path) -> Iterator[Callable[..., Job]]:
-    """A function that starts a run in the background; the run ends with the test. launcher: options of torchrun."""
-    jobs = []
-
-    def start(*args, ranks: int = 2, torchrun: bool = False, launcher=(), output: str = "log.txt") -> Job:
-        file = tmp_path / output
-        if torchrun:
-            jobs.append(start_command(command(*args, ranks=ranks, launcher=[*launcher]), file))
-        else:
-            jobs.append(warm.start(*args, ranks=ranks, output=file))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        job.end()
+def warm() -> WarmPython:
+    return warm_python()
 
 
 @pytest.fixture

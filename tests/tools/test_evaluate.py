@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from pipelines.build import build_loader
 from pipelines.config import AugmentationConfig, DataConfig
 from pipelines.sources.errors import DataError
 from tests.betons import Beton
-from tests.helpers import ROOT, SMALL, environment, read
+from tests.helpers import SMALL, read, run
 from tests.tools.test_evaluation import IDS, plain_calibration
 from tools.evaluate import Options, main
 from training.build import errors_in_one_line
@@ -134,15 +132,9 @@ def test_imagenet_and_its_reassessed_labels_on_one_rank_and_on_two(val, checkpoi
     assert "| worst classes | images | top-1 % | most often taken for |" in output
     assert "goldfish" in output
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     args = ["-b", 8, "-j", 2, "--amp", "off", "--device", "cpu", "--real", real, "--json", tmp_path / "two.json"]
-    command = [*launcher, "-m", "tools.evaluate", checkpoint, val, *args]
-    done = subprocess.run(
-        [*map(str, command)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("| worst classes |") == 1, "rank 0 speaks"
-    assert "ends with threads of its process group" not in done.stderr
+    output = run(checkpoint, val, *args, ranks=2, module="tools.evaluate")
+    assert output.count("| worst classes |") == 1, "rank 0 speaks"
     both = json.loads((tmp_path / "two.json").read_text())
     assert (found["world_size"], both["world_size"]) == (1, 2)
     for key in ("images", "top1", "top5", "classes", "confusion", "names"):

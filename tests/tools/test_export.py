@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dcd
-from tests.dcd.test_models import build, images
+from tests.dcd.test_models import images, settled
 from tools import export
 from tools.exporting import formats
 
@@ -31,9 +31,10 @@ def few_blocks():
 
 def save(path: Path, arch: str, **shape) -> Path:
     """A network in a file as the trainer writes it."""
+    torch.manual_seed(0)
     torch.save(
         {
-            "model": build(arch, len(NAMES), **shape).state_dict(),
+            "model": settled(dcd.create_model(arch, len(NAMES), **shape)).state_dict(),
             "architecture": {"arch": arch, "num_classes": len(NAMES), **shape},
             "classes": NAMES,
             "preprocessing": dcd.Preprocessing(SIZE, 1.0).to_dict(),
@@ -117,7 +118,10 @@ def test_torch_export(run, checkpoint, tmp_path):
     check(program, found, checkpoint)
 
 
-def test_aoti(run, checkpoint, tmp_path):
+def test_aoti(run, tmp_path, monkeypatch):
+    """Of one block: what is compiled takes the time."""
+    monkeypatch.setattr("dcd.models.mobilenet_v2.STAGES", ((6, 16, 1, 2),))
+    checkpoint = save(tmp_path / "best.pth", "mobilenetv2_dcd", width_mult=0.1, fc_squeeze=16)
     run(checkpoint, tmp_path / "model.pt2", "--format", "aoti", *QUICK)
     package = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
     check(package, package.get_metadata(), checkpoint, layouts=LAYOUTS[:1])

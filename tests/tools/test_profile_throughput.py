@@ -14,6 +14,7 @@ from pipelines.batch import Place
 from pipelines.build import build_loader
 from pipelines.config import DataConfig
 from pipelines.sources.errors import DataError
+from tests import helpers
 from tests.pipelines.helpers import converted, indices_of
 from tools.profile_throughput import main
 from tools.profiling.feed import Feed, Window
@@ -26,10 +27,9 @@ SMALL = f"{MODEL} --input-size 32 -b 12 -j 2 --window-steps 2".split()
 SYNTHETIC = ["--backend", "synthetic", "--synthetic-images", "240", "--num-classes", "3"]
 
 
-def run(*args, ranks: int | None = None, fails: bool = False) -> tuple[str, str]:
+def run(*args, fails: bool = False) -> tuple[str, str]:
     """Standard output and error of the program."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    command = [sys.executable, *launcher, "-m", "tools.profile_throughput", *map(str, args)]
+    command = [sys.executable, "-m", "tools.profile_throughput", *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=env)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
@@ -79,7 +79,8 @@ def test_folder_of_images_with_a_trace(tiny, tmp_path):
 
 
 def test_several_ranks(tmp_path):
-    output, _ = run(*SMALL, *SYNTHETIC, "--windows", 1, "--json", tmp_path / "found.json", ranks=2)
+    args = [*SMALL, *SYNTHETIC, "--windows", 1, "--json", tmp_path / "found.json"]
+    output = helpers.run(*args, ranks=2, module="tools.profile_throughput")
     found = check(tmp_path / "found.json", windows=1)
     assert found["world_size"] == 2 and found["train_step"]["shares"]["reduce"] > 0
     assert output.count("| training |") == output.count(found["verdict"]) == 1, "rank 0 speaks"

@@ -1,12 +1,12 @@
-"""A Python that has imported what train_dist.py imports, and forks itself for each run, to save seconds.
+"""A Python that has imported what train_dist.py imports, and forks itself for each run of it or of a module.
 
     python warm_python.py ROOT        JSON lines: requests on standard input, their answers on standard output
 
-{"start": arguments, "env": {name: value}, "output": file}    ->  the process id of a new `train_dist.py arguments`
-{"poll": process id}                                          ->  its exit code (-N after signal N), null before
+{"start": words, "env": {name: value}, "output": file}    ->  the process id of a new `python words`
+{"poll": process id}                                      ->  its exit code (-N after signal N), null before
 
 The fork happens before any thread or process group exists, and the run ends with the normal finalisation of Python. So
-a run behaves like `python train_dist.py`.
+a run behaves like `python train_dist.py`, but that it does not show whether a program imports what it uses.
 """
 
 import importlib
@@ -38,7 +38,7 @@ def warm_up() -> None:
 
 
 def serve() -> list[str]:
-    """Answer requests until the input ends; in a forked process, return the arguments of its run."""
+    """Answer requests until the input ends; in a forked process, return the words of its command line."""
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:
@@ -55,8 +55,9 @@ def serve() -> list[str]:
 
 
 def become(env: dict[str, str], output: str) -> None:
-    """Set the environment and the output of a run, in a new process group."""
+    """Take the environment and the output of a run, in a new process group."""
     os.setpgid(0, 0)
+    os.environ.clear()
     os.environ.update(env)
     nothing, file = os.open(os.devnull, os.O_RDONLY), os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(nothing, 0), os.dup2(file, 1), os.dup2(file, 2)
@@ -64,10 +65,13 @@ def become(env: dict[str, str], output: str) -> None:
 
 
 if __name__ == "__main__":
-    root = sys.argv[1]
-    sys.path[0] = root
+    sys.path[0] = sys.argv[1]
     warm_up()
     print(json.dumps("ready"), flush=True)
-    script = os.path.join(root, "train_dist.py")
-    sys.argv = [script, *serve()]
-    runpy.run_path(script, run_name="__main__")
+    script, *arguments = serve()
+    if script == "-m":
+        sys.argv = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")
