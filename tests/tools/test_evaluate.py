@@ -17,6 +17,7 @@ from pipelines.sources.errors import DataError
 from tests.betons import Beton
 from tests.helpers import ROOT, SMALL, environment, read
 from tests.tools.test_evaluation import IDS, plain_calibration
+from tools.checkpoint_options import CheckpointOptions
 from tools.evaluate import Options, main
 from training.build import errors_in_one_line
 from training.command_line import parse
@@ -216,7 +217,7 @@ def test_imagenet_c(val, checkpoint, tmp_path, capsys):
         for severity in severities:
             renamed(val, tmp_path / "c" / corruption / severity, IDS.__getitem__)
     shutil.rmtree(tmp_path / "c" / "fog" / "2" / IDS[10])
-    found = evaluate(checkpoint, tmp_path / "c", tmp_path / "found.json", ema="yes")
+    found = evaluate(checkpoint, tmp_path / "c", tmp_path / "found.json", of=CheckpointOptions(ema="yes"))
     assert found["kind"] == "imagenet-c" and found["config"]["eval_crop"] == 1
     fog = found["corruptions"]["fog"]
     assert (fog["1"]["images"], fog["2"]["images"]) == (23, 15)
