@@ -17,7 +17,7 @@ from pipelines.sources.errors import DataError
 from tests.betons import Beton
 from tests.helpers import ROOT, SMALL, environment, read
 from tests.tools.test_evaluation import IDS, plain_calibration
-from tools.checkpoint_options import CheckpointOptions
+from tools.checkpoint_options import SAYS_ALL, CheckpointOptions
 from tools.evaluate import Options, main
 from training.build import errors_in_one_line
 from training.command_line import parse
@@ -80,7 +80,8 @@ def expected(val) -> tuple[torch.Tensor, list[str]]:
 
 def evaluate(checkpoint: Path, data: Path, out: Path, **options) -> dict:
     """What the program writes, run in this process."""
-    main(Options(checkpoint, data, json=out, batch_size=8, workers=1, amp="off", device="cpu", **options))
+    of = CheckpointOptions(**{name: options.pop(name) for name in vars(SAYS_ALL) if name in options})
+    main(Options(checkpoint, data, of, json=out, batch_size=8, workers=1, amp="off", device="cpu", **options))
     return json.loads(out.read_text())
 
 
@@ -217,7 +218,7 @@ def test_imagenet_c(val, checkpoint, tmp_path, capsys):
         for severity in severities:
             renamed(val, tmp_path / "c" / corruption / severity, IDS.__getitem__)
     shutil.rmtree(tmp_path / "c" / "fog" / "2" / IDS[10])
-    found = evaluate(checkpoint, tmp_path / "c", tmp_path / "found.json", of=CheckpointOptions(ema="yes"))
+    found = evaluate(checkpoint, tmp_path / "c", tmp_path / "found.json", ema="yes")
     assert found["kind"] == "imagenet-c" and found["config"]["eval_crop"] == 1
     fog = found["corruptions"]["fog"]
     assert (fog["1"]["images"], fog["2"]["images"]) == (23, 15)
