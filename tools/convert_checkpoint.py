@@ -215,7 +215,7 @@ def main(
     source: Path,
     target: Path,
     to: Form = "own",
-    of: CheckpointOptions = SAYS_ALL,
+    network: CheckpointOptions = SAYS_ALL,
     force: bool = False,
 ) -> None:
     """Convert the weights of a model to another form.
@@ -224,11 +224,11 @@ def main(
         source: a checkpoint in any form, or the output folder of a run, whose best is taken.
         target: the file to write.
         to: its form.
-        of: what the source does not say.
+        network: what the source does not say.
         force: write over what is there.
     """
     try:
-        file = read_model_file(source, **of.arguments)
+        file = read_model_file(source, **network.arguments)
         check_target(file.weights.path, target, to, force)
         contents, notes = convert(file, target, to)
         with whole_files(*contents) as files:

@@ -51,7 +51,7 @@ class Options:
     that --weight of train_dist.py takes."""
     data: Annotated[Path, tyro.conf.arg(metavar="DATA")]
     """Class folders; a folder with val or val.beton in it; a .beton file; or ImageNet-C."""
-    of: CheckpointOptions = SAYS_ALL
+    network: CheckpointOptions = SAYS_ALL
     kind: Asked = "auto"
     """What the data is; auto: seen from its folders. classes: class folders by name, as ImageNet's val."""
     real: Path | None = None
@@ -164,7 +164,7 @@ class Evaluation:
 
 def main(options: Options) -> None:
     """Evaluate; print and write on rank 0."""
-    weights = dcd.read_weights(dcd.model_file.find(options.checkpoint), CHOICES[options.of.ema])
+    weights = dcd.read_weights(dcd.model_file.find(options.checkpoint), CHOICES[options.network.ema])
     parts = find_parts(options.data, options.kind)
     config = find_config(options, weights, "imagenet-c" if parts[0].corruption else options.kind)
     with open_ranks(config) as ranks:
@@ -178,7 +178,7 @@ def find_config(options: Options, weights: dcd.Weights, kind: Asked) -> Config:
         ConfigError: nothing says which model it is, or a value that no evaluation can carry out.
     """
     trained = weights.options or {}
-    given = {**vars(options), **vars(options.of), "eval_flip": CHOICES[options.eval_flip]}
+    given = {**vars(options), **vars(options.network), "eval_flip": CHOICES[options.eval_flip]}
     if kind != "auto" and KINDS[kind].eval_crop is not None:
         trained = {**trained, "eval_crop": KINDS[kind].eval_crop}
     chosen = {name: trained[name] for name in OF_CHECKPOINT if name in trained}

@@ -48,7 +48,7 @@ def main(
     format: Literal["onnx", "torch-export", "aoti"] | None = None,
     size: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
-    of: CheckpointOptions = SAYS_ALL,
+    network: CheckpointOptions = SAYS_ALL,
     batch_size: int = 8,
     window_s: float = 0.5,
 ) -> None:
@@ -60,7 +60,7 @@ def main(
         format: by default onnx for .onnx, torch-export for .pt2.
         size: side of the images in pixels; by default that of the run's evaluations.
         device: that a file of torch-export or aoti computes on; one of onnx has none, and is checked on the CPU.
-        of: what the checkpoint does not say.
+        network: what the checkpoint does not say.
         batch_size: images in a batch of the measurement.
         window_s: seconds of each of its windows.
     """
@@ -69,7 +69,7 @@ def main(
             sys.exit(f"error: {name} {value}: must be at least {least}")
     try:
         kind = choose_format(out, format, device)
-        model = dcd.load(checkpoint, **of.arguments)
+        model = dcd.load(checkpoint, **network.arguments)
         if size is not None:
             model.preprocessing = replace(model.preprocessing, size=size)
         # Convolutions of a GPU in float32, as the rest: what differs is to be the export.

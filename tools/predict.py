@@ -225,7 +225,7 @@ def write_predictions(
 def main(
     checkpoint: Path,
     images: list[Path],
-    of: CheckpointOptions = SAYS_ALL,
+    network: CheckpointOptions = SAYS_ALL,
     top: int = 5,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     device: Literal["auto", "cuda", "cpu"] = "auto",
@@ -238,7 +238,7 @@ def main(
     Args:
         checkpoint: of a model, or the output folder of a run, whose best is taken.
         images: files, folders with all that is below them, or patterns such as "*.jpg".
-        of: what the checkpoint does not say.
+        network: what the checkpoint does not say.
         top: number of classes for each picture.
         json_file: write them to this file instead; "-" is standard output.
         device: auto takes a GPU where there is one.
@@ -258,7 +258,7 @@ def main(
         on_gpu = device != "cpu" and torch.cuda.is_available()
         paths, notes = find_images(images)
         try:
-            model = dcd.load(checkpoint, **of.arguments)
+            model = dcd.load(checkpoint, **network.arguments)
         except ValueError as error:  # also of an option that the model does not take
             raise DataError(str(error)) from error
         preprocessing, names = model.preprocessing, Names(model.class_names, model.architecture["num_classes"])

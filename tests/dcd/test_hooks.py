@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 
-from dcd.layers import DCDConv2d, DCDLinear
+from dcd.layers import DCDConv2d, DCDLinear, NormAct
+from dcd.layers.dcd_conv2d import HAS_TRITON
 
 INNER = ("static_conv", "proj_in", "bn1", "bn2", "proj_out", "coefficients")
 BRANCH = ("squeeze", "gate", "to_phi", "to_channel_scale")
@@ -92,6 +94,19 @@ def test_what_stands_in_for_a_part_is_called(layer, x):
     assert called_in(layer, x) == {*PARTS, "proj_in.parametrizations.weight", "proj_in.parametrizations.weight.0"}
     layer.proj_out = nn.Sequential(layer.proj_out, nn.Tanh())
     assert {"proj_out.0", "proj_out.1"} < called_in(layer, x)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton and a C compiler")
+def test_a_batch_norm_with_a_hook_is_called_and_no_kernel_of_triton_takes_its_place():
+    behind, norm = NormAct(F.relu), nn.BatchNorm2d(16)
+    behind.path, heard = "triton", []
+    y = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    handle = register_module_forward_hook(lambda module, *_: heard.append(module))
+    behind(norm, y)
+    norm.register_forward_hook(lambda *_: None)
+    behind(norm, y)
+    handle.remove()
+    assert heard == [behind, norm, behind], "called the second time alone"
 
 
 def test_every_part_of_the_dynamic_classifier_is_called(x):

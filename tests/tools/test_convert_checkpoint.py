@@ -68,9 +68,9 @@ def convert(capsys):
     """`main`: what it prints; the last line is the error where it ends with one."""
 
     def call(source: Path, target: Path, **options) -> str:
-        of = CheckpointOptions(**{name: options.pop(name) for name in vars(SAYS_ALL) if name in options})
+        network = CheckpointOptions(**{name: options.pop(name) for name in vars(SAYS_ALL) if name in options})
         try:
-            main(source, target, of=of, **options)
+            main(source, target, network=network, **options)
         except SystemExit as error:
             return f"{capsys.readouterr().out}{error.code}"
         return capsys.readouterr().out

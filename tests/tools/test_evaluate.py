@@ -80,8 +80,8 @@ def expected(val) -> tuple[torch.Tensor, list[str]]:
 
 def evaluate(checkpoint: Path, data: Path, out: Path, **options) -> dict:
     """What the program writes, run in this process."""
-    of = CheckpointOptions(**{name: options.pop(name) for name in vars(SAYS_ALL) if name in options})
-    main(Options(checkpoint, data, of, json=out, batch_size=8, workers=1, amp="off", device="cpu", **options))
+    network = CheckpointOptions(**{name: options.pop(name) for name in vars(SAYS_ALL) if name in options})
+    main(Options(checkpoint, data, network, json=out, batch_size=8, workers=1, amp="off", device="cpu", **options))
     return json.loads(out.read_text())
 
 

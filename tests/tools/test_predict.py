@@ -74,9 +74,9 @@ def predict(capsys):
 
     def call(*args, **options) -> tuple[str | None, str, str]:
         ended = None
-        of = CheckpointOptions(**{name: options.pop(name) for name in vars(SAYS_ALL) if name in options})
+        network = CheckpointOptions(**{name: options.pop(name) for name in vars(SAYS_ALL) if name in options})
         try:
-            main(*args, of=of, **{"device": "cpu", **options})
+            main(*args, network=network, **{"device": "cpu", **options})
         except SystemExit as error:
             ended = error.code
         return ended, *capsys.readouterr()
