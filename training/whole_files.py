@@ -13,8 +13,8 @@ def whole_files(*paths: Path, alone: bool = False) -> Generator[list[Path]]:
     """Gives a file to write to for each of `paths`. At the end of the block the disk has all of them, and they take
     these names; where the block raises an error, what was there stays as it was.
 
-    The files lie beside their paths, hidden, and end as these do, since some programs go by that. What is no file, such
-    as /dev/stdout, is written to as it is.
+    The files lie beside their paths, hidden, and end as these do, since some programs go by that. A pipe or a link, as
+    /dev/stdout is, is written to as it is.
 
     Args:
         alone: no other process writes these paths, since there is a lock: what a killed one has left is written over.
@@ -39,7 +39,7 @@ def whole_files(*paths: Path, alone: bool = False) -> Generator[list[Path]]:
 
 
 def _is_replaced(path: Path) -> bool:
-    return path.is_file() or not path.exists()
+    return not path.is_symlink() and (path.is_file() or not path.exists())
 
 
 def _sync(file: Path) -> None:

@@ -52,7 +52,12 @@ with whole_files(Path(sys.argv[1]), alone=bool(int(sys.argv[2]))) as (file,):
     assert len(os.listdir(tmp_path)) == (1 if alone else 2), "alone, it is written over"
 
 
-def test_what_is_no_file_is_written_to_as_it_is(tmp_path):
+def test_what_is_no_plain_file_is_written_to_as_it_is(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "behind")
+    (tmp_path / "behind").write_text("old")
+    with whole_files(tmp_path / "link") as (file,):
+        file.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "behind").read_text() == "new"
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
