@@ -18,7 +18,7 @@ import torch
 from tests.commands import program_of, started_by_make
 from tests.helpers import MODEL, SMALL
 
-# What stands behind the words of a command, by its program,
+# Options that make a program small, behind its own,
 SMALLER = {
     "train_dist": [*SMALL, "-b", "16", "--epochs", "1"],
     "tools.evaluate": [*MODEL.split(), "-b", "16", "-j", "1", "--amp", "off"],
@@ -33,9 +33,9 @@ SMALLER = {
     "benchmarks.make_fake_imagenet": ["--train-images", "16", "--val-images", "16"],
     "benchmarks.bench_conversion": ["--rounds", "1"],
 }
-# or in the place of a word,
+# what no option overrides,
 REPLACED = {("tools.count_kernels", "resnet50_dcd"): "mobilenetv2_dcd"}
-# and by a word of it.
+# and options by a word of the command.
 SMALLER_STILL = {
     "--teacher": ["--teacher", "mobilenetv2_dcd"],
     "--profile": ["--profile", "2"],
@@ -53,7 +53,9 @@ def carry_out(words: list[str]) -> None:
         AssertionError: it has ended with an error.
     """
     if words[0] == "make":
-        for command in started_by_make(words[1:]):
+        commands = started_by_make(words[1:])
+        assert commands, f"{words} starts no program of ours"
+        for command in commands:
             carry_out(command)
         return
     program = program_of(words)

@@ -194,8 +194,6 @@ NOT_RUN = [
     NotRun("python -m tools.export .* --format aoti", "takes minutes", "tests/tools/test_export.py"),
     NotRun("tensorboard", "serves until it is stopped"),
 ]
-
-
 WRITTEN = {".html", ".json", ".onnx", ".pt2", ".safetensors"}  # files that commands name because they write them
 
 
