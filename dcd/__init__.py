@@ -12,7 +12,7 @@ from dcd import deploy
 from dcd import models as _models  # noqa: F401  (fills the registry)
 from dcd.checkpoint_file import CheckpointError, DamagedCheckpointError, Weights, read_weights
 from dcd.macs import count_macs
-from dcd.model_file import load
+from dcd.model_file import LoadedModel, load
 from dcd.preprocessing import Preprocessing
 from dcd.registry import create_model, list_models
 from dcd.upstream import LoadReport, load_checkpoint, load_weights, upstream_names
@@ -23,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "DamagedCheckpointError",
     "LoadReport",
+    "LoadedModel",
     "Preprocessing",
     "Weights",
     "__version__",

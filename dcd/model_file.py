@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -12,7 +12,21 @@ from dcd.registry import create_model
 from dcd.upstream import load_weights
 
 
-def load(path: str | Path, arch: str | None = None, *, ema: bool | None = None, **options: Any) -> nn.Module:
+class LoadedModel(nn.Module):
+    """What `load` returns, for type checkers: a network of `create_model`, of its own class, with these attributes.
+
+    Attributes:
+        architecture: the arguments of `create_model`.
+        class_names: in the order of the logits, or None where the file has no names.
+        preprocessing: that of the run's evaluations, or the usual one, 224 of 256 pixels, where the file does not say.
+    """
+
+    architecture: dict[str, Any]
+    class_names: list[str] | None
+    preprocessing: Preprocessing
+
+
+def load(path: str | Path, arch: str | None = None, *, ema: bool | None = None, **options: Any) -> LoadedModel:
     """A trained model, ready to evaluate.
 
         model = dcd.load("runs/x")                        # the run's best checkpoint
@@ -27,17 +41,14 @@ def load(path: str | Path, arch: str | None = None, *, ema: bool | None = None, 
         ema: whether to take the moving average of the weights; by default as `weights_in`.
 
     Returns:
-        the model of `create_model`, in evaluation mode, on the CPU, with these attributes: `class_names`, a list in the
-        order of the logits, or None where the file has no names; `preprocessing` (`Preprocessing`), that of the run's
-        evaluations, or the usual one, 224 of 256 pixels, where the file does not say; and `architecture`, the arguments
-        of `create_model` as a dictionary.
+        the model of `create_model`, in evaluation mode, on the CPU, with the attributes of `LoadedModel`.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, or one that is not of this model.
         ValueError: unknown names or values of `create_model`.
     """
     file = read_model_file(path, arch, ema=ema, **options)
-    model: Any = file.create()  # gets attributes that no nn.Module has
+    model = cast(LoadedModel, file.create())
     load_weights(model, file.weights)
     model.architecture = file.architecture
     model.class_names = file.weights.classes

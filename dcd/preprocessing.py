@@ -13,13 +13,15 @@ class Preprocessing:
     """Cut the square in the middle, resize it, and normalise it.
 
     size: side of the result in pixels. crop: share of the shorter side that the square has, in (0, 1]; 224 / 256 is
-    "resize the shorter side to 256, cut 224". mean, std: of red, green and blue in [0, 1].
+    "resize the shorter side to 256, cut 224". mean, std: of red, green and blue in [0, 1]. flip: whether an evaluation
+    takes the mean of the logits of each image and of its mirror image, `images.flip(3)`, which a call does not make.
     """
 
     size: int = 224
     crop: float = 224 / 256
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    flip: bool = False
 
     def __call__(self, image: Tensor) -> Tensor:
         """From one image (3, H, W), uint8, RGB, to (3, size, size) float32, on the same device."""

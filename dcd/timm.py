@@ -8,8 +8,8 @@
 
 They take timm's options and those of `dcd.create_model`, and compute the same as its models, by weights of the same
 names. `dcd.load_checkpoint(model, path)` loads every file into them, official ones too, and with ema=True the moving
-average. timm's `checkpoint_path=` loads those of our trainer, but never the moving average; for features_only timm has
-`pretrained=True, pretrained_cfg_overlay={"file": path}`.
+average. timm's `checkpoint_path=` loads those of our trainer: of best.pth what its best evaluation was of, the weights
+or their moving average. For features_only timm has `pretrained=True, pretrained_cfg_overlay={"file": path}`.
 
 Stochastic depth and other strides (timm's `drop_path_rate`, `output_stride`) are not to be had, and are refused.
 `feature_cls` is "getter", "fx" or "hook": timm's "list" and "dict" call the modules of a model one after the other, and

@@ -1,12 +1,12 @@
 """What README.md, CONTRIBUTING.md and docs/ tell to type works, and what they point to is there.
 
-- **Really run**, small and on one rank: ImageNet's commands of the README but the installation, and after them what
-  names pictures, converts weights and checks data; the Python of README.md and docs/models.md.
-- **Parsed only**: all other commands of ours, each by its own program up to where that would begin, and torchrun's by
-  torchrun's parser. What the programs do is tested where `test_every_program_has_a_test_that_runs_it` looks.
-- **`make -n`**: targets; the programs that they would start are parsed as above.
-- **Compiled only**: the Python of docs/export.md, which `tests/tools/test_export.py` runs.
-- **`bash -n` only**: commands of others, such as pip, docker and Slurm.
+- **Parsed**: every command, as it stands: ours by its own program up to where that would begin, torchrun's options by
+  torchrun's parser, a target of make by `make -n`, and then the programs that it would start; others by `bash -n`.
+- **Run**, small and on one rank (`tests/carry_out.py`): every command but those in `NOT_RUN`, which says why not, and
+  what runs its program on less. The commands of a block are run one after the other; one that stands in several places
+  is run once.
+- **Run**: the Python of README.md and docs/models.md. Of docs/export.md it is compiled only: tests/tools/test_export.py
+  runs it.
 
 A block of code that none of these covers fails.
 """
@@ -14,21 +14,21 @@ A block of code that none of these covers fails.
 import ast
 import json
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
 import dcd
+from tests.carry_out import carry_out
 from tests.commands import SCRIPTS, is_command, program_of, started_by_make, try_command, words_of
 from tests.documents import DOCUMENTS, ROOT, Block, anchors, blocks, links, rows, spans
-from tests.helpers import SMALL
 from training.config import Config
 from training.config_file import read_config_file
 
@@ -170,47 +170,142 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
-@pytest.fixture
-def carried_out(main):
-    """Calls a command of a document in this process: one rank of it, with other words than the document's."""
-
-    def call(words: list[str], *more: str, **others: Path) -> None:
-        places = {f"/path/to/{name}": str(place) for name, place in others.items()}
-        module, arguments = program_of([places.get(word, word) for word in words])
-        argv, sys.argv = sys.argv, [module, *arguments, *more]
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except SystemExit as error:
-            assert not error.code, error.code
-        finally:
-            sys.argv = argv
-
-    return call
+# --- running ---
 
 
-def test_imagenet_in_four_commands_and_what_comes_after(tiny, folder, carried_out):
-    """On 71 images, by a small model: the README's words but for folders, sizes and the number of ranks."""
-    readme = [block.text.splitlines() for block in BLOCKS if block.document == "README.md"]
-    _, dataset, train, evaluate = next(lines for lines in readme if lines[0] == "make setup")
-    after = next(lines for lines in readme if "tools.predict" in lines[0])
-    places = {"imagenet": tiny, "converted": folder / "converted", "output": folder / "output"}
-    (convert,) = started_by_make(words_of(dataset)[1:])
+class NotRun(NamedTuple):
+    """Commands that are only parsed."""
 
-    carried_out(convert, **places)
-    carried_out(words_of(train), *SMALL, "-b", "16", "--epochs", "1", **places)
-    carried_out(words_of(evaluate), "-b", "16", **places)
-    assert json.loads((folder / "figures.json").read_text())["images"] == 23
+    command: str  # a regular expression for how they begin
+    why: Literal["installs", "needs a cluster", "takes minutes", "runs the tests", "serves until it is stopped"]
+    instead: str | None = None  # the test that runs the same program or script, on less
 
-    (folder / "photos").mkdir()
+
+NOT_RUN = [
+    NotRun("make (setup|wheel|image)", "installs"),
+    NotRun("pip install", "installs"),
+    NotRun("sbatch", "needs a cluster", "tests/scripts/test_slurm_script.py"),
+    NotRun("docker run", "needs a cluster", "tests/scripts/test_dockerfile.py"),
+    NotRun("kubectl", "needs a cluster", "tests/scripts/test_kubernetes.py"),
+    NotRun("make test", "runs the tests"),
+    NotRun("make (bench-model|profile-layers)", "takes minutes", "tests/tools/test_profile_layers.py"),
+    NotRun("make bench-loader", "takes minutes", "tests/benchmarks/test_bench_loader.py"),
+    NotRun("make gpu-check", "takes minutes", "tests/benchmarks/test_gpu_check.py"),
+    NotRun("python -m tools.export .* --format aoti", "takes minutes", "tests/tools/test_export.py"),
+    NotRun("tensorboard", "serves until it is stopped"),
+]
+WRITTEN = {".html", ".json", ".onnx", ".pt2", ".safetensors"}  # files that commands name because they write them
+
+
+class Typed(NamedTuple):
+    """Commands that somebody types one after the other."""
+
+    where: str
+    commands: list[str]
+
+
+def typed() -> Iterator[Typed]:
+    """Every whole command of the documents, where it stands first: those of a block together.
+
+    Within the text a command is whole where it has arguments and leaves none out by "…"; else it is a name.
+    """
+    seen = set()
+
+    def new(lines: list[str]) -> list[str]:
+        found = {}
+        for words in filter(None, map(words_of, lines)):
+            same = str(program_of(words) or words)  # by whichever launcher
+            if same not in seen:
+                seen.add(same)
+                found[same] = shlex.join(words)
+        return [*found.values()]
+
+    for block in BLOCKS:
+        if kind(block) == "commands":
+            yield Typed(block.where, new(block.text.replace("\\\n", " ").splitlines()))
+    for document in DOCUMENTS:
+        whole = r"(python -m [a-z_.]+|python train_dist.py|make [a-z-]+) [^…]+"
+        for span in (span for span in spans(document) if re.fullmatch(whole, span)):
+            yield Typed(f"{document.name}: {span}", new([span]))
+
+
+def why_not(command: str) -> NotRun | None:
+    return next((each for each in NOT_RUN if re.match(each.command, command)), None)
+
+
+def programs_of(command: str) -> set[str]:
+    """The modules of ours that it starts."""
+    words = shlex.split(command)
+    started = started_by_make(words[1:]) if words[0] == "make" else [words]
+    return {found[0] for each in started if (found := program_of(each))}
+
+
+RUN = [run for where, commands in typed() if (run := Typed(where, [each for each in commands if not why_not(each)]))[1]]
+
+
+def test_what_is_not_run_is_there_and_has_another_test():
+    programs_run = {name for run in RUN for command in run.commands for name in programs_of(command)}
+    for each in NOT_RUN:
+        commands = [command for typed_ in typed() for command in typed_.commands if re.match(each.command, command)]
+        assert commands, f"no document has {each.command}"
+        assert each.instead or each.why not in ("needs a cluster", "takes minutes")
+        text = (ROOT / each.instead).read_text() if each.instead else ""
+        for program in {name for command in commands for name in programs_of(command)} - programs_run:
+            assert program.rpartition(".")[2] in text, f"{each.command}: where is {program} run?"
+
+
+@pytest.fixture(scope="module")
+def shared(tiny, tmp_path_factory) -> Path:
+    """What the commands read: a tiny ImageNet, and what the README's commands for ImageNet make of it."""
+    folder = tmp_path_factory.mktemp("shared")
+    places = folder / "path" / "to"
+    places.mkdir(parents=True)
+    for name in ("imagenet", "imagenet21k", "imagenet-a", "flowers"):
+        (places / name).symlink_to(tiny)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in IMAGENET.commands:
+            carry_out(shlex.split(command))
+        carry_out(shlex.split("python -m tools.convert_checkpoint /path/to/output resnet50_dcd.pth.tar --to official"))
+    shutil.copytree(places / "output", places / "another")
+    shutil.copy(places / "output" / "checkpoints" / "best.pth", folder / "resnet101_dcd.pth.tar")
+    (folder / "SRC").symlink_to(tiny)
+    (folder / "DATA").symlink_to(places / "converted")
     picture = next((tiny / "val").rglob("*.JPEG"))
     shutil.copy(picture, folder / "cat.jpg")
-    shutil.copy(picture, folder / "photos")
-    predict, _, _, convert_weights, check = map(words_of, after[:5])
-    carried_out(predict, **places)
-    carried_out(convert_weights, **places)
-    carried_out(check, **places)
-    assert dcd.load(folder / "model.safetensors").class_names == sorted(each.name for each in (tiny / "val").iterdir())
-    assert "<img" in (folder / "page.html").read_text()
+    for name in ("photos", "more"):
+        (folder / name).mkdir()
+        shutil.copy(picture, folder / name / "dog.png")
+    return folder
+
+
+@pytest.fixture
+def desk(shared, tmp_path, monkeypatch) -> Path:
+    """An own folder, with links to all that is shared."""
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    for path in [*shared.iterdir(), *(shared / "path" / "to").iterdir()]:
+        if path.name not in ("path", "figures.json"):
+            (tmp_path / path.relative_to(shared)).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+(IMAGENET,) = (each for each in RUN if each.commands[0].startswith("make dataset") and len(each.commands) == 3)
+
+
+def test_imagenet_in_four_commands(shared, tiny):
+    """All but the first, which installs."""
+    assert json.loads((shared / "figures.json").read_text())["images"] == 23
+    best = torch.load(shared / "path" / "to" / "output" / "checkpoints" / "best.pth")
+    assert best["classes"] == sorted(each.name for each in (tiny / "val").iterdir())
+
+
+@pytest.mark.parametrize("typed", [pytest.param(each, id=each.where) for each in RUN if each is not IMAGENET])
+def test_commands_run(typed, desk):
+    for command in typed.commands:
+        carry_out(shlex.split(command))
+        written = [word for word in shlex.split(command) if Path(word).suffix in WRITTEN]
+        assert all(Path(word).is_file() for word in written), f"{command} has not written {written}"
 
 
 @pytest.fixture(scope="module")

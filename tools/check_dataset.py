@@ -31,6 +31,7 @@ from pipelines.sources.folder import FolderSource
 from pipelines.threads import Threads
 from tools.thumbnails import Row, write_page
 from training.command_line import parse
+from training.whole_files import whole_files
 
 SPLITS = ("train", "val")
 CHUNK = 32  # images for each thread between two moves of the progress bar
@@ -293,14 +294,14 @@ def main(
         if json_file is not None:
             record = {report.split: as_json(report) for report in reports}
             record = {"splits": record, "in_both_splits": both, "classes_in_one_split": differing}
-            json_file.write_text(json.dumps(record, indent=2) + "\n")
+            with whole_files(json_file) as (file,):
+                file.write_text(json.dumps(record, indent=2) + "\n")
         if html is not None:
-            write_page(html, str(data), text, thumbnails(sources, reports, per_class))
+            with whole_files(html) as (file,):
+                write_page(file, str(data), text, thumbnails(sources, reports, per_class))
             print(f"thumbnails: {html}")
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: stopped")
     if differing or is_half or any(report.damaged for report in reports):
         sys.exit(1)
     print("nothing wrong was found")

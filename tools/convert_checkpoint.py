@@ -20,18 +20,18 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from dcd.checkpoint_file import AVERAGES, DESCRIPTION, WEIGHTS, CheckpointError
 from dcd.model_file import ModelFile, read_model_file
 from dcd.upstream import is_dynamic, own_state, timm_names, upstream_names
+from tools.checkpoint_options import SAYS_ALL, CheckpointOptions
 from tools.model_card import model_card
-from training.command_line import CHOICES, Choice, parse
-from training.folder_sync import sync_folder
+from training.command_line import parse
+from training.whole_files import whole_files
 
 Form = Literal["own", "official", "timm", "safetensors"]
 CARD = "README.md"  # as Hugging Face names it
@@ -82,6 +82,7 @@ def left_out(file: ModelFile, about: dict[str, Any], to: Form) -> str | None:
     """A line that names what the source has and the other form has not."""
     taken = AVERAGES if is_average(file) else WEIGHTS
     kept = {*about, "arch", *taken, *(["config"] if to == "own" else [])}
+    kept |= {"state_dict"} if "best" in file.content else set()  # in best.pth one of the others, for timm
     keys = [key for key, value in file.content.items() if key not in kept and not isinstance(value, Tensor | None)]
     hint = "; --ema yes takes the moving average" if {*keys} & {*AVERAGES} else ""
     hint = "; --ema no takes the weights that are no average" if {*keys} & {*WEIGHTS} else hint
@@ -182,27 +183,6 @@ def check_target(source: Path, target: Path, to: Form, force: bool) -> None:
             raise CheckpointError(f"{file} is there already: name another one, or --force")
 
 
-def write_files(contents: dict[Path, bytes]) -> None:
-    """Write all of these files, each as a whole, or none.
-
-    Raises:
-        OSError: they can't be written; what was there is still there.
-    """
-    temporary = {path: path.with_name(f"{path.name}.tmp{os.getpid()}") for path in contents}
-    try:
-        for path, content in contents.items():
-            with open(temporary[path], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in contents:
-            os.replace(temporary[path], path)
-            sync_folder(path.parent)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-
-
 def convert(file: ModelFile, target: Path, to: Form) -> tuple[dict[Path, bytes], list[str]]:
     """What to write, and lines about it.
 
@@ -235,10 +215,7 @@ def main(
     source: Path,
     target: Path,
     to: Form = "own",
-    arch: Annotated[str | None, tyro.conf.arg(aliases=("-a",))] = None,
-    width_mult: float | None = None,
-    fc_squeeze: int | None = None,
-    ema: Choice = "auto",
+    network: CheckpointOptions = SAYS_ALL,
     force: bool = False,
 ) -> None:
     """Convert the weights of a model to another form.
@@ -247,22 +224,18 @@ def main(
         source: a checkpoint in any form, or the output folder of a run, whose best is taken.
         target: the file to write.
         to: its form.
-        arch: name of the model, where the source does not say it.
-        width_mult: its width multiplier, where the source does not say it.
-        fc_squeeze: what divides the width of its coefficient branch, where the source does not say it.
-        ema: whether to take the moving average of the weights; by default what the best evaluation was of.
+        network: what the source does not say.
         force: write over what is there.
     """
     try:
-        average = CHOICES[ema]
-        file = read_model_file(source, arch, ema=average, width_mult=width_mult, fc_squeeze=fc_squeeze)
+        file = read_model_file(source, **network.arguments)
         check_target(file.weights.path, target, to, force)
         contents, notes = convert(file, target, to)
-        write_files(contents)
+        with whole_files(*contents) as files:
+            for each, content in zip(files, contents.values(), strict=True):
+                each.write_bytes(content)
     except (CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: stopped")
     for line in [*notes, f"wrote {' and '.join(map(str, contents))}"]:
         print(line)
 

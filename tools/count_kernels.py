@@ -36,6 +36,7 @@ from training.distributed import Ranks
 from training.precision import Precision
 from training.progress import Progress
 from training.train_step import TrainStep
+from training.whole_files import whole_files
 
 VARIANTS = (STATIC, PLAIN, "dcd reference", "dcd fused", *(["dcd triton"] if find_spec("triton") else []))
 HEADS = ("launches", "of them tiny", "GB", "TFLOP", "predicted ms")
@@ -135,7 +136,8 @@ def main(
         print(f"{table}\n")
     if json is not None:
         try:
-            json.write_text(f"{dumps(records(found), indent=1)}\n")
+            with whole_files(json) as (file,):
+                file.write_text(f"{dumps(records(found), indent=1)}\n")
         except OSError as error:
             sys.exit(f"error: {error}")
 

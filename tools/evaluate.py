@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import dcd
 from dcd.config import FUNCTION_OPTIONS, SHAPE_OPTIONS
 from pipelines.loader import Loader
+from tools.checkpoint_options import SAYS_ALL, CheckpointOptions
 from tools.evaluation.figures import calibration, confusion, corruption_errors, per_class, reassessed
 from tools.evaluation.kinds import KINDS, Asked, Matched, Part, find_parts, imagenet_ids, in_words, match
 from tools.evaluation.real import labels_of, read_real
@@ -50,18 +51,11 @@ class Options:
     that --weight of train_dist.py takes."""
     data: Annotated[Path, tyro.conf.arg(metavar="DATA")]
     """Class folders; a folder with val or val.beton in it; a .beton file; or ImageNet-C."""
-    arch: Annotated[str | None, tyro.conf.arg(aliases=("-a",))] = None
-    """Name of the model, where the checkpoint does not say it."""
-    width_mult: float | None = None
-    """Width multiplier of mobilenetv2, likewise."""
-    fc_squeeze: int | None = None
-    """Divides the width of the coefficient branch of mobilenetv2_dcd, likewise."""
+    network: CheckpointOptions = SAYS_ALL
     kind: Asked = "auto"
     """What the data is; auto: seen from its folders. classes: class folders by name, as ImageNet's val."""
     real: Path | None = None
     """real.json of ImageNet-ReaL: labels of the images in ImageNet's val."""
-    ema: Choice = "auto"
-    """Evaluate the moving average of the weights; auto: what best.pth was chosen by, and else the weights."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=("-b",))] = 256
     """Images in a step, over all ranks."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=("-j",))] = None
@@ -170,7 +164,7 @@ class Evaluation:
 
 def main(options: Options) -> None:
     """Evaluate; print and write on rank 0."""
-    weights = dcd.read_weights(dcd.model_file.find(options.checkpoint), CHOICES[options.ema])
+    weights = dcd.read_weights(dcd.model_file.find(options.checkpoint), CHOICES[options.network.ema])
     parts = find_parts(options.data, options.kind)
     config = find_config(options, weights, "imagenet-c" if parts[0].corruption else options.kind)
     with open_ranks(config) as ranks:
@@ -183,12 +177,12 @@ def find_config(options: Options, weights: dcd.Weights, kind: Asked) -> Config:
     Raises:
         ConfigError: nothing says which model it is, or a value that no evaluation can carry out.
     """
-    trained, given = weights.options or {}, {name: getattr(options, name, None) for name in OF_CHECKPOINT}
+    trained = weights.options or {}
+    given = {**vars(options), **vars(options.network), "eval_flip": CHOICES[options.eval_flip]}
     if kind != "auto" and KINDS[kind].eval_crop is not None:
         trained = {**trained, "eval_crop": KINDS[kind].eval_crop}
     chosen = {name: trained[name] for name in OF_CHECKPOINT if name in trained}
-    given["eval_flip"] = CHOICES[options.eval_flip]
-    chosen |= {name: value for name, value in given.items() if value is not None}
+    chosen |= {name: given[name] for name in OF_CHECKPOINT if given.get(name) is not None}
     num_classes = weights.num_classes or trained.get("num_classes")
     if "arch" not in chosen:
         raise ConfigError(f"{weights.path} does not say which model it is of: name it, as by -a resnet50_dcd")

@@ -17,7 +17,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import dcd
+from tools.checkpoint_options import SAYS_ALL, CheckpointOptions
 from tools.exporting.formats import FORMATS, Format, Model
 from tools.profiling.machine import describe_machine, version
 from tools.profiling.report import markdown_table
 from tools.profiling.timing import in_turns, median_ratio, window_seconds
-from training.command_line import CHOICES, Choice, parse
+from training.command_line import parse
+from training.whole_files import whole_files
 
 BATCHES = 1, 3, 8  # that the file is checked on
 TOLERANCE = 1e-4  # of the largest logit
@@ -46,10 +48,7 @@ def main(
     format: Literal["onnx", "torch-export", "aoti"] | None = None,
     size: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
-    arch: str | None = None,
-    width_mult: float | None = None,
-    fc_squeeze: int | None = None,
-    ema: Choice = "auto",
+    network: CheckpointOptions = SAYS_ALL,
     batch_size: int = 8,
     window_s: float = 0.5,
 ) -> None:
@@ -61,27 +60,24 @@ def main(
         format: by default onnx for .onnx, torch-export for .pt2.
         size: side of the images in pixels; by default that of the run's evaluations.
         device: that a file of torch-export or aoti computes on; one of onnx has none, and is checked on the CPU.
-        arch: name of the model, where the checkpoint does not say it.
-        width_mult: of a MobileNetV2, where the checkpoint does not say it.
-        fc_squeeze: of a MobileNetV2 with DCD, where the checkpoint does not say it.
-        ema: whether to take the moving average of the weights; by default what the best evaluation was of.
+        network: what the checkpoint does not say.
         batch_size: images in a batch of the measurement.
         window_s: seconds of each of its windows.
     """
-    shape = {name: value for name, value in (("width_mult", width_mult), ("fc_squeeze", fc_squeeze)) if value}
     for name, value, least in (("--size", size, 32), ("--batch-size", batch_size, 1)):
         if value is not None and value < least:
             sys.exit(f"error: {name} {value}: must be at least {least}")
     try:
         kind = choose_format(out, format, device)
-        model: Any = dcd.load(checkpoint, arch, ema=CHOICES[ema], **shape)
+        model = dcd.load(checkpoint, **network.arguments)
         if size is not None:
             model.preprocessing = replace(model.preprocessing, size=size)
         # Convolutions of a GPU in float32, as the rest: what differs is to be the export.
         torch.backends.cudnn.allow_tf32 = False
+        # pyrefly: ignore[no-matching-overload]: PyTorch does not declare memory_format
         model.to(device, memory_format=torch.channels_last)
         written, differences = export(model, FORMATS[kind], out)
-    except (ExportError, dcd.CheckpointError, ValueError) as error:
+    except (ExportError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{out}: {kind}, {model.architecture['arch']}, images of {model.preprocessing.size} pixels in float32")
     print(f"Of PyTorch's largest logit it differs by at most {in_words(differences)}.")
@@ -116,7 +112,7 @@ def choose_format(out: Path, kind: str | None, device: str) -> str:
 
 
 @torch.no_grad()
-def export(model: Any, kind: Format, out: Path) -> tuple[Model, dict[int, float]]:
+def export(model: dcd.LoadedModel, kind: Format, out: Path) -> tuple[Model, dict[int, float]]:
     """Write a model of `dcd.load`, folded, and check what was written.
 
     Returns:
@@ -124,8 +120,9 @@ def export(model: Any, kind: Format, out: Path) -> tuple[Model, dict[int, float]
         of these.
 
     Raises:
-        ExportError: it can't be written, or differs by more than the tolerance. Then `out` is as it was, and what
-            differs is left beside it.
+        ExportError: it can't be made, or differs by more than the tolerance. Then `out` is as it was, and what differs
+            is left beside it.
+        OSError: it can't be written.
     """
     description = {
         "class_names": json.dumps(model.class_names),
@@ -133,25 +130,25 @@ def export(model: Any, kind: Format, out: Path) -> tuple[Model, dict[int, float]
         "architecture": json.dumps(model.architecture),
     }
     unchecked = out.with_name(f"{out.stem}.unchecked{out.suffix}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are for who wrote the exporters; the check follows
-            program = trace(dcd.deploy.fold(model), random_images(model, BATCHES[-1]))
-            unchecked.write_bytes(kind.make(program, description))
-            written, found = kind.load(unchecked)
-        differences = {batch: difference(written, model, random_images(model, batch)) for batch in BATCHES}
-    except Exception as error:  # of any kind: of an exporter, a compiler, a runtime, a disk
-        unchecked.unlink(missing_ok=True)
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise ExportError(f"{out} can't be made: {type(error).__name__}: {reason}") from error
-    if not all(value <= TOLERANCE for value in differences.values()):  # also where one is no number
-        raise ExportError(
-            f"{unchecked} is not kept as {out}: of the largest logit it differs by {in_words(differences)}, more than "
-            f"{TOLERANCE:g}"
-        )
-    if any(found.get(name) != text for name, text in description.items()):
-        raise ExportError(f"{unchecked} is not kept as {out}: it has lost class names, preprocessing or architecture")
-    os.replace(unchecked, out)
+    with whole_files(out) as (file,):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they are for who wrote the exporters; the check follows
+                program = trace(dcd.deploy.fold(model), random_images(model, BATCHES[-1]))
+                file.write_bytes(kind.make(program, description))
+                written, found = kind.load(file)
+            differences = {batch: difference(written, model, random_images(model, batch)) for batch in BATCHES}
+        except Exception as error:  # of any kind: of an exporter, a compiler, a runtime, a disk
+            reason = next(iter(str(error).strip().splitlines()), "")
+            raise ExportError(f"{out} can't be made: {type(error).__name__}: {reason}") from error
+        wrong = None
+        if not all(value <= TOLERANCE for value in differences.values()):  # also where one is no number
+            wrong = f"of the largest logit it differs by {in_words(differences)}, more than {TOLERANCE:g}"
+        elif any(found.get(name) != text for name, text in description.items()):
+            wrong = "it has lost class names, preprocessing or architecture"
+        if wrong is not None:
+            os.replace(file, unchecked)
+            raise ExportError(f"{unchecked} is not kept as {out}: {wrong}")
     return written, differences
 
 
@@ -160,7 +157,7 @@ def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
     return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
 
 
-def random_images(model: Any, batch: int) -> Tensor:
+def random_images(model: dcd.LoadedModel, batch: int) -> Tensor:
     """(batch, 3, H, W), as the model's preprocessing makes them, on its device."""
     size = model.preprocessing.size
     generator = torch.Generator().manual_seed(batch)

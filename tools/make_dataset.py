@@ -33,6 +33,7 @@ from tools.conversion.parts import MAX_PARTS, Part, fingerprint
 from tools.conversion.record import PARTIAL, dataset_record, file_record, publish, relevant, write_record
 from tools.conversion.source import SPLITS, Source
 from tools.conversion.writer import Written, load_ffcv, write_split, writing
+from training.command_line import exit_stopped, parse
 
 Stems = Mapping[str, str]  # {split: the name of its files, without a suffix}
 WHOLE = {split: split for split in SPLITS}
@@ -302,9 +303,9 @@ def main(
         join: convert nothing: check that all parts are there and whole, and write dataset.json.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    stopped = "nothing is left of this conversion; the same command begins it anew"
+    left = "nothing is left of this conversion; the same command begins it anew"
     if shards is not None or only is not None or join:
-        stopped = "the parts that are finished stay; the same command goes on with what is missing"
+        left = "the parts that are finished stay; the same command goes on with what is missing"
     try:
         for name, value, low, high in (
             ("--max-size", max_size, 1, 16_384),
@@ -329,11 +330,9 @@ def main(
             make_dataset(src, out, options, on_bad, workers, strict)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"error: stopped: {stopped}")
+    except KeyboardInterrupt as stop:
+        exit_stopped(stop, left)
 
 
 if __name__ == "__main__":
-    from training.command_line import parse
-
     parse(main)

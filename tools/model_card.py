@@ -92,8 +92,9 @@ def _names(classes: list[str] | None) -> str:
 def _preprocessing(described: dict[str, Any] | None) -> str:
     of = dcd.Preprocessing.from_dict(described) if described else dcd.Preprocessing()
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (of.mean, of.std))
+    flipped = "; the mean of the logits of this and its mirror image" if of.flip else ""
     unsaid = "" if described else " (the usual one: the source did not say)"
     return (
         f"the square in the middle with {of.crop:.4g} of the shorter side, resized to {of.size} × {of.size}; RGB in "
-        f"[0, 1] minus ({mean}), divided by ({std}){unsaid}"
+        f"[0, 1] minus ({mean}), divided by ({std}){flipped}{unsaid}"
     )

@@ -15,7 +15,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
@@ -32,9 +32,11 @@ from pipelines.sources.errors import DataError
 from pipelines.sources.images import BadImage, examine, has_native
 from pipelines.sources.listing import list_tree
 from pipelines.threads import Threads
+from tools.checkpoint_options import SAYS_ALL, CheckpointOptions
 from tools.evaluation.kinds import imagenet_ids, in_words
-from training.command_line import CHOICES, Choice, parse
+from training.command_line import Choice, parse
 from training.options import ConfigError
+from training.whole_files import whole_files
 
 T = TypeVar("T")
 BATCHES_AHEAD = 2  # prepared images that wait for the model
@@ -100,7 +102,7 @@ def read_ahead(paths: list[Path], read: Callable[[Path], T], ahead: int) -> Iter
 
 
 def predict(
-    model: nn.Module, paths: list[Path], preprocessing: dcd.Preprocessing, batch_size: int
+    model: nn.Module, paths: list[Path], preprocessing: dcd.Preprocessing, batch_size: int, flip: bool
 ) -> Iterator[tuple[Path, Tensor | Unusable]]:
     """Each path, in order, with the probabilities (classes,) of its picture, on the CPU."""
     device = next(model.parameters()).device
@@ -108,7 +110,7 @@ def predict(
     for _ in range(0, len(paths), batch_size):
         batch = [item for _, item in zip(range(batch_size), items, strict=False)]
         images = [image for _, image in batch if isinstance(image, Tensor)]
-        results = iter(_probabilities(model, torch.stack(images).to(device)) if images else [])
+        results = iter(_probabilities(model, torch.stack(images).to(device), flip) if images else [])
         for path, image in batch:
             result = next(results) if isinstance(image, Tensor) else image
             is_bad = isinstance(result, Tensor) and not result.isfinite().all()
@@ -116,8 +118,12 @@ def predict(
 
 
 @torch.inference_mode()
-def _probabilities(model: nn.Module, images: Tensor) -> Tensor:
-    return model(images.contiguous(memory_format=torch.channels_last)).float().softmax(1).cpu()
+def _probabilities(model: nn.Module, images: Tensor, flip: bool) -> Tensor:
+    images = images.contiguous(memory_format=torch.channels_last)
+    logits = model(images).float()
+    if flip:
+        logits = (logits + model(images.flip(3)).float()) / 2
+    return logits.softmax(1).cpu()
 
 
 class Names:
@@ -174,8 +180,6 @@ def json_array(target: Path) -> Generator[Callable[[dict], None]]:
     """Gives a function that adds a record to a JSON array, a line for each. The file is there as a whole or not at all;
     "-" is standard output.
     """
-    temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
-    file = sys.stdout if str(target) == "-" else open(temporary, "w")  # noqa: SIM115
     separator = "[\n"
 
     def add(record: dict) -> None:
@@ -183,16 +187,13 @@ def json_array(target: Path) -> Generator[Callable[[dict], None]]:
         file.write(separator + json.dumps(record))
         separator = ",\n"
 
-    try:
+    with ExitStack() as stack:
+        file = sys.stdout
+        if str(target) != "-":
+            (path,) = stack.enter_context(whole_files(target))
+            file = stack.enter_context(open(path, "w"))
         yield add
         file.write("\n]\n")
-        if file is not sys.stdout:
-            file.close()
-            os.replace(temporary, target)
-    finally:
-        if file is not sys.stdout:
-            file.close()
-            temporary.unlink(missing_ok=True)
 
 
 def write_predictions(
@@ -224,13 +225,11 @@ def write_predictions(
 def main(
     checkpoint: Path,
     images: list[Path],
-    arch: Annotated[str | None, tyro.conf.arg(aliases=("-a",))] = None,
-    width_mult: float | None = None,
-    fc_squeeze: int | None = None,
-    ema: Choice = "auto",
+    network: CheckpointOptions = SAYS_ALL,
     top: int = 5,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     device: Literal["auto", "cuda", "cpu"] = "auto",
+    eval_flip: Choice = "auto",
     batch_size: int = 32,
     fold: bool = True,
 ) -> None:
@@ -239,13 +238,12 @@ def main(
     Args:
         checkpoint: of a model, or the output folder of a run, whose best is taken.
         images: files, folders with all that is below them, or patterns such as "*.jpg".
-        arch: name of the model, where the checkpoint does not say it.
-        width_mult: its width multiplier, where the checkpoint does not say it.
-        fc_squeeze: what divides the width of its coefficient branch, where the checkpoint does not say it.
-        ema: whether to take the moving average of the weights; by default what the best evaluation was of.
+        network: what the checkpoint does not say.
         top: number of classes for each picture.
         json_file: write them to this file instead; "-" is standard output.
         device: auto takes a GPU where there is one.
+        eval_flip: take each picture and its mirror image, and average their logits; auto: as the evaluations of the
+            model's run did.
         batch_size: pictures that the model computes at a time.
         fold: put the batch norms into the weights: faster, the same up to rounding.
     """
@@ -260,11 +258,13 @@ def main(
         on_gpu = device != "cpu" and torch.cuda.is_available()
         paths, notes = find_images(images)
         try:
-            average = CHOICES[ema]
-            model: Any = dcd.load(checkpoint, arch, ema=average, width_mult=width_mult, fc_squeeze=fc_squeeze)
+            model = dcd.load(checkpoint, **network.arguments)
         except ValueError as error:  # also of an option that the model does not take
             raise DataError(str(error)) from error
         preprocessing, names = model.preprocessing, Names(model.class_names, model.architecture["num_classes"])
+        flip = preprocessing.flip if eval_flip == "auto" else eval_flip == "yes"
+        if flip and eval_flip == "auto":
+            notes.append("each picture is taken with its mirror image, as its run did: --eval-flip no halves the work")
         for note in (*notes, names.note):
             if note:
                 print(note, file=sys.stderr)
@@ -272,15 +272,13 @@ def main(
         # pyrefly: ignore[no-matching-overload]: PyTorch does not declare memory_format
         model.to("cuda" if on_gpu else "cpu", memory_format=torch.channels_last)
         has_native()  # compiles the decoder here, not in each thread
-        predictions = predict(model, paths, preprocessing, batch_size)
+        predictions = predict(model, paths, preprocessing, batch_size, flip)
         failed = write_predictions(predictions, len(paths), names, top, json_file)
     except BrokenPipeError:  # as by `| head`: what is left is for nobody
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: stopped")
     if failed:
         sys.exit(f"error: {failed:,} of {len(paths):,} pictures got no prediction")
 

@@ -6,7 +6,6 @@
 Runs may be of any state: going on, stopped, failed. What is left out is named in one line, here and on the page.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ from tools.reporting.page import page
 from tools.reporting.runs import Run, read_runs
 from training.command_line import parse
 from training.options import ConfigError, require
+from training.whole_files import whole_files
 
 ROWS = 10  # of the tables of classes
 MISTAKES = 24  # with their images
@@ -48,13 +48,10 @@ def main(
             for note in run.notes:
                 print(f"{run.name}: {note}")
         text = page(found, {run.name: _findings(run, data, images) if model else "--no-model" for run in found})
-        temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, out)
+        with whole_files(out) as (file,):
+            file.write_text(text, encoding="utf-8")
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: stopped")
     print(f"{out}: {len(found)} {'run' if len(found) == 1 else 'runs'}, {len(text.encode()) / 2**20:.1f} MiB")
 
 

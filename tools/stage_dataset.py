@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from training.command_line import parse
+from training.whole_files import whole_files
 
 # What training reads of a dataset (docs/data.md): each split, in one file or in shards, with its checksums; and the
 # record, which comes last, because without it shards are no dataset.
@@ -106,13 +107,10 @@ def copy(file: Path, target: Path) -> None:
     Raises:
         OSError: it can't be copied, or has changed meanwhile.
     """
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.copyfile(file, partial)
-    with open(partial) as written:
-        os.fsync(written.fileno())
-    if partial.stat().st_size != file.stat().st_size:
-        raise OSError(f"{file} has changed while it was copied")
-    os.replace(partial, target)
+    with whole_files(target, alone=True) as (partial,):  # by the lock of `stage`
+        shutil.copyfile(file, partial)
+        if partial.stat().st_size != file.stat().st_size:
+            raise OSError(f"{file} has changed while it was copied")
 
 
 def gb(count: int) -> str:

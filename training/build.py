@@ -19,6 +19,7 @@ from pipelines.sources.beton_shards import find_betons
 from pipelines.sources.errors import DataError
 from training import distributed
 from training.classes import Classes, fits_classifier, match_by_name
+from training.command_line import stopped_in_one_line
 from training.compiling import compile_blocks
 from training.config import Config
 from training.distributed import Ranks
@@ -35,6 +36,8 @@ from training.services import check_installed
 from training.trainer import Trainer
 
 SETUP_TIMEOUT_S = 1800.0
+# what a user can mend
+MENDABLE = (ConfigError, DataError, dcd.CheckpointError, DivergedError, distributed.LostRankError, OSError)
 
 
 class Parts(NamedTuple):
@@ -244,8 +247,16 @@ def find_setting(config: Config, ranks: Ranks) -> Setting:
 
 @contextmanager
 def errors_in_one_line() -> Generator[None]:
-    """End the program with one line for an error that its user can mend."""
-    try:
-        yield
-    except (ConfigError, DataError, dcd.CheckpointError, DivergedError, distributed.LostRankError, OSError) as error:
-        sys.exit(f"rank {os.environ.get('RANK', 0)}: error: {error}")
+    """End the program with one line for an error that its user can mend, and where he stops it."""
+    with stopped_in_one_line():
+        try:
+            yield
+        except (
+            ConfigError,
+            DataError,
+            dcd.CheckpointError,
+            DivergedError,
+            distributed.LostRankError,
+            OSError,
+        ) as error:
+            sys.exit(f"rank {os.environ.get('RANK', 0)}: error: {error}")

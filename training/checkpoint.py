@@ -77,7 +77,7 @@ class CheckpointWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_file(state, self._folder / "last.tmp")
             if best is not None:
-                write_file({"best": best, **{key: state[key] for key in OF_THE_MODEL}}, self._folder / "best.tmp")
+                write_file(of_the_best(state, best), self._folder / "best.tmp")
             # Both are written before either has its name: last.pth must not know of a best top-1 that best.pth lacks.
             for age in range(self._keep - 1, 0, -1):
                 if (newer := generation(self._folder, age - 1)).exists():
@@ -97,6 +97,13 @@ class CheckpointWriter:
             )
         except Exception as error:
             self._fault = error
+
+
+def of_the_best(state: dict, best: Best) -> dict:
+    """The content of best.pth. timm looks first under "state_dict": there are the better weights, which take no room
+    twice."""
+    better = {name.removeprefix("module."): value for name, value in state[best].items() if name != "n_averaged"}
+    return {"best": best, "state_dict": better, **{key: state[key] for key in OF_THE_MODEL}}
 
 
 def generation(folder: Path, age: int) -> Path:

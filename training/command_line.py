@@ -5,14 +5,15 @@ import contextlib
 import inspect
 import os
 import pwd
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import Field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
 from types import NoneType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 USUAL = "usual"  # marks an option that the short help has
 ONE_RUN = "one run"  # marks an option that another run does not take over from a `config.json`
@@ -129,12 +130,35 @@ def _descriptions(kind: type) -> dict[str, str]:
 
 
 def parse(program: Callable[..., Any] | type, **options: Any) -> Any:
-    """Call a program with what the command line says; one that can't be read ends it with one line and exit code 2."""
+    """Call a program with what the command line says; one that can't be read ends it with one line and exit code 2, and
+    Ctrl-C as `stopped_in_one_line`."""
+    with stopped_in_one_line():
+        try:
+            return read_options(program, **options)
+        except OptionError as error:
+            print(f"error: {error}; --help lists every option", file=sys.stderr)
+            sys.exit(2)
+
+
+@contextlib.contextmanager
+def stopped_in_one_line() -> Generator[None]:
+    """End a program with one line that its user stops by Ctrl-C, as `exit_stopped`."""
     try:
-        return read_options(program, **options)
-    except OptionError as error:
-        print(f"error: {error}; --help lists every option", file=sys.stderr)
-        sys.exit(2)
+        yield
+    except KeyboardInterrupt as stop:
+        exit_stopped(stop)
+
+
+def exit_stopped(stop: KeyboardInterrupt, left: str | None = None) -> NoReturn:
+    """End a program that was stopped, with one line, and with the exit code of shells for that: 128 and the signal's
+    number, which is 130 for Ctrl-C.
+
+    Args:
+        stop: has the signal's number as an argument where it is not SIGINT.
+        left: what is left, and what to do.
+    """
+    print("error: stopped" if left is None else f"error: stopped: {left}", file=sys.stderr)
+    sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
 
 
 def read_options(program: Callable[..., Any] | type, **options: Any) -> Any:

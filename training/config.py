@@ -45,7 +45,7 @@ class Config:
         size, crop = self.data.image_size(training=False, epoch=0), self.augmentation.eval_crop
         mean, std = (tuple(value / 255 for value in values) for values in (MEAN, STD))
         # pyrefly: ignore[bad-argument-type]: three values each
-        return Preprocessing(size, crop, mean, std)
+        return Preprocessing(size, crop, mean, std, self.run.eval_flip)
 
     def with_options(self: C, **options: Any) -> C:
         """These options changed, by the names that they have on the command line, with `_` for `-`.

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dcd
-from dcd.registry import models_with
 from training.classes import Classes
 from training.options import ConfigError, DistillConfig
 
@@ -21,8 +20,7 @@ def load_teacher(config: DistillConfig, classes: Classes) -> nn.Module | None:
         classes: of this run, which the teacher must have, too.
 
     Raises:
-        ConfigError: there is no such network, or it does not fit this run.
-        CheckpointError: its checkpoint cannot be read, or is of another network.
+        ConfigError: there is no such network, its checkpoint cannot be read, or it does not fit this run.
     """
     if config.teacher is None:
         return None
@@ -32,18 +30,13 @@ def load_teacher(config: DistillConfig, classes: Classes) -> nn.Module | None:
 
 def _load_own(config: DistillConfig, classes: Classes) -> nn.Module:
     assert config.teacher is not None and config.teacher_weight is not None
-    weights = dcd.read_weights(config.teacher_weight)
-    _check_classes(config, Classes(weights.num_classes or classes.count, weights.classes), classes)
-    # The teacher has no options here: it is built as its checkpoint says.
-    options = {"blur_pool": True} if weights.blur_pool and config.teacher in models_with("blur_pool") else {}
     try:
-        model = dcd.create_model(config.teacher, classes.count, **options)
-    except ValueError as error:
-        raise ConfigError(f"--teacher: {error} (or timm/NAME)") from error
-    try:
-        dcd.load_weights(model, weights)
+        model = dcd.load(config.teacher_weight, config.teacher)
     except dcd.CheckpointError as error:
         raise ConfigError(f"--teacher {config.teacher}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"--teacher: {error} (or timm/NAME)") from error
+    _check_classes(config, Classes(model.architecture["num_classes"], model.class_names), classes)
     return model
 
 

@@ -89,7 +89,7 @@ class DistillConfig:
     teacher: str | None = None
     """Name of the teacher: one of our models, or timm/NAME for one of timm's."""
     teacher_weight: Path | None = None
-    """Checkpoint of the teacher."""
+    """Checkpoint of the teacher, or the folder of its run."""
     distill: Literal["soft", "hard"] = "soft"
     """soft: all of the teacher's probabilities, at --distill-temperature; hard: its most probable class alone."""
     distill_alpha: float = 0.5

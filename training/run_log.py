@@ -40,6 +40,7 @@ from training.event_log import EventLog
 from training.folder_lock import FolderLock
 from training.precision import autocast_dtype
 from training.services import Service
+from training.whole_files import whole_files
 
 
 class RunLog:
@@ -88,7 +89,7 @@ class RunLog:
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():
             kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= global_step]
-            _replace(metrics, "".join(f"{line}\n" for line in kept))
+            _write(metrics, "".join(f"{line}\n" for line in kept))
         threading.excepthook = partial(_thread_failed, threading.excepthook)
         self._metrics = open(metrics, "ab", buffering=0)  # a line that cannot be written is dropped, not retried
         self._copies = [EventLog(self.folder, resolved.get("config", {}), global_step)]
@@ -229,7 +230,8 @@ def device_name(device: torch.device) -> str:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file as a whole or not at all. NaN and infinity become null, since JSON has neither."""
-    _replace(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -240,11 +242,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _write(path: Path, text: str) -> None:
+    with whole_files(path) as (file,):
+        file.write_text(text)
 
 
 def _step_of(line: str) -> float:

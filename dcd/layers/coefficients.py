@@ -31,9 +31,10 @@ class CoefficientGenerator(nn.Module):
 
         The branch leaves autocast: it is tiny, and Φ's products can overflow fp16.
         """
-        branch = self.branch()
         with torch.autocast(descriptor.device.type, enabled=False):
-            return reference.coefficients(descriptor.to(branch.squeeze.dtype), *branch)
+            return reference.coefficients(
+                descriptor.to(self.squeeze.weight.dtype), self.squeeze, self.gate, self.to_phi, self.to_channel_scale
+            )
 
     def branch(self) -> Branch:
         """The weights."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcd.layers.coefficients import CoefficientGenerator
+from dcd.layers.plain import are_plain
 from dcd.layers.tracing import traced_whole
 from dcd.ops import fused, reference
 from dcd.ops.fused_core import Convolutions, Parameters, Settings
@@ -71,10 +72,7 @@ class DCDConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C, H, W) to (B, O, H', W') with H' and W' of the static convolution; keeps channels_last."""
         path = path_for(self.path, x.device)
-        # Only the reference has gradients where running statistics are used, and only it trains weights of 16 bits.
-        has_frozen_norms = not self.bn1.training and self._needs_gradients(x)
-        trains_16_bits = self.bn1.training and self.static_conv.weight.element_size() < 4
-        if path == "reference" or has_frozen_norms or trains_16_bits or not self._has_plain_norms():
+        if path == "reference" or not self._has_plain_parts() or self._needs_reference(x):
             return self._by_reference(x)
         return leave_autocast(partial(self._by_fused, by_triton=path == "triton"), x)
 
@@ -119,14 +117,25 @@ class DCDConv2d(nn.Module):
         # pyrefly: ignore[bad-argument-type]: and these
         return Running(statistics, counts, momenta, x.shape[0] * height * width)
 
+    def _needs_reference(self, x: Tensor) -> bool:
+        """Only the reference trains weights of 16 bits, and only it has gradients where running statistics are used."""
+        if self.bn1.training:
+            return self.static_conv.weight.element_size() < 4
+        return self._needs_gradients(x)
+
     def _needs_gradients(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
-    def _has_plain_norms(self) -> bool:
-        """Whether both batch norms are plain ones in the same mode: statistics of this rank alone, a fixed momentum."""
+    def _has_plain_parts(self) -> bool:
+        """Whether nothing inside needs a call of its own, and both batch norms are plain ones in the same mode: with
+        statistics of this rank alone, and a fixed momentum."""
         norms = self.bn1, self.bn2
         plain = all(type(norm) is nn.BatchNorm2d and norm.momentum and norm.track_running_stats for norm in norms)
-        return plain and self.bn1.training == self.bn2.training
+        if not plain or self.bn1.training != self.bn2.training:
+            return False
+        if torch.compiler.is_compiling():  # it would compare the hooks of all in each call
+            return True
+        return are_plain(self._modules.values()) and are_plain(self.coefficients._modules.values())
 
 
 def leave_autocast(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

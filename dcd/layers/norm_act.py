@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from dcd.layers.dcd_conv2d import path_for
+from dcd.layers.plain import are_plain
 
 
 class NormAct(nn.Module):
     """`act(norm(y) + shortcut)`. The norm is handed over in each call: its place and name in the network are its own.
 
     On a GPU, Triton's kernels (`dcd.ops.triton_norm`) do so in one pass over the maps where there is more than a batch
-    norm to do, and the batch norm is a plain one: one that has weights and statistics of this rank alone, and a fixed
-    momentum. Then hooks of the norm are not called. torch.compile and torch.fx get PyTorch's operations, which the
-    former fuses by itself.
+    norm to do, and the batch norm is a plain one: one that has weights and statistics of this rank alone, a fixed
+    momentum, and no hooks. torch.compile and torch.fx get PyTorch's operations, which the former fuses by itself.
 
     Args:
         act: `F.relu`, `F.relu6`, another function with an argument `inplace`, or None.
@@ -45,7 +45,7 @@ class NormAct(nn.Module):
         # What torch.fx traces with is no tensor; of it nothing is asked.
         if torch.compiler.is_compiling() or not isinstance(y, Tensor) or (self.act is None and shortcut is None):
             return False
-        if path_for(self.path, y.device) != "triton":
+        if path_for(self.path, y.device) != "triton" or not are_plain((norm,)):
             return False
         from dcd.ops import triton_norm
 

@@ -9,9 +9,13 @@ Legend of the shape comments: B batch, C input channels, O output channels, L la
 width of the output, S the squeezed width of the coefficient branch.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Linear = Callable[[Tensor], Tensor]
 
 
 def hard_sigmoid2(t: Tensor) -> Tensor:
@@ -20,22 +24,22 @@ def hard_sigmoid2(t: Tensor) -> Tensor:
 
 
 def coefficients(
-    descriptor: Tensor, squeeze: Tensor, gate: Tensor, to_phi: Tensor, to_scale: Tensor
+    descriptor: Tensor, squeeze: Linear, gate: Linear, to_phi: Linear, to_scale: Linear
 ) -> tuple[Tensor, Tensor]:
     """The dynamic coefficients Φ(x) and Λ(x) from the pooled input.
 
     Args:
         descriptor: (B, D), the average-pooled input, flattened channel-major when pooled to 2×2 (D = 4·C).
-        squeeze, gate, to_phi, to_scale: the paper's matrices (S, D), (S, S), (L·L, S) and (O, S).
+        squeeze, gate, to_phi, to_scale: linear maps, by the paper's matrices (S, D), (S, S), (L·L, S) and (O, S).
 
     Returns:
         phi (B, L, L), unbounded; channel_scale (B, O) in [0, 2].
     """
-    y = F.linear(descriptor, squeeze)  # [B, S]
-    y = y * hard_sigmoid2(F.linear(y, gate))
-    phi = F.linear(y, to_phi)  # [B, L*L]
-    latent_dim = int(to_phi.shape[0] ** 0.5 + 0.5)
-    return phi.unflatten(1, (latent_dim, latent_dim)), hard_sigmoid2(F.linear(y, to_scale))
+    y = squeeze(descriptor)  # [B, S]
+    y = y * hard_sigmoid2(gate(y))
+    phi = to_phi(y)  # [B, L*L]
+    latent_dim = int(phi.shape[1] ** 0.5 + 0.5)
+    return phi.unflatten(1, (latent_dim, latent_dim)), hard_sigmoid2(to_scale(y))
 
 
 def fuse_latent(phi: Tensor, u: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ def test_a_run_in_one_call(tiny, main, tmp_path):
     )
     source, best = FolderSource(tiny / "val"), torch.load(tmp_path / "checkpoints" / "best.pth", weights_only=True)
     assert best.keys() == {
-        "best", "architecture", "classes", "preprocessing", "config", "best_epoch", "best_top1", "model", "ema"
+        "best", "architecture", "classes", "preprocessing", "config", "best_epoch", "best_top1", "model", "ema",
+        "state_dict",
     }  # fmt: skip
     said = {kind: [line["top1"] for line in lines(tmp_path, kind)] for kind in ("eval", "eval_ema")}
     kind = "eval_ema" if best["best"] == "ema" else "eval"

@@ -194,16 +194,16 @@ def test_copies_files_and_traces(create, name):
 
 
 def test_weights_of_a_run(timm, tmp_path):
-    """timm loads best.pth by names, for other channels and classes too."""
-    trainer = build_trainer(tmp_path, width_mult=0.1, fc_squeeze=16)
+    """timm loads the better weights of best.pth, by names, for other channels and classes too."""
+    trainer = build_trainer(tmp_path, width_mult=0.1, fc_squeeze=16, ema=0.5)
     trainer.train_epoch()
-    trainer.saver.save("model")
+    trainer.saver.save("ema")
     trainer.saver.finish()
     best, sizes = tmp_path / "checkpoints" / "best.pth", {"width_mult": 0.1, "fc_squeeze": 16}
     ours = dcd.load(tmp_path)
     model = timm.create_model("mobilenetv2_dcd", num_classes=5, checkpoint_path=best, **sizes).eval()
     x = images(2, 32)
-    assert torch.equal(model(x), ours(x))
+    assert torch.equal(model(x), ours(x)) and not torch.equal(model(x), dcd.load(tmp_path, ema=False)(x))
     with pytest.raises(RuntimeError, match="size mismatch for classifier.static_linear"):
         timm.create_model("mobilenetv2_dcd", checkpoint_path=best, **sizes)
 

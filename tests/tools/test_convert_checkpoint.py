@@ -14,8 +14,9 @@ import torchvision
 import dcd
 from tests.dcd.test_golden import GOLDEN, golden_input
 from tests.helpers import difference
+from tools.checkpoint_options import SAYS_ALL, CheckpointOptions
 from tools.convert_checkpoint import main
-from training.checkpoint import write_file
+from training.checkpoint import of_the_best, write_file
 from training.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def best(path: Path, arch: str = "mobilenetv2_dcd", dropout: float | None = None
         "model": randomised(arch, 1, **sizes),
         "ema": randomised(arch, 2, **sizes) if ema else None,
     }
-    write_file(content, path)
+    write_file(of_the_best(content, content["best"]), path)
     return path
 
 
@@ -67,8 +68,9 @@ def convert(capsys):
     """`main`: what it prints; the last line is the error where it ends with one."""
 
     def call(source: Path, target: Path, **options) -> str:
+        network = CheckpointOptions(**{name: options.pop(name) for name in vars(SAYS_ALL) if name in options})
         try:
-            main(source, target, **options)
+            main(source, target, network=network, **options)
         except SystemExit as error:
             return f"{capsys.readouterr().out}{error.code}"
         return capsys.readouterr().out

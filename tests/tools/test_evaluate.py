@@ -15,6 +15,7 @@ from pipelines.sources.errors import DataError
 from tests.betons import Beton
 from tests.helpers import SMALL, read, run
 from tests.tools.test_evaluation import IDS, plain_calibration
+from tools.checkpoint_options import SAYS_ALL, CheckpointOptions
 from tools.evaluate import Options, main
 from training.build import errors_in_one_line
 from training.command_line import parse
@@ -77,7 +78,8 @@ def expected(val) -> tuple[torch.Tensor, list[str]]:
 
 def evaluate(checkpoint: Path, data: Path, out: Path, **options) -> dict:
     """What the program writes, run in this process."""
-    main(Options(checkpoint, data, json=out, batch_size=8, workers=1, amp="off", device="cpu", **options))
+    network = CheckpointOptions(**{name: options.pop(name) for name in vars(SAYS_ALL) if name in options})
+    main(Options(checkpoint, data, network, json=out, batch_size=8, workers=1, amp="off", device="cpu", **options))
     return json.loads(out.read_text())
 
 

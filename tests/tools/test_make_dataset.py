@@ -5,6 +5,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -219,11 +220,13 @@ def run_main(errors, *arguments, **options):
     """The command, in a process that has been forked; the file `errors` gets what it says at its end."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in the background
-    try:
-        main(*arguments, **options)
-    except SystemExit as end:
-        errors.write_text(str(end.code))
-        raise SystemExit(1) from end
+    with open(errors, "w") as file, contextlib.redirect_stderr(file):
+        try:
+            main(*arguments, **options)
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                file.write(end.code)
+            raise
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -239,8 +242,8 @@ def test_a_stop_leaves_nothing_and_says_so(monkeypatch, folder, tmp_path, number
     else:
         os.kill(process.pid, number)
     process.join(20)
-    assert process.exitcode == 1 and os.listdir(out) == []
-    assert errors.read_text().startswith("error: stopped: ") and "\n" not in errors.read_text()
+    assert process.exitcode == 128 + number and os.listdir(out) == []
+    assert re.fullmatch(r"error: stopped: .*\n", errors.read_text())
 
 
 def test_a_stop_in_the_middle_of_a_fork_is_not_lost(monkeypatch, folder, tmp_path):
@@ -261,7 +264,7 @@ def test_a_stop_in_the_middle_of_a_fork_is_not_lost(monkeypatch, folder, tmp_pat
     process = FORK.Process(target=stopped_at_fork, args=(errors, folder, out))
     process.start()
     process.join(20)
-    assert process.exitcode == 1 and os.listdir(out) == []
+    assert process.exitcode == 130 and os.listdir(out) == []
     assert errors.read_text().startswith("error: stopped: ")
 
 

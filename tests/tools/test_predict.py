@@ -16,6 +16,7 @@ import dcd
 from pipelines.build import build_loader
 from pipelines.config import AugmentationConfig, DataConfig
 from tests.jpegs import smooth
+from tools.checkpoint_options import SAYS_ALL, CheckpointOptions
 from tools.predict import Names, main, read_ahead
 
 ROOT = Path(__file__).parents[2]
@@ -73,8 +74,9 @@ def predict(capsys):
 
     def call(*args, **options) -> tuple[str | None, str, str]:
         ended = None
+        network = CheckpointOptions(**{name: options.pop(name) for name in vars(SAYS_ALL) if name in options})
         try:
-            main(*args, **{"device": "cpu", **options})
+            main(*args, network=network, **{"device": "cpu", **options})
         except SystemExit as error:
             ended = error.code
         return ended, *capsys.readouterr()
@@ -82,9 +84,13 @@ def predict(capsys):
     return call
 
 
-@pytest.mark.parametrize("fold", [True, False])
-def test_predictions_are_those_of_the_evaluation(run, pictures, predict, tmp_path, fold):
-    """Of every kind of picture, in order, in batches that are not full."""
+@pytest.mark.parametrize(("fold", "flip"), [(True, False), (False, True)])
+def test_predictions_are_those_of_the_evaluation(run, pictures, predict, tmp_path, fold, flip):
+    """Of every kind of picture, in order, in batches that are not full; by --eval-flip where the run had it."""
+    checkpoint = torch.load(run / "checkpoints" / "best.pth")
+    checkpoint["preprocessing"]["flip"] = flip
+    run = tmp_path / "best.pth"
+    torch.save(checkpoint, run)
     loader = build_loader(
         DataConfig(pictures, "torchvision", batch_size=9, workers=0, eval_size=48),
         "val",
@@ -93,13 +99,17 @@ def test_predictions_are_those_of_the_evaluation(run, pictures, predict, tmp_pat
     (batch,) = list(loader)
     paths = [loader.name(index) for index in batch.indices.tolist()]
     loader.close()
+    model = dcd.load(run)
+    assert model.preprocessing.flip == flip
     with torch.no_grad():
-        expected = dcd.load(run)(batch.images).softmax(1)
+        logits = model(batch.images)
+        expected = ((logits + model(batch.images.flip(3))) / 2 if flip else logits).softmax(1)
     assert expected.std(0).max() > 0.05, "the answers differ"
 
     target = tmp_path / "found.json"
     ended, out, err = predict(run, [pictures / "val"], json_file=target, batch_size=4, fold=fold)
-    assert (ended, out, err) == (None, "", "")
+    said = "each picture is taken with its mirror image, as its run did: --eval-flip no halves the work\n"
+    assert (ended, out, err) == (None, "", said if flip else "")
     found = json.loads(target.read_text())
     assert [record["image"] for record in found] == paths
     for record, probabilities in zip(found, expected, strict=True):

@@ -187,7 +187,7 @@ def test_mistakes_and_spread_are_those_of_a_plain_computation(tiny, tmp_path):
     model = dcd.create_model("mobilenetv2_dcd", 3, width_mult=0.1, fc_squeeze=16)
     model.classifier.static_linear.weight.data.mul_(1e4)
     run = write_run(tmp_path / "run", data=tiny, eval_flip=True, **shape)
-    config = Config().with_options(**shape, input_size=32, eval_crop=1.0)
+    config = Config().with_options(**shape, input_size=32, eval_crop=1.0, eval_flip=True)
     names = [folder.name for folder in sorted((tiny / "val").iterdir())]
     content = {"model": model.state_dict(), "classes": names, "architecture": config.model.architecture}
     (run / "checkpoints").mkdir()

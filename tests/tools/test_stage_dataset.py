@@ -50,7 +50,7 @@ def test_an_interrupted_copy_is_continued(data, tmp_path, capfd):
     kept, cut, lost = (folder / name for name in SHARDS)
     inode = kept.stat().st_ino
     cut.write_bytes(b"half")
-    lost.rename(folder / f"{lost.name}.partial")
+    lost.rename(folder / f".{lost.stem}.partial{lost.suffix}")
     assert stage(data, tmp_path / "disk") == folder and names(folder) == set(FILES)
     assert cut.stat().st_size == lost.stat().st_size == 1000 and kept.stat().st_ino == inode
     assert "copied 2 files" in capfd.readouterr().err
@@ -77,7 +77,7 @@ def test_what_fails_to_be_copied_is_removed(data, tmp_path, capfd):
     """As by a quota, which no look at the free space shows."""
     folder = stage(data, tmp_path / "disk")
     (folder / SHARDS[0]).unlink()
-    (folder / f"{SHARDS[0]}.partial").mkdir()
+    (folder / f".{Path(SHARDS[0]).stem}.partial.beton").mkdir()
     assert stage(data, tmp_path / "disk") == data and not folder.exists()
     assert f"{data} is read where it is: it cannot be copied to {folder}" in capfd.readouterr().err.splitlines()[-1]
 

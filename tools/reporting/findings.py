@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import dcd
-from dcd.layers.choices import set_path
 from dcd.layers.coefficients import CoefficientGenerator
 from dcd.model_file import find
 from pipelines.batch import ImageSource
@@ -86,15 +85,16 @@ def find_out(run: Run, data: Path | None, images: int, rows: int, shown: int) ->
     data = data or _own_data(run)
     path = find(run.folder)
     try:
-        model: Any = dcd.load(path)
+        model = dcd.load(path)
     except ValueError as error:  # also of a model that another version knew
         raise ConfigError(str(error)) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = Config().with_options(
         data=data, batch_size=BATCH, amp="off", num_classes=model.architecture["num_classes"],
         eval_size=model.preprocessing.size, eval_crop=model.preprocessing.crop,
-        eval_flip=bool(run.options.get("eval_flip")),
+        eval_flip=model.preprocessing.flip,
     )  # fmt: skip
+    # pyrefly: ignore[no-matching-overload]: PyTorch does not declare memory_format
     model.to(device, memory_format=torch.channels_last)
     source = cast(ImageSource, open_source(config.data, "val"))  # which synthetic images alone are not
     summary, answers, names, notes = _evaluate(config, model, path, device)
@@ -124,7 +124,7 @@ def _own_data(run: Run) -> Path:
 
 
 def _evaluate(
-    config: Config, model: Any, path: Path, device: torch.device
+    config: Config, model: dcd.LoadedModel, path: Path, device: torch.device
 ) -> tuple[Summary, Answers, list[str], list[str]]:
     """Also the names of the outputs, and lines to say."""
     ranks = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1, device=device)
@@ -181,7 +181,9 @@ class _Moments:
 
 
 @torch.inference_mode()
-def _spread_over(model: Any, source: ImageSource, most: int, device: torch.device) -> tuple[list[Spread], int]:
+def _spread_over(
+    model: dcd.LoadedModel, source: ImageSource, most: int, device: torch.device
+) -> tuple[list[Spread], int]:
     """The spread of each dynamic layer, over so many images, evenly spread over the dataset, and their number."""
     moments: dict[str, tuple[_Moments, _Moments]] = {}  # in the order in which the layers are called
 
@@ -194,7 +196,6 @@ def _spread_over(model: Any, source: ImageSource, most: int, device: torch.devic
     for name, generator in generators.items():
         generator.register_forward_hook(partial(keep, name.removesuffix(".coefficients")))
     indices = np.linspace(0, len(source) - 1, min(most, len(source))).round().astype(int).tolist() if generators else []
-    set_path(model, "reference")  # the faster paths do not call the module that has the hook
     model.eval()
     for start in range(0, len(indices), BATCH):
         pixels = (source.examine(index).pixels for index in indices[start : start + BATCH])
