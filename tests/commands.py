@@ -17,11 +17,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-import tomllib
 from torch.distributed.run import parse_args as parse_torchrun
 
 import training.command_line
 import training.config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 OURS = ("tools.", "benchmarks.", "tests.", "train_dist")

@@ -10,12 +10,13 @@ import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipelines.cache import cache_folder
 
@@ -79,14 +80,13 @@ def _version(package: str) -> str:
 
 def smooth_jpegs() -> list[NDArray[np.uint8]]:
     """Smooth images of several sizes, with colours at half the resolution (4:2:0), as most JPEGs have them."""
-    from torchvision.io import encode_jpeg
-
     found = []
     for height, width in ((375, 500), (500, 333), (64, 48), (427, 641)):
         y, x = torch.linspace(0, 3, height)[:, None], torch.linspace(0, 4, width)[None]
-        waves = torch.stack([torch.sin(2 * x + y), torch.cos(x - 2 * y), torch.sin(x * y)])
-        jpeg: Any = encode_jpeg((127 + 100 * waves).round().to(torch.uint8), quality=90)  # a tensor of a tensor
-        found.append(jpeg.numpy())
+        waves = torch.stack([torch.sin(2 * x + y), torch.cos(x - 2 * y), torch.sin(x * y)], dim=-1)
+        pixels = (127 + 100 * waves).round().to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(jpeg := BytesIO(), "JPEG", quality=90, subsampling="4:2:0")
+        found.append(np.frombuffer(jpeg.getvalue(), np.uint8))
     return found
 
 

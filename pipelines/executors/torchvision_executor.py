@@ -261,7 +261,7 @@ def batch_decoder(device: torch.device) -> Callable[[list[Tensor]], list[Tensor]
         from torchvision.io import ImageReadMode, decode_jpeg
     except ImportError as error:
         raise DataError(
-            "this torchvision has no decoder of JPEGs for a GPU: pip install 'torchvision>=0.26,<0.27', or use "
+            "this torchvision has no decoder of JPEGs for a GPU: pip install 'torchvision>=0.26,<0.30', or use "
             "--backend dali, or --backend ffcv with .beton files"
         ) from error
     # pyrefly: ignore[bad-return]: a list of a list

@@ -331,7 +331,7 @@ def test_ffcv_on_a_folder_says_how_to_convert_it(photos):
 
 def test_a_torchvision_without_its_decoder_says_which_one_has_it(photos, monkeypatch):
     monkeypatch.delattr("torchvision.io.decode_jpeg")
-    with pytest.raises(DataError, match=r"pip install 'torchvision>=0\.26,<0\.27', or use --backend dali"):
+    with pytest.raises(DataError, match=r"pip install 'torchvision>=0\.26,<0\.30', or use --backend dali"):
         TorchvisionGpuExecutor(photos.source, torch.device("cpu"), 1)
 
 

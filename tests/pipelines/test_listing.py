@@ -82,7 +82,8 @@ KINDS = ["jpg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm"
 
 @pytest.mark.parametrize("end", KINDS)
 def test_every_kind_that_pillow_reads_is_read(root, end):
-    path = picture(root / "train" / "cat" / f"b.{end.upper()}")
+    # Of an icon, Pillow 12 writes only the sizes from 16 pixels, unless others are named.
+    path = picture(root / "train" / "cat" / f"b.{end.upper()}", sizes=[(9, 8)])
     assert f"train/cat/b.{end.upper()}" in names(root)
     image = FolderSource(root / "train").decode(1)
     with Image.open(path) as file:

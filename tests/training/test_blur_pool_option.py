@@ -83,7 +83,7 @@ def test_a_teacher_is_built_as_its_checkpoint_says(saved):
         dcd.load_checkpoint(wanted, path)
         images = torch.randn(2, 3, 64, 64)
         assert torch.equal(teacher(images), wanted(images))
-    with pytest.raises(ValueError, match="--teacher mobilenetv2: .* does not fit this model"):
+    with pytest.raises(ValueError, match="--teacher mobilenetv2: .* is of arch resnet18, not mobilenetv2"):
         load_teacher(DistillConfig("mobilenetv2", path), Classes(5))
 
 
