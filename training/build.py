@@ -251,12 +251,5 @@ def errors_in_one_line() -> Generator[None]:
     with stopped_in_one_line():
         try:
             yield
-        except (
-            ConfigError,
-            DataError,
-            dcd.CheckpointError,
-            DivergedError,
-            distributed.LostRankError,
-            OSError,
-        ) as error:
+        except MENDABLE as error:
             sys.exit(f"rank {os.environ.get('RANK', 0)}: error: {error}")
