@@ -77,7 +77,8 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"error: {error}: name a folder that can be written to")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no program outlives this one
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that no program outlives this one
+        signal.signal(number, signal.default_int_handler)  # nor ignores what ends it, as in the background of a shell
     start, machine = time.monotonic(), describe_machine(torch.device("cpu" if options.rehearse else "cuda"))
     found: list[Findings] = []
     text = ""

@@ -10,6 +10,8 @@ import torch
 
 from training.precision import autocast_dtype
 
+# A shell has what it starts in the background ignore Ctrl-C's signal, and so does all that the tests start then.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # is read when triton is imported
 # Is read when Inductor is imported. To find out by itself whether vector instructions work, it compiles a program and
