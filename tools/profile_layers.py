@@ -119,23 +119,24 @@ def main(
     machine = {**describe_machine(where), "batch_size": batch_size, "size": size, "rounds": rounds}
     machine |= {"window_s": window_s, "matmul_precision": matmul_precision}
     rows: list[Row] = []
+    times: list[PartTime] = []
     failures: list[str] = []
-    for number, (setting, subject) in enumerate(product(settings, subjects), 1):
+    number = 0
+    for setting in settings:
         if matmul_precision == "high":
             allow_fast_products(where, DTYPES[setting.precision])
-        what = " ".join(part for part in (subject.network, subject.layer) if part)
-        print(f"{number} of {len(settings) * len(subjects)}: {what}, {setting}", file=sys.stderr)
-        measured, failed = measure(subject, tuple(filter(subject.has, chosen)), setting, extent)
-        rows += measured
-        failures += failed
-        write_figures(out, machine, rows=rows, failures=failures)
-    times = [
-        time
-        for setting, network in product((setting for setting in settings if setting.mode == "eager"), layers)
-        for shape, count in shapes_of(network, size).items()
-        if not window_s
-        for time in time_by_part(network, shape, count, setting, extent)
-    ]
+        for subject in subjects:
+            number += 1
+            what = " ".join(part for part in (subject.network, subject.layer) if part)
+            print(f"{number} of {len(settings) * len(subjects)}: {what}, {setting}", file=sys.stderr)
+            measured, failed = measure(subject, tuple(filter(subject.has, chosen)), setting, extent)
+            rows += measured
+            failures += failed
+            write_figures(out, machine, rows=rows, failures=failures)
+        if setting.mode == "eager" and not window_s:
+            for network in layers:
+                for shape, count in shapes_of(network, size).items():
+                    times += time_by_part(network, shape, count, setting, extent)
     write_report(out, machine, tables(rows, times, failures), rows=rows, parts=times, failures=failures)
     if pictures:
         plot(rows, times, out, f"batches of {batch_size}, networks at {size} pixels")
