@@ -27,8 +27,8 @@ CORE = (Convolutions, Branch, Norms, Matrices, SavedCoefficients, SavedFuse)
 
 
 def _operation(inputs: str) -> Callable[[Callable[..., list[Tensor]]], Callable[..., list[Tensor]]]:
-    """Decorates a function of these inputs and of Settings, which becomes the operation `dcd::NAME`. It is called with
-    what the former have of a layer: stride, size of the pool, and eps of both norms."""
+    """Decorates a function of these inputs and of Settings, which becomes the operation `dcd::NAME`. In place of
+    Settings the operation gets what these know of a layer: stride, size of the pool, and eps of both norms."""
 
     def register(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
         @wraps(function)
