@@ -1,4 +1,4 @@
-"""Makes the names of files in a folder last: the folder is synced."""
+"""Makes files, and their names in a folder, last: they are synced."""
 
 import errno
 import os
@@ -19,5 +19,14 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in NO_FOLDER_SYNC:
             raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Write a file to the disk. That the disk is full may only be found here."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

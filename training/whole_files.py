@@ -5,7 +5,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from training.folder_sync import sync_folder
+from training.folder_sync import sync_file, sync_folder
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def whole_files(*paths: Path, alone: bool = False) -> Generator[list[Path]]:
     try:
         yield [files.get(path, path) for path in paths]
         for file in files.values():
-            _sync(file)
+            sync_file(file)
         for path, file in files.items():
             os.replace(file, path)
         for folder in {path.parent for path in files}:
@@ -40,12 +40,3 @@ def whole_files(*paths: Path, alone: bool = False) -> Generator[list[Path]]:
 
 def _is_replaced(path: Path) -> bool:
     return not path.is_symlink() and (path.is_file() or not path.exists())
-
-
-def _sync(file: Path) -> None:
-    """Write a file to the disk. That the disk is full may only be found here."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,8 +17,8 @@ from pipelines import native
 from pipelines.sources.beton import BetonSource
 from tools.conversion.images import Options
 from tools.conversion.source import Source
-from tools.conversion.writer import Written, sync, writing
-from training.folder_sync import sync_folder
+from tools.conversion.writer import Written, writing
+from training.folder_sync import sync_file, sync_folder
 
 FORMAT = 1
 PARTIAL = ".partial"  # the folder for what is not finished
@@ -34,7 +34,7 @@ def file_record(beton: Path, written: Written) -> dict[str, Any]:
     checksums = beton.with_suffix(".checksums.npy")
     with writing(checksums):
         np.save(checksums, written.checksums)
-        sync(checksums)
+        sync_file(checksums)
     return {
         "file": beton.name,
         "images": len(written.checksums),
@@ -74,7 +74,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     with writing(path):
         temporary.write_text(json.dumps(record, indent=2) + "\n")
-        sync(temporary)
+        sync_file(temporary)
         temporary.rename(path)
         sync_folder(path.parent)
 

@@ -33,6 +33,7 @@ from pipelines.sources.beton import ALLOCATION
 from pipelines.sources.errors import DataError
 from tools.conversion.images import BadImage, Options, Stored, convert
 from tools.conversion.source import Split
+from training.folder_sync import sync_file
 
 MIN_PAGE_SIZE = 8 << 20  # FFCV's default
 SHARD_PAGE_SIZE = 32 << 20  # where the sizes of the images are not known beforehand; ImageNet's largest has 15 MB
@@ -211,16 +212,7 @@ def _finish(writer: Any, labels: NDArray[np.int64], rows: NDArray, places: NDArr
     writer.metadata_sm = SimpleNamespace(buf=metadata.tobytes())
     with writing(path):
         writer.finalize([allocations])
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Write a file to the disk. That the disk is full may only be found here."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+        sync_file(path)
 
 
 class _Worker:
