@@ -11,7 +11,8 @@ from dcd.layers.norm_act import NormAct
 
 
 def set_path(model: nn.Module, path: str) -> None:
-    """Have every dynamic convolution and every `NormAct` in `model` computed by this path, "auto" or one of `PATHS`.
+    """Have every dynamic convolution, folded or not, and every `NormAct` in `model` computed by this path, "auto" or one
+    of `PATHS`.
 
     Raises:
         ValueError: an unknown path.
@@ -19,7 +20,7 @@ def set_path(model: nn.Module, path: str) -> None:
     if path not in ("auto", *PATHS):
         raise ValueError(f"unknown path {path!r}: use auto, {', '.join(PATHS)}")
     for module in model.modules():
-        if isinstance(module, (DCDConv2d, NormAct)):
+        if isinstance(module, (DCDConv2d, FoldedDCDConv2d, NormAct)):
             module.path = path
 
 

@@ -14,15 +14,16 @@ from dcd.layers.coefficients import CoefficientGenerator
 from dcd.layers.plain import are_plain
 from dcd.layers.tracing import traced_whole
 from dcd.ops import fused, reference
+from dcd.ops.avx512_library import has_library
 from dcd.ops.fused_core import Convolutions, Parameters, Settings
 from dcd.ops.image_matrices import Norms, Running, Statistics
 from dcd.ops.recorded import is_recorded
 
 # Triton needs a C compiler at run time, for the stub that launches a kernel.
 HAS_TRITON = find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
-# Ways to compute the same equation: "reference" is plain PyTorch, "fused" makes few passes over the maps, "triton" does
-# so by kernels for the GPU. "auto" is the last one that the device can run.
-PATHS = ("reference", "fused", "triton")
+# Ways to compute the same equation: "reference" is plain PyTorch, "fused" makes few passes over the maps, "avx512" and
+# "triton" do so by kernels for the CPU and the GPU. "auto" is the last one that the device can run.
+PATHS = ("reference", "fused", "avx512", "triton")
 # How the faster paths use the small matrices of an image (see `dcd.ops.fused`).
 FORMS = tuple(fused.FORMS)
 
@@ -74,7 +75,7 @@ class DCDConv2d(nn.Module):
         path = path_for(self.path, x.device)
         if path == "reference" or not self._has_plain_parts() or self._needs_reference(x):
             return self._by_reference(x)
-        return leave_autocast(partial(self._by_fused, by_triton=path == "triton"), x)
+        return leave_autocast(partial(self._by_fused, path=path), x)
 
     def _by_reference(self, x: Tensor) -> Tensor:
         descriptor = F.adaptive_avg_pool2d(x, self.pool_size).flatten(1)  # [B, C*pool_size**2]
@@ -83,7 +84,7 @@ class DCDConv2d(nn.Module):
         latent = self.bn2(reference.fuse_latent(phi, u)) + u
         return reference.combine(self.static_conv(x), channel_scale, self.proj_out(latent))
 
-    def _by_fused(self, x: Tensor, by_triton: bool) -> Tensor:
+    def _by_fused(self, x: Tensor, path: str) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         bn1, bn2 = self.bn1, self.bn2
         parameters = Parameters(
@@ -91,7 +92,7 @@ class DCDConv2d(nn.Module):
             self.coefficients.branch(),
             Norms(bn1.weight, bn1.bias, bn2.weight, bn2.bias),
         )
-        implementation = fused.choose_implementation(x, parameters, self.pool_size, by_triton)
+        implementation = fused.choose_implementation(x, parameters, self.pool_size, path)
         settings = Settings(self.stride, self.pool_size, (bn1.eps, bn2.eps), implementation)
         form = fused.FORMS[fused.choose_form(self.form, x, self.kernel_size, self.stride)]
         if not bn1.training:
@@ -149,11 +150,12 @@ def leave_autocast(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def path_for(path: str, device: torch.device) -> str:
     """The one of `PATHS` that a module takes whose `path` is this. torch.export and torch.jit.trace record PyTorch's
-    operations alone: kernels of Triton would be missing from what they make."""
+    operations alone: other kernels would be missing from what they make."""
     path = available_paths(device)[-1] if path == "auto" else path
-    return "fused" if path == "triton" and is_recorded() else path
+    return "fused" if path in ("avx512", "triton") and is_recorded() else path
 
 
 def available_paths(device: torch.device) -> tuple[str, ...]:
     """The ways to compute a dynamic layer that run on `device`, the fastest last."""
-    return PATHS if device.type == "cuda" and HAS_TRITON else PATHS[:2]
+    own = {"cuda": ("triton",) if HAS_TRITON else (), "cpu": ("avx512",) if has_library() else ()}
+    return (*PATHS[:2], *own.get(device.type, ()))

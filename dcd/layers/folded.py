@@ -7,10 +7,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dcd.layers.coefficients import CoefficientGenerator
-from dcd.layers.dcd_conv2d import DCDConv2d, leave_autocast
+from dcd.layers.dcd_conv2d import DCDConv2d, leave_autocast, path_for
 from dcd.layers.dcd_linear import DCDLinear
 from dcd.layers.tracing import traced_whole
-from dcd.ops import folded
+from dcd.ops import avx512, folded
 from dcd.ops.fused import choose_form
 from dcd.ops.fused_kernels import form_kernels, project
 from dcd.ops.rows import add_product, as_features, as_rows, pooled, round_up
@@ -59,14 +59,14 @@ class FoldedDCDConv2d(nn.Module):
     """`norm(layer(x))` in evaluation. For inference only: it has no gradients.
 
     Args:
-        layer: the trained layer; what no batch norm changes is shared with it, and `form` is taken over.
+        layer: the trained layer; what no batch norm changes is shared with it, and `path` and `form` are taken over.
         norm: the batch norm behind it, if any.
     """
 
     def __init__(self, layer: DCDConv2d, norm: _BatchNorm | None = None):
         super().__init__()
         self.kernel_size, self.stride, self.pool_size = layer.kernel_size, layer.stride, layer.pool_size
-        self.form = layer.form  # "auto" or one of `dcd.layers.FORMS`
+        self.path, self.form = layer.path, layer.form  # "auto" or one of `dcd.layers.PATHS`, and of `dcd.layers.FORMS`
         weight, proj_out = layer.static_conv.weight.detach(), layer.proj_out.weight.detach().flatten(1)
         bias = torch.zeros_like(proj_out[:, 0])
         if norm is not None:
@@ -90,17 +90,34 @@ class FoldedDCDConv2d(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         x, dtype = x.contiguous(memory_format=torch.channels_last), x.dtype
-        mixing, offset, scale = self.coefficients(pooled(x, self.pool_size, dtype))
-        read_out = mixing.transpose(1, 2) @ self.proj_out  # [B, L, O]
-        bias = torch.addmm(self.bias, offset, self.proj_out)  # [B, O]
-        if choose_form(self.form, x, self.kernel_size, self.stride) == "kernels":
+        form = choose_form(self.form, x, self.kernel_size, self.stride)
+        by_avx512 = path_for(self.path, x.device) == "avx512" and avx512.fits(x, self.weight, len(self.proj_in))
+        if form == "maps" and by_avx512 and not torch.compiler.is_compiling() and not avx512.is_seen(x):
+            return self._maps_by_avx512(x)
+        read_out, bias, scale = self._matrices(pooled(x, self.pool_size, dtype))
+        if form == "kernels":
             kernels = form_kernels(scale, self.weight.flatten(1), read_out, self.proj_in.flatten(1), dtype)
             return as_features(project(as_rows(x), kernels, bias), x.shape[2:])
         q = as_rows(F.conv2d(x, self.proj_in.to(dtype), None, self.stride))  # [B, N, L]
-        static_out = F.conv2d(x, self.weight.to(dtype), None, self.stride, self.kernel_size // 2)
+        static_out = self._convolve(x)
         rows = as_rows(static_out)  # [B, N, O]
         torch.addcmul(bias.to(dtype).unsqueeze(1), scale.to(dtype).unsqueeze(1), rows, out=rows)
         return as_features(add_product(rows, q, read_out.to(dtype)), static_out.shape[2:])
+
+    def _maps_by_avx512(self, x: Tensor) -> Tensor:
+        q, descriptor = avx512.read_folded(x, self.proj_in, self.stride, self.pool_size)
+        read_out, bias, scale = self._matrices(descriptor)
+        static_out = self._convolve(x)
+        rows = as_rows(static_out)
+        return as_features(avx512.add_narrow(rows, scale, bias, q, read_out, rows), static_out.shape[2:])
+
+    def _matrices(self, descriptor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """read_out (B, L, O), bias (B, O) and scale (B, O) of equations 33 and 34, from the pooled input (B, C·D)."""
+        mixing, offset, scale = self.coefficients(descriptor)
+        return mixing.transpose(1, 2) @ self.proj_out, torch.addmm(self.bias, offset, self.proj_out), scale
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.to(x.dtype), None, self.stride, self.kernel_size // 2)
 
 
 class FoldedDCDLinear(nn.Module):

@@ -9,7 +9,8 @@ To be read in this order; the equations are numbered through:
     fused_maps.py       22 to 24: the form "maps"
     fused_kernels.py    25 to 29: the form "kernels", one kernel for each image
     by_pytorch.py       all of these by PyTorch's operations
-    opaque.py           the same for torch.compile on a CPU, which looks into little of it
+    avx512.py           the same equations by kernels for a CPU with AVX-512
+    opaque.py           both for torch.compile on a CPU, which looks into little of them
     triton_*.py         the same equations by kernels for a GPU; 30, 31 and 41 in triton_matrices.py
     folded.py           32 to 35: all batch norms folded, for inference
     triton_norm.py      36 to 40: the network's batch norms, with what stands behind them, for a GPU
@@ -18,10 +19,10 @@ To be read in this order; the equations are numbered through:
 from torch import Tensor, float32, float64
 from torch.compiler import is_dynamo_compiling
 
-from dcd.ops import fused_kernels, fused_maps
+from dcd.ops import avx512, fused_kernels, fused_maps
 from dcd.ops.by_pytorch import PYTORCH
 from dcd.ops.fused_core import Implementation, Parameters, latent_width
-from dcd.ops.opaque import OPAQUE
+from dcd.ops.opaque import OPAQUE, OPAQUE_AVX512
 
 FORMS = {"maps": fused_maps, "kernels": fused_kernels}
 
@@ -41,10 +42,18 @@ def choose_form(form: str, x: Tensor, kernel_size: int, stride: int) -> str:
     return form
 
 
-def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_triton: bool) -> Implementation:
-    """PyTorch's operations, or Triton's kernels for what they can take; these are imported here alone."""
-    if not by_triton or x.dtype == float64:
-        return OPAQUE if is_dynamo_compiling() and x.device.type == "cpu" else PYTORCH
+def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, path: str) -> Implementation:
+    """Of the path "fused" PyTorch's operations, of the others their own kernels for what these can take. Triton's are
+    imported here alone."""
+    (static, proj_in, _), branch, _ = parameters
+    width = latent_width(len(proj_in), pool_size)
+    by_avx512 = path == "avx512" and avx512.fits(x, static, width)
+    if is_dynamo_compiling() and x.device.type == "cpu":
+        return OPAQUE_AVX512 if by_avx512 else OPAQUE
+    if by_avx512 and not avx512.is_seen(x):
+        return avx512.AVX512
+    if path != "triton" or x.dtype == float64:
+        return PYTORCH
     from dcd.ops import (
         triton_coefficients,
         triton_combine,
@@ -54,8 +63,6 @@ def choose_implementation(x: Tensor, parameters: Parameters, pool_size: int, by_
         triton_project,
     )
 
-    (static, proj_in, _), branch, _ = parameters
-    width = latent_width(len(proj_in), pool_size)
     chosen = PYTORCH._replace(combine=triton_combine.combine, combine_backward=triton_combine.combine_backward)
     if triton_coefficients.fits(len(x), branch):
         chosen = chosen._replace(

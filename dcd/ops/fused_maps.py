@@ -96,7 +96,7 @@ def infer(x: Tensor, parameters: Parameters, statistics: Statistics, settings: S
     padded = core.pad_proj_in(proj_in, settings.pool_size).to(x.dtype)
     q = core.latent_rows(x, padded, core.constant_one(len(proj_in), padded), settings.stride)
     matrices = core.matrices_by(x, parameters, statistics, settings)
-    return _combine(_convolve(x, static.to(x.dtype), settings), q, matrices, settings)
+    return _combine(convolve(x, static.to(x.dtype), settings), q, matrices, settings)
 
 
 def prepare_maps(x: Tensor, parameters: Parameters, settings: Settings) -> tuple[SavedMaps, SavedCore, Statistics]:
@@ -105,11 +105,11 @@ def prepare_maps(x: Tensor, parameters: Parameters, settings: Settings) -> tuple
     latent = settings.implementation.read_latent(x, proj_in, settings, False)
     saved, statistics = core.small_matrices(latent.moments, latent.offset, latent.descriptor, parameters, settings)
     weight = static.to(x.dtype)
-    static_out = _convolve(x, weight, settings)
+    static_out = convolve(x, weight, settings)
     return SavedMaps(x, weight, latent.padded, latent.q, static_out), saved, statistics
 
 
-def _convolve(x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
     """static_out (B, O, H', W'); weight is static, in the dtype of x."""
     return F.conv2d(x, weight, stride=settings.stride, padding=weight.shape[2] // 2)
 
@@ -120,7 +120,7 @@ def _combine(static_out: Tensor, q: Tensor, matrices: Matrices, settings: Settin
     return as_features(rows, static_out.shape[2:])
 
 
-def _static_backward(
+def static_backward(
     d_rows: Tensor, maps: SavedMaps, saved: SavedCore, settings: Settings, d_x_is_wanted: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Back through the static convolution, from d_static_out as rows (B, N, O): d_x by static alone, channels_last, or
@@ -163,7 +163,7 @@ def maps_backward(
     if input_gradient is not None:
         d_x, d_static = None, as_gradient(product_of_all(d_static_out, as_rows(x), static.dtype), static)
     else:
-        d_x, d_static = _static_backward(d_static_out, maps, saved, settings, d_x_is_wanted)
+        d_x, d_static = static_backward(d_static_out, maps, saved, settings, d_x_is_wanted)
     d_descriptor, to_latent, d_others = core.small_matrices_backward(saved, d_scale, d_read_out, q, settings)
     d_proj_in, left = implementation.proj_in_backward(d_rows, q, to_latent, x, proj_in, settings)
     if d_x_is_wanted:

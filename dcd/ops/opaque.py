@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dcd.ops import fused_core as core
-from dcd.ops import fused_kernels, fused_maps, image_matrices
+from dcd.ops import image_matrices
+from dcd.ops.avx512 import AVX512
 from dcd.ops.by_pytorch import PYTORCH
 from dcd.ops.fused_core import Convolutions, Matrices, Parameters, SavedCore, Settings
 from dcd.ops.fused_kernels import SavedKernels
@@ -28,20 +29,22 @@ CORE = (Convolutions, Branch, Norms, Matrices, SavedCoefficients, SavedFuse)
 
 def _operation(inputs: str) -> Callable[[Callable[..., list[Tensor]]], Callable[..., list[Tensor]]]:
     """Decorates a function of these inputs and of Settings, which becomes the operation `dcd::NAME`. In place of
-    Settings the operation gets what these know of a layer: stride, size of the pool, and eps of both norms."""
+    Settings the operation gets what these know of a layer: stride, size of the pool, eps of both norms, and by which
+    implementation it is computed."""
 
     def register(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
         @wraps(function)
         def run(*args) -> list[Tensor]:
-            *others, stride, pool_size, eps = args
+            *others, stride, pool_size, eps, by_avx512 = args
             with torch.autocast("cpu", enabled=False):
-                return function(*others, Settings(stride, pool_size, tuple(eps), PYTORCH))
+                implementation = AVX512 if by_avx512 else PYTORCH
+                return function(*others, Settings(stride, pool_size, tuple(eps), implementation))
 
         def run_on_fakes(*args) -> list[Tensor]:
             with constants_anew():
-                return run(*args)
+                return run(*args[:-1], False)
 
-        schema = f"({inputs}, int stride, int pool_size, float[] eps) -> Tensor[]"
+        schema = f"({inputs}, int stride, int pool_size, float[] eps, bool by_avx512) -> Tensor[]"
         operation = torch.library.custom_op(f"dcd::{function.__name__[1:]}", run, mutates_args=(), schema=schema)
         operation.register_fake(run_on_fakes)
         return operation
@@ -52,7 +55,7 @@ def _operation(inputs: str) -> Callable[[Callable[..., list[Tensor]]], Callable[
 @_operation("Tensor x, Tensor[] weights")
 def _prepare_maps(x: Tensor, weights: list[Tensor], settings: Settings) -> list[Tensor]:
     parameters = core.parameters_of(tuple(weights))
-    (_, weight, *maps), saved, statistics = fused_maps.prepare_maps(x, parameters, settings)
+    (_, weight, *maps), saved, statistics = settings.implementation.prepare_maps(x, parameters, settings)
     cast = [] if weight is parameters.convolutions.static else [weight]
     return [*cast, *maps, *_flat(*_made(saved)), *statistics]
 
@@ -63,20 +66,20 @@ def _maps_backward(
 ) -> list[Tensor]:
     maps, *others = core.cut(tuple(saved), SavedMaps, *CORE)
     sums = (d_sums[0], d_sums[1], d_sums[2])
-    found = fused_maps.maps_backward(d_rows, sums, maps, SavedCore(*others), settings, d_x_is_wanted)
+    found = settings.implementation.maps_backward(d_rows, sums, maps, SavedCore(*others), settings, d_x_is_wanted)
     return [gradient for gradient in found if gradient is not None]
 
 
 @_operation("Tensor x, Tensor[] weights")
 def _prepare_kernels(x: Tensor, weights: list[Tensor], settings: Settings) -> list[Tensor]:
-    (_, *maps), bias, saved, statistics = fused_kernels.prepare_kernels(x, core.parameters_of(tuple(weights)), settings)
+    (_, *maps), bias, saved, statistics = settings.implementation.prepare_kernels(x, core.parameters_of(tuple(weights)), settings)
     return [*maps, bias, *_flat(*_made(saved)), *statistics]
 
 
 @_operation("Tensor d_rows, Tensor[] saved")
 def _kernels_backward(d_rows: Tensor, saved: list[Tensor], settings: Settings) -> list[Tensor]:
     maps, *others = core.cut(tuple(saved), SavedKernels, *CORE)
-    return list(fused_kernels.kernels_backward(d_rows, maps, SavedCore(*others), settings))
+    return list(settings.implementation.kernels_backward(d_rows, maps, SavedCore(*others), settings))
 
 
 def prepare_maps(x: Tensor, parameters: Parameters, settings: Settings) -> tuple[SavedMaps, SavedCore, Statistics]:
@@ -146,8 +149,8 @@ def _flat(*parts: tuple[Tensor, ...]) -> list[Tensor]:
     return [tensor for part in parts for tensor in part]
 
 
-def _sizes(settings: Settings) -> tuple[int, int, list[float]]:
-    return settings.stride, settings.pool_size, list(settings.eps)
+def _sizes(settings: Settings) -> tuple[int, int, list[float], bool]:
+    return settings.stride, settings.pool_size, list(settings.eps), settings.implementation is OPAQUE_AVX512
 
 
 OPAQUE = PYTORCH._replace(
@@ -157,3 +160,4 @@ OPAQUE = PYTORCH._replace(
     kernels_backward=kernels_backward,
     update_running=update_running,
 )
+OPAQUE_AVX512 = OPAQUE._replace()  # equal, but not the same: by whose kernels the operations compute

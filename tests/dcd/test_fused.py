@@ -220,6 +220,7 @@ def test_no_break_in_the_graph(form, kernel_size):
 def test_compiled_under_autocast_it_has_the_same_gradients(form, kernel_size):
     torch._dynamo.reset()
     layer = create_layer(6, 6, kernel_size, 1, 4, 2)
+    set_path(layer, "fused")
     set_form(layer, form)
     x, found = torch.randn(2, 6, 4, 4), []
     for forward in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):

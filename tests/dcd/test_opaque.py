@@ -6,8 +6,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dcd.layers import DCDConv2d
-from dcd.ops import fused, opaque
+from dcd.layers import DCDConv2d, available_paths
+from dcd.ops import avx512, fused, opaque
 
 LAYERS = {"kernels": (16, 24, 1, 1), "maps": (16, 24, 1, 1), "3x3, stride 2": (16, 24, 3, 2)}
 
@@ -23,10 +23,12 @@ def layer_and_input(name: str, dtype: torch.dtype = torch.float32) -> tuple[DCDC
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_each_operation_keeps_what_it_promises_to_torch_compile(name, dtype):
+@pytest.mark.parametrize("path", available_paths(torch.device("cpu"))[1:])
+def test_each_operation_keeps_what_it_promises_to_torch_compile(path, name, dtype):
     """Its results share no memory with its inputs, which it leaves as they are; fakes have the shapes and strides of
     what is real."""
     layer, x = layer_and_input(name, dtype)
+    layer.path = path
     seen = {}
 
     def recorded(operation):
@@ -38,7 +40,8 @@ def test_each_operation_keeps_what_it_promises_to_torch_compile(name, dtype):
 
     names = ("_prepare_maps", "_maps_backward", "_prepare_kernels", "_kernels_backward")
     replaced = {name: recorded(getattr(opaque, name)) for name in names}
-    with patch.multiple(opaque, **replaced), patch.object(fused, "PYTORCH", opaque.OPAQUE):
+    uncompiled = {"fused": (fused, "PYTORCH", opaque.OPAQUE), "avx512": (avx512, "AVX512", opaque.OPAQUE_AVX512)}
+    with patch.multiple(opaque, **replaced), patch.object(*uncompiled[path]):
         y = layer(x)
         y.backward(torch.ones_like(y))
     assert len(seen) == 2  # forward and backward of one form
