@@ -11,8 +11,10 @@ from dcd.layers.norm_act import NormAct
 
 
 def set_path(model: nn.Module, path: str) -> None:
-    """Have every dynamic convolution, folded or not, and every `NormAct` in `model` computed by this path, "auto" or one
-    of `PATHS`.
+    """Have every dynamic convolution, folded or not, and every `NormAct` in `model` computed by this path.
+
+    Args:
+        path: "auto" or one of `PATHS`.
 
     Raises:
         ValueError: an unknown path.

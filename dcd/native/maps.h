@@ -279,66 +279,78 @@ void combine_backward(const typename T::Element* d_y, const typename T::Element*
     }
 }
 
-// d_q of equation 6, with a mean of 0 over all positions, and behind its L columns `cells` from cells_from on, unless that
-// is 0, and zeros. exact: (B, N, L), for d_q until its mean is known.
+// The mean (L) over all positions of d_q of equation 6, from the sums of d_y in row L of d_read_out, and of q in row L of
+// moments. It is that of the products with read_out as they are rounded.
 template <class T>
-void latent_gradient(const typename T::Element* d_y, const float* read_out, const typename T::Element* q,
-                     const float* q_to_d_q, const typename T::Element* cells, Index cells_from, Index cell_count,
-                     Index images, Index positions, Index channels, Index latent_dim, Index latent, Index chunks, float* exact,
-                     typename T::Element* d_q) {
-    const Index width = round_up(latent_dim, LANES), count = images * positions;
-    std::vector<double> sums(images * chunks * width);
-    std::vector<float> centre(width);
+std::vector<float> latent_gradient_mean(const float* d_read_out, const float* read_out, const float* moments,
+                                        const float* q_to_d_q, Index images, Index positions, Index channels,
+                                        Index latent_dim, Index latent) {
+    std::vector<float> means(images * latent_dim), mean(round_up(latent_dim, LANES));
+#pragma omp parallel for schedule(static)
+    for (Index b = 0; b < images; b++) {
+        const float* sums = d_read_out + (b * latent + latent_dim) * channels;
+        for (Index l = 0; l < latent_dim; l++) {
+            const float* row = read_out + (b * latent + l) * channels;
+            __m512 by_output = _mm512_setzero_ps();
+            for (Index c = 0; c < channels; c += LANES) {
+                const __mmask16 mask = mask_of(channels - c);
+                by_output = _mm512_fmadd_ps(load(sums + c, mask), T::rounded(load(row + c, mask)), by_output);
+            }
+            float by_statistics = 0;
+            for (Index k = 0; k <= latent_dim; k++)
+                by_statistics += moments[(b * latent + latent_dim) * latent + k] * q_to_d_q[(b * latent + k) * latent + l];
+            means[b * latent_dim + l] = _mm512_reduce_add_ps(by_output) / positions + by_statistics;
+        }
+    }
+    for (Index l = 0; l < latent_dim; l++) {
+        double sum = 0;
+        for (Index b = 0; b < images; b++) sum += means[b * latent_dim + l];
+        mean[l] = sum / images;
+    }
+    return mean;
+}
+
+// d_q of equation 6 less its mean, and behind its L columns `cells` from cells_from on, unless that is 0, and zeros.
+template <class T>
+void latent_gradient(const typename T::Element* d_y, const float* d_read_out, const float* read_out,
+                     const typename T::Element* q, const float* moments, const float* q_to_d_q,
+                     const typename T::Element* cells, Index cells_from, Index cell_count, Index images, Index positions,
+                     Index channels, Index latent_dim, Index latent, Index chunks, typename T::Element* d_q) {
+    const Index width = round_up(latent_dim, LANES);
+    const auto mean = latent_gradient_mean<T>(d_read_out, read_out, moments, q_to_d_q, images, positions, channels,
+                                              latent_dim, latent);
 #pragma omp parallel
     {
-        std::vector<float> q_exact(BLOCK * latent);
+        std::vector<float> q_exact(BLOCK * latent), by_output(BLOCK * width);
 #pragma omp for schedule(static)
         for (Index task = 0; task < images * chunks; task++) {
             const Index image = task / chunks, start = image * positions;
             const auto factor = pack<T>(read_out + image * latent * channels, 1, channels, channels, latent_dim);
             for_blocks(positions, chunks, task % chunks, [&](Index n, Index rows) {
                 const Index at = (start + n) * latent;
-                float* here = exact + (start + n) * latent_dim;
                 prefetch(d_y + (start + n + BLOCK) * channels, BLOCK * channels);
-                const auto put = [&](Index r, Index c, __mmask16 mask, __m512 values) {
-                    store(here + r * latent_dim + c, mask, values);
-                };
-                const auto get = [&](Index r, Index c, __mmask16 mask) {
-                    return load(here + r * latent_dim + c, mask);
-                };
                 product<T>({d_y + (start + n) * channels, channels, 1}, factor.data(), width, rows, channels, latent_dim,
-                           nothing, put);
+                           nothing, [&](Index r, Index c, __mmask16, __m512 values) {
+                               _mm512_storeu_ps(&by_output[r * width + c], values);
+                           });
                 for (Index i = 0; i < rows * latent; i += LANES) {
                     const __mmask16 mask = mask_of(rows * latent - i);
                     store(&q_exact[i], mask, T::load(q + at + i, mask));
                 }
-                product<Float32>({q_exact.data(), latent, 1}, q_to_d_q + image * latent * latent, latent, rows, latent,
-                                 latent_dim, get, put);
-                for (Index c = 0; c < latent_dim; c += LANES) {
-                    const __mmask16 mask = mask_of(latent_dim - c);
-                    __m512 sum = _mm512_setzero_ps();
-                    for (Index r = 0; r < rows; r++) sum += get(r, c, mask);
-                    float lanes[LANES];
-                    _mm512_storeu_ps(lanes, sum);
-                    for (Index i = 0; i < LANES; i++) sums[task * width + c + i] += lanes[i];
+                product<Float32>(
+                    {q_exact.data(), latent, 1}, q_to_d_q + image * latent * latent, latent, rows, latent_dim + 1,
+                    latent_dim,
+                    [&](Index r, Index c, __mmask16) { return _mm512_loadu_ps(&by_output[r * width + c]); },
+                    [&](Index r, Index c, __mmask16, __m512 values) {
+                        T::store(d_q + at + r * latent + c, mask_of(latent - c), values - _mm512_loadu_ps(&mean[c]));
+                    });
+                for (Index r = 0; r < rows; r++) {
+                    for (Index c = width; c < latent; c += LANES)
+                        T::store(d_q + at + r * latent + c, mask_of(latent - c), _mm512_setzero_ps());
+                    if (cells_from)
+                        std::copy_n(cells + (n + r) * CELLS, cell_count, d_q + at + r * latent + cells_from);
                 }
             });
-        }
-#pragma omp single
-        for (Index l = 0; l < latent_dim; l++) {
-            double sum = 0;
-            for (Index task = 0; task < images * chunks; task++) sum += sums[task * width + l];
-            centre[l] = sum / count;
-        }
-#pragma omp for schedule(static)
-        for (Index row = 0; row < count; row++) {
-            for (Index c = 0; c < latent; c += LANES) {
-                const __mmask16 mask = mask_of(latent_dim - c);
-                const __m512 values = load(exact + row * latent_dim + c, mask) - load(centre.data() + c, mask);
-                T::store(d_q + row * latent + c, mask_of(latent - c), values);
-            }
-            if (cells_from)
-                std::copy_n(cells + row % positions * CELLS, cell_count, d_q + row * latent + cells_from);
         }
     }
 }

@@ -32,6 +32,7 @@ struct Float32 {
     static constexpr Index DEPTH = 1;
     static __m512 load(const Element* from, __mmask16 mask) { return dcd::load(from, mask); }
     static void store(Element* to, __mmask16 mask, __m512 values) { dcd::store(to, mask, values); }
+    static __m512 rounded(__m512 values) { return values; }
     static Factors load_factors(const Element* from, __mmask16 mask) { return dcd::load(from, mask); }
     static void store_factors(Element* to, __m512 row, __m512) { _mm512_storeu_ps(to, row); }
     static Factors broadcast(const Element* from) { return _mm512_set1_ps(*from); }
@@ -52,6 +53,10 @@ struct BFloat16 {
     }
     static void store(Element* to, __mmask16 mask, __m512 values) {
         _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(values));
+    }
+    static __m512 rounded(__m512 values) {
+        const __m512i bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
     }
     static Factors load_factors(const Element* from, __mmask16 mask) {
         return (Factors)_mm512_maskz_loadu_epi32(mask, from);

@@ -1,8 +1,8 @@
-"""A dynamic layer on a CPU with AVX-512 and its products of bf16: the equations of `fused_core.py` and of its two forms, by
-the passes over maps and the small matrices of `dcd/native`. Convolutions and wide products stay PyTorch's.
+"""A dynamic layer on a CPU with AVX-512 and its products of bf16, by the kernels of `dcd/native`.
 
-By PyTorch's operations a layer takes about 150 calls on small tensors, and reads a map anew for each product with a narrow
-matrix. Here it takes about a dozen calls, and the sums of 16 bits are exact without a second product.
+The equations are those of `fused_core.py` and of the two forms; convolutions and wide products stay PyTorch's. By its
+operations the rest of a layer takes about 150 calls on small tensors, and a pass over a map for each product with a
+narrow matrix. Here it takes about a dozen calls, and sums of 16 bits are exact without a second product.
 
 Maps are float32 or bfloat16, all else float32. Legend of the shape comments: B images, C input and O output channels, L
 latent dimension, L⁺ the width of q, N positions of the output, D cells of the pool.
@@ -35,7 +35,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def fits(x: Tensor, static: Tensor, width: int) -> bool:
-    """Whether these kernels take a layer with input x (B, C, H, W), channels_last, weights (O, C, k, k) and L⁺ = width."""
+    """Whether these kernels take a layer: x (B, C, H, W) is channels_last, static is (O, C, k, k), width is L⁺."""
     if x.device.type != "cpu" or x.dtype not in DTYPES or static.dtype != torch.float32:
         return False
     return width <= MAX_WIDTH and x.shape[1] % 2 == static.shape[0] % 2 == 0 and has_library()
@@ -89,7 +89,7 @@ def maps_backward(
     (x, _, _, q, _), (_, proj_in, _), stride = maps, saved.convolutions, settings.stride
     d_x, d_static = fused_maps.static_backward(d_static_out, maps, saved, settings, d_x_is_wanted)
     d_descriptor, q_to_d_q, d_others = _small_matrices_backward(saved, d_scale, d_read_out, q.shape[1])
-    d_q = _latent_gradient(d_rows.contiguous(), saved.matrices.read_out, q, q_to_d_q, x, proj_in, settings)
+    d_q = _latent_gradient(d_rows.contiguous(), d_read_out, q, q_to_d_q, saved, x, settings)
     d_proj_in = _proj_in_gradient(d_q, x, stride, proj_in)
     if d_x is not None:
         left = fused_maps.scatter_strided(d_q, x, stride)
@@ -130,7 +130,7 @@ def kernels_backward(d_rows: Tensor, maps: SavedKernels, saved: SavedCore, setti
     d_descriptor, q_to_d_q, d_others = _small_matrices_backward(saved, d_scale, d_read_out, q.shape[1])
     d_x = torch.bmm(d_rows, kernels)
     _add_input_gradient(d_x, q, proj_in, q_to_d_q, d_descriptor, settings)
-    d_q = _latent_gradient(d_rows, saved.matrices.read_out, q, q_to_d_q, x, proj_in, settings)
+    d_q = _latent_gradient(d_rows, d_read_out, q, q_to_d_q, saved, x, settings)
     return d_x, as_gradient(d_static, static), _proj_in_gradient(d_q, x, 1, proj_in), *d_others
 
 
@@ -140,7 +140,10 @@ def _call(name: str, dtype: torch.dtype | None, *args: Tensor | int | ctypes.Str
     function = _functions.get(key)
     if function is None:
         kinds = [ctypes.c_int64 if isinstance(arg, int) else ctypes.c_void_p for arg in args]
-        address = ctypes.c_void_p.in_dll(library(), f"dcd_{key}").value
+        own = library()
+        assert own is not None  # `fits` has said so
+        address = ctypes.c_void_p.in_dll(own, f"dcd_{key}").value
+        # pyrefly: ignore[no-matching-overload]: it is not null
         function = _functions[key] = ctypes.CFUNCTYPE(None, *kinds)(address)
     function(*[_address(arg) if isinstance(arg, Tensor) else arg for arg in args])
 
@@ -260,16 +263,15 @@ def add_narrow(
 
 
 def _latent_gradient(
-    d_rows: Tensor, read_out: Tensor, q: Tensor, q_to_d_q: Tensor, x: Tensor, proj_in: Tensor, settings: Settings
+    d_rows: Tensor, d_read_out: Tensor, q: Tensor, q_to_d_q: Tensor, saved: SavedCore, x: Tensor, settings: Settings
 ) -> Tensor:
     """d_q (B, N, L⁺) of equation 6, with the cells of the pool in its columns where it has all positions of x."""
-    (batch, positions, channels), latent, latent_dim = d_rows.shape, q.shape[2], len(proj_in)
-    d_q, exact = torch.empty_like(q), torch.empty(batch, positions, latent_dim)
-    cells = _cells(*x.shape[2:], settings.pool_size, x.dtype)
+    (batch, positions, channels), latent, latent_dim = d_rows.shape, q.shape[2], len(saved.convolutions.proj_in)
+    cells, d_q = _cells(*x.shape[2:], settings.pool_size, x.dtype), torch.empty_like(q)
     _call(
-        "latent_gradient", q.dtype, d_rows, read_out, q, q_to_d_q, cells,
+        "latent_gradient", q.dtype, d_rows, d_read_out, saved.matrices.read_out, q, saved.fuse.moments, q_to_d_q, cells,
         latent_dim + 1 if settings.stride == 1 else 0, settings.pool_size**2, batch, positions, channels, latent_dim,
-        latent, _parts(batch, positions), exact, d_q,
+        latent, _parts(batch, positions), d_q,
     )  # fmt: skip
     return d_q
 
@@ -307,10 +309,9 @@ def _small_matrices(
     channel_scale, phi = torch.empty(batch, len(static)), torch.empty(batch, latent_dim, latent_dim)
     found = squeezed, gates, y, channel_scale, phi
     _call("coefficients", None, sizes, descriptor, _pointers(branch), _pointers(found))
-    vectors = [torch.empty(latent_dim) for _ in range(4)]
-    saved_fuse = SavedFuse(
-        phi, moments, *vectors, torch.empty(latent, latent_dim), torch.empty(batch, latent, latent_dim)
-    )
+    mean1, inv1, inv2, scale2 = (torch.empty(latent_dim) for _ in range(4))
+    first, mixed = torch.empty(latent, latent_dim), torch.empty(batch, latent, latent_dim)
+    saved_fuse = SavedFuse(phi, moments, mean1, inv1, inv2, scale2, first, mixed)
     fused, read_out = torch.empty(batch, latent, latent_dim), torch.empty(batch, latent, len(static))
     statistics = Statistics(*[torch.empty(latent_dim) for _ in range(4)])
     _call(

@@ -2,6 +2,7 @@
 
 It is for x86-64 processors with AVX-512 and its products of bf16 (AMD's since 2022, Intel's servers since 2023). The
 compiled one is kept under `$XDG_CACHE_HOME/dcd` (`~/.cache/dcd`) for every later start; this needs g++ 11 or newer.
+`DCD_AVX512=0` does without.
 """
 
 import ctypes
@@ -12,8 +13,6 @@ import tempfile
 import warnings
 from functools import lru_cache
 from pathlib import Path
-
-import torch
 
 FOLDER = Path(__file__).parents[1] / "native"
 SOURCE = FOLDER / "avx512.cpp"
@@ -28,12 +27,14 @@ def has_library() -> bool:
 
 
 # torch.compile takes the answer as it is: `torch.compiler.assume_constant_result`, which would import the compiler.
-has_library._dynamo_marked_constant = True
+has_library._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]: as PyTorch does
 
 
 @lru_cache
 def library() -> ctypes.CDLL | None:
     """The library, or None where the processor can't run it or, with a warning, where it can't be had."""
+    import torch  # not at the head: setup.py reads this file where there is none
+
     able = torch.cpu.get_capabilities()
     needed = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16")
     if os.environ.get("DCD_AVX512") == "0" or not all(able.get(name, False) for name in needed):
@@ -41,11 +42,12 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(PREBUILT if PREBUILT.exists() else _compiled()))
     except OSError as error:
-        warnings.warn(
-            f"dynamic layers are slower than they need be: their kernels for this CPU cannot be had ({error}): "
-            "apt-get install g++, or DCD_AVX512=0 for PyTorch's operations",
-            stacklevel=2,
-        )
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            warnings.warn(
+                f"dynamic layers are slower than they need be: their kernels for this CPU cannot be had ({error}): "
+                "apt-get install g++, or DCD_AVX512=0 for PyTorch's operations",
+                stacklevel=2,
+            )
         return None
 
 

@@ -39,7 +39,7 @@ def _operation(inputs: str) -> Callable[[Callable[..., list[Tensor]]], Callable[
             with torch.autocast("cpu", enabled=False):
                 implementation = AVX512 if by_avx512 else PYTORCH
                 found = function(*others, Settings(stride, pool_size, tuple(eps), implementation))
-            # Fakes are made by PyTorch's operations, whoever computes: no part of a larger tensor, as the others make none.
+            # Fakes are made by PyTorch's operations, whoever computes: so no result is a part of a larger tensor.
             return [tensor.clone() if tensor.storage_offset() else tensor for tensor in found]
 
         def run_on_fakes(*args) -> list[Tensor]:
@@ -74,7 +74,8 @@ def _maps_backward(
 
 @_operation("Tensor x, Tensor[] weights")
 def _prepare_kernels(x: Tensor, weights: list[Tensor], settings: Settings) -> list[Tensor]:
-    (_, *maps), bias, saved, statistics = settings.implementation.prepare_kernels(x, core.parameters_of(tuple(weights)), settings)
+    parameters = core.parameters_of(tuple(weights))
+    (_, *maps), bias, saved, statistics = settings.implementation.prepare_kernels(x, parameters, settings)
     return [*maps, bias, *_flat(*_made(saved)), *statistics]
 
 

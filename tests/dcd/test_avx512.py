@@ -192,5 +192,6 @@ def test_without_a_compiler_one_warning_names_the_package(tmp_path):
 
 @needs_avx512
 def test_a_tensor_that_is_not_contiguous_is_refused():
+    turned = torch.zeros(2, 6, 4).transpose(1, 2)
     with pytest.raises(RuntimeError, match="strides .* is not contiguous"):
-        avx512.combine(torch.zeros(2, 6, 4).transpose(1, 2), torch.zeros(2, 6), torch.zeros(2, 4, 8), torch.zeros(2, 8, 6))
+        avx512.combine(turned, torch.zeros(2, 6), torch.zeros(2, 4, 8), torch.zeros(2, 8, 6))
