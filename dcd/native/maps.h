@@ -14,6 +14,7 @@
 namespace dcd {
 
 constexpr Index BLOCK = 48;  // positions: with their channels they stay in the cache; a multiple of the rows of all tiles
+constexpr Index AHEAD = 12;  // rows, as many as the largest tile has
 constexpr Index CELLS = 8;   // columns for the cells of the pool, the unused ones zeros
 
 // Which positions of a map are read: all, or those of a convolution with a stride.
@@ -23,9 +24,9 @@ struct Positions {
     Index row(Index n) const { return stride == 1 ? n : n / width * stride * full_width + n % width * stride; }
 };
 
-// Has the next block fetched while this one is worked on: it is read in an order that the processor does not foresee.
+// Has what is read later fetched now: maps are read in an order that the processor does not foresee.
 template <class Element>
-void prefetch(const Element* from, Index count) {
+void prefetch(const Element* from, Index count = 1) {
     for (Index i = 0; i < count; i += 64 / Index(sizeof(Element))) _mm_prefetch((const char*)(from + i), _MM_HINT_T1);
 }
 
@@ -75,6 +76,7 @@ class NarrowSums {
             for (Index i = 0; i < pairs; i++) {
                 const Index r = i * T::DEPTH;
                 T::load_columns(wide + r * channels_ + c, next(wide, channels_, r) + c, channels_ - c, strip[i]);
+                for (Index d = 0; d < T::DEPTH; d++) prefetch(wide + (BLOCK + r + d) * channels_ + c);
             }
             for (Index l = 0; l < used_;) {
                 const bool many = used_ - l > 2;
@@ -161,7 +163,6 @@ void read_latent(const typename T::Element* x, const float* proj_in, const typen
             q_sums.clear();
             x_sums.clear();
             for_blocks(seen.count, chunks, task % chunks, [&](Index n, Index rows) {
-                if (seen.stride == 1) prefetch(image + (n + BLOCK) * channels, BLOCK * channels);
                 const Element* block = rows_of<T>(image, seen, n, rows, channels, gathered);
                 Element* to = q_image + n * latent;
                 product<T>({block, channels, 1}, factor.data(), factor_width, rows, channels, latent_dim, nothing,
@@ -200,7 +201,6 @@ void narrow_sums(const typename T::Element* q, const typename T::Element* wide, 
             const auto* q_image = q + task / chunks * seen.count * latent;
             collected.clear();
             for_blocks(seen.count, chunks, task % chunks, [&](Index n, Index rows) {
-                if (seen.stride == 1) prefetch(image + (n + BLOCK) * channels, BLOCK * channels);
                 collected.add(q_image + n * latent, rows_of<T>(image, seen, n, rows, channels, gathered), rows);
             });
             collected.write(sums + task * latent * channels, 1);
@@ -214,6 +214,7 @@ void add_from_narrow(const typename T::Element* wide, const float* scale, const 
                      const typename T::Element* narrow, const typename T::Element* factor, Index rows, Index channels,
                      Index depth, Index latent, typename T::Element* out) {
     const auto start = [&](Index r, Index c, __mmask16 mask) {
+        if (c == 0) prefetch(wide + (r + AHEAD) * channels, channels);
         const __m512 values = T::load(wide + r * channels + c, mask);
         const __m512 scaled = scale ? values * load(scale + c, mask) : values;
         return bias ? scaled + load(bias + c, mask) : scaled;
@@ -235,7 +236,6 @@ void combine(const typename T::Element* wide, const float* scale, const float* b
         const Index image = task / chunks, start = image * positions;
         const auto factor = pack<T>(read_out + image * latent * channels, channels, 1, depth, channels);
         for_blocks(positions, chunks, task % chunks, [&](Index n, Index rows) {
-            prefetch(wide + (start + n + BLOCK) * channels, BLOCK * channels);
             add_from_narrow<T>(wide + (start + n) * channels, scale ? scale + image * channels : nullptr,
                                bias ? bias + image * channels : nullptr, q + (start + n) * latent, factor.data(), rows,
                                channels, depth, latent, out + (start + n) * channels);
@@ -259,19 +259,13 @@ void combine_backward(const typename T::Element* d_y, const typename T::Element*
             collected.clear();
             for_blocks(positions, chunks, task % chunks, [&](Index n, Index rows) {
                 const Index at = (start + n) * channels;
-                prefetch(d_y + at + BLOCK * channels, BLOCK * channels);
-                prefetch(static_out + at + BLOCK * channels, BLOCK * channels);
-                for (Index c = 0; c < channels; c += LANES) {
-                    const __mmask16 mask = mask_of(channels - c);
-                    const __m512 by = load(scale + image * channels + c, mask);
-                    __m512 sum = load(sums + c, mask);
-                    for (Index i = at + c; i < at + c + rows * channels; i += channels) {
-                        const __m512 gradient = T::load(d_y + i, mask);
-                        sum = _mm512_fmadd_ps(gradient, T::load(static_out + i, mask), sum);
-                        T::store(d_static_out + i, mask, gradient * by);
+                for (Index i = at; i < at + rows * channels; i += channels)
+                    for (Index c = 0; c < channels; c += LANES) {
+                        const __mmask16 mask = mask_of(channels - c);
+                        const __m512 gradient = T::load(d_y + i + c, mask), value = T::load(static_out + i + c, mask);
+                        store(sums + c, mask, _mm512_fmadd_ps(gradient, value, load(sums + c, mask)));
+                        T::store(d_static_out + i + c, mask, gradient * load(scale + image * channels + c, mask));
                     }
-                    store(sums + c, mask, sum);
-                }
                 collected.add(q + (start + n) * latent, d_y + at, rows);
             });
             collected.write(d_read_out + task * latent * channels, 1);
@@ -383,7 +377,6 @@ void add_input_gradient(const typename T::Element* left, const float* proj_in, c
             const auto factor = pack<T>(right.data(), channels, 1, depth, channels);
             for_blocks(positions, chunks, task % chunks, [&](Index n, Index rows) {
                 auto* here = d_x + (start + n) * channels;
-                prefetch(here + BLOCK * channels, BLOCK * channels);
                 add_from_narrow<T>(here, nullptr, nullptr, left + (start + n) * latent, factor.data(), rows, channels,
                                    depth, latent, here);
             });
