@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from dcd.layers.coefficients import CoefficientGenerator
 from dcd.layers.plain import are_plain
@@ -72,10 +73,17 @@ class DCDConv2d(nn.Module):
     @traced_whole
     def forward(self, x: Tensor) -> Tensor:
         """From x (B, C, H, W) to (B, O, H', W') with H' and W' of the static convolution; keeps channels_last."""
-        path = path_for(self.path, x.device)
+        path = self._path_for(x)
         if path == "reference" or not self._has_plain_parts() or self._needs_reference(x):
             return self._by_reference(x)
         return leave_autocast(partial(self._by_fused, path=path), x)
+
+    def _path_for(self, x: Tensor) -> str:
+        path = path_for(self.path, x.device)
+        # Of a 3×3 layer torch.compile joins the reference's passes over maps to fewer than "fused" has
+        # (benchmarks/dynamic_layers.md).
+        is_compiled = is_dynamo_compiling() and x.device.type == "cpu" and not is_recorded()
+        return "reference" if is_compiled and self.path == "auto" and path == "fused" and self.kernel_size > 1 else path
 
     def _by_reference(self, x: Tensor) -> Tensor:
         descriptor = F.adaptive_avg_pool2d(x, self.pool_size).flatten(1)  # [B, C*pool_size**2]

@@ -162,6 +162,7 @@ void product(Left<T> left, const typename T::Element* factor, Index width, Index
     else if (columns <= 2 * LANES)
         for (; r + 12 <= rows; r += 12) product_tile<T, 12, 2>(left, factor, width, depth, columns, r, 0, init, finish);
     for (; r + 6 <= rows; r += 6) product_row<T, 6>(left, factor, width, depth, columns, r, init, finish);
+    for (; r + 3 <= rows; r += 3) product_row<T, 3>(left, factor, width, depth, columns, r, init, finish);
     for (; r < rows; r++) product_row<T, 1>(left, factor, width, depth, columns, r, init, finish);
 }
 

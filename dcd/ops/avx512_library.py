@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[1] / "native"
 SOURCE = FOLDER / "avx512.cpp"
 PREBUILT = FOLDER / "avx512.so"  # in a wheel of `make wheel`
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma", "bmi2")
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w", *(f"-m{name}" for name in FEATURES))
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w", *(f"-m{name}" for name in FEATURES))
 
 
 def has_library() -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from torch._functorch import config
 
 import dcd
-from dcd.layers import FORMS, set_form, set_path
+from dcd.layers import FORMS, DCDConv2d, dcd_conv2d, set_form, set_path
 from dcd.ops.fused import choose_form
 from tests.dcd.helpers import SHAPES, create_layer, error, results
 
@@ -214,6 +214,19 @@ def test_no_break_in_the_graph(form, kernel_size):
     x = torch.randn(2, 6, 4, 4)
     traced = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="eager")
     torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("kernel_size, path", [(1, "fused"), (3, "reference")])
+def test_compiled_on_a_cpu_without_kernels_a_layer_takes_the_path_that_is_faster(kernel_size, path, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(dcd_conv2d, "has_library", lambda: False)
+    taken = []
+    path_of = DCDConv2d._path_for
+    monkeypatch.setattr(DCDConv2d, "_path_for", lambda layer, x: taken.append(path_of(layer, x)) or taken[-1])
+    layer, x = create_layer(6, 6, kernel_size, 1, 4, 2), torch.randn(2, 6, 4, 4)
+    layer(x)
+    torch.compile(layer, backend="eager")(x)
+    assert taken == ["fused", path]
 
 
 @pytest.mark.parametrize("form, kernel_size", [("maps", 1), ("maps", 3), ("kernels", 1)])
