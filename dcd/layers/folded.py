@@ -92,8 +92,8 @@ class FoldedDCDConv2d(nn.Module):
         x, dtype = x.contiguous(memory_format=torch.channels_last), x.dtype
         form = choose_form(self.form, x, self.kernel_size, self.stride)
         by_avx512 = path_for(self.path, x.device) == "avx512" and avx512.fits(x, self.weight, len(self.proj_in))
-        if form == "maps" and by_avx512 and not torch.compiler.is_compiling() and not avx512.is_seen(x):
-            return self._maps_by_avx512(x)
+        if by_avx512 and not torch.compiler.is_compiling() and not avx512.is_seen(x):
+            return self._maps_by_avx512(x) if form == "maps" else self._kernels_by_avx512(x)
         read_out, bias, scale = self._matrices(pooled(x, self.pool_size, dtype))
         if form == "kernels":
             kernels = form_kernels(scale, self.weight.flatten(1), read_out, self.proj_in.flatten(1), dtype)
@@ -110,6 +110,13 @@ class FoldedDCDConv2d(nn.Module):
         static_out = self._convolve(x)
         rows = as_rows(static_out)
         return as_features(avx512.add_narrow(rows, scale, bias, q, read_out, rows), static_out.shape[2:])
+
+    def _kernels_by_avx512(self, x: Tensor) -> Tensor:
+        proj_in = self.proj_in.flatten(1)
+        _, descriptor = avx512.read_folded(x, proj_in[:0], 1, self.pool_size)
+        read_out, bias, scale = self._matrices(descriptor)
+        kernels = avx512.form_kernels(scale, self.weight.flatten(1), read_out, proj_in, x.dtype)
+        return as_features(project(as_rows(x), kernels, bias), x.shape[2:])
 
     def _matrices(self, descriptor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """read_out (B, L, O), bias (B, O) and scale (B, O) of equations 33 and 34, from the pooled input (B, C·D)."""

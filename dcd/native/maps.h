@@ -128,7 +128,7 @@ const typename T::Element* rows_of(const typename T::Element* image, const Posit
 }
 
 // Equations 1 and 4, and the pool. The centre is the mean over the images at the position `middle`. Where moments is
-// null, q has neither a centre nor constants, as for equation 33.
+// null, q has neither a centre nor constants, as for equation 33; where L⁺ is 0, there is the pool alone.
 template <class T>
 void read_latent(const typename T::Element* x, const float* proj_in, const typename T::Element* cells, Index cells_from,
                  Index cell_count, Index images, const Positions& seen, Index positions, Index middle, Index channels,
@@ -164,6 +164,8 @@ void read_latent(const typename T::Element* x, const float* proj_in, const typen
             x_sums.clear();
             for_blocks(seen.count, chunks, task % chunks, [&](Index n, Index rows) {
                 const Element* block = rows_of<T>(image, seen, n, rows, channels, gathered);
+                if (seen.stride == 1) x_sums.add(cells + n * CELLS, block, rows);
+                if (!latent) return;
                 Element* to = q_image + n * latent;
                 product<T>({block, channels, 1}, factor.data(), factor_width, rows, channels, latent_dim, nothing,
                            [&](Index r, Index c, __mmask16, __m512 values) {
@@ -175,7 +177,6 @@ void read_latent(const typename T::Element* x, const float* proj_in, const typen
                     if (cells_from) std::copy_n(cells + (n + r) * CELLS, cell_count, to + r * latent + cells_from);
                 }
                 if (moments) q_sums.add(to, to, rows);
-                if (seen.stride == 1) x_sums.add(cells + n * CELLS, block, rows);
             });
             if (seen.stride > 1)
                 for_blocks(positions, chunks, task % chunks, [&](Index n, Index rows) {

@@ -311,7 +311,7 @@ inline void coefficients_backward(const Sizes& sizes, const float* descriptor, c
     }
 }
 
-// Equation 25: kernels (B, O, C), of the elements of T, and the bias (B, O).
+// Equation 25: kernels (B, O, C), of the elements of T, and unless offset is null the bias (B, O).
 template <class T>
 void form_kernels(const Sizes& sizes, Index channels, const float* channel_scale, const float* static_weight,
                   const float* read_out, const float* proj_in, const float* offset, typename T::Element* kernels, float* bias) {
@@ -326,7 +326,8 @@ void form_kernels(const Sizes& sizes, Index channels, const float* channel_scale
                 return load(static_weight + o * channels + c, mask) * _mm512_set1_ps(scale[o]);
             },
             [&](Index o, Index c, __mmask16 mask, __m512 values) { T::store(to + o * channels + c, mask, values); });
-        multiply(plain(offset, sizes.latent), by, out_channels, bias + b * out_channels, out_channels, 1, L + 1, out_channels);
+        if (offset)
+            multiply(plain(offset, L + 1), by, out_channels, bias + b * out_channels, out_channels, 1, L + 1, out_channels);
     }
 }
 

@@ -204,9 +204,20 @@ def _read_latent(x: Tensor, proj_in: Tensor, settings: Settings, with_cells: boo
 
 
 def read_folded(x: Tensor, proj_in: Tensor, stride: int, pool_size: int) -> tuple[Tensor, Tensor]:
-    """q of equation 33 as rows (B, N, L), L a multiple of 8, and the pooled input (B, C·D) in float32."""
+    """q of equation 33 as rows (B, N, L), L a multiple of 8 or 0, and the pooled input (B, C·D) in float32."""
     parts = _parts(len(x), x.shape[2] * x.shape[3])
     return _read(x, proj_in, stride, pool_size, len(proj_in), False, parts, None, None)
+
+
+def form_kernels(
+    channel_scale: Tensor, static: Tensor, read_out: Tensor, proj_in: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """As `fused_kernels.form_kernels`, with `padded` without rows of zeros."""
+    (batch, latent, out_channels), (latent_dim, channels) = read_out.shape, proj_in.shape
+    kernels = torch.empty(batch, out_channels, channels, dtype=dtype)
+    sizes = _integers(batch, 0, 0, latent_dim, latent, out_channels, 0)
+    _call("form_kernels", dtype, sizes, channels, channel_scale, static, read_out, proj_in, None, kernels, None)
+    return kernels
 
 
 def _read(

@@ -162,11 +162,13 @@ def test_compiled_it_has_the_same_gradients(form, kernel_size):
 
 @needs_avx512
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-@pytest.mark.parametrize("kernel_size, stride", [(1, 1), (3, 1), (3, 2)])
-def test_folded_layers_give_the_same(kernel_size, stride, amp):
+@pytest.mark.parametrize(
+    "form, kernel_size, stride", [("kernels", 1, 1), ("maps", 1, 1), ("maps", 3, 1), ("maps", 3, 2)]
+)
+def test_folded_layers_give_the_same(form, kernel_size, stride, amp):
     layer = create_layer(16, 24, kernel_size, stride, 11, 2).eval()
     folded = dcd.deploy.fold(torch.nn.Sequential(layer))
-    set_form(folded, "maps")
+    set_form(folded, form)
     x, found = torch.randn(3, 16, 17, 9).contiguous(memory_format=torch.channels_last), {}
     with torch.no_grad():
         exact = layer.double()(x.double())
