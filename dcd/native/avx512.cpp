@@ -4,7 +4,7 @@
 #include "matrices.h"
 
 #define EXPORT(NAME) extern "C" __attribute__((visibility("default"))) const auto dcd_##NAME = &dcd::NAME;
-#define EXPORT_FOR_MAPS(NAME)                                        \
+#define EXPORT_FOR_MAPS(NAME)                                                                                     \
     extern "C" __attribute__((visibility("default"))) const auto dcd_##NAME##_float32 = &dcd::NAME<dcd::Float32>; \
     extern "C" __attribute__((visibility("default"))) const auto dcd_##NAME##_bfloat16 = &dcd::NAME<dcd::BFloat16>;
 

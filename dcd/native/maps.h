@@ -1,11 +1,12 @@
-// Passes over the maps of a dynamic layer, on a CPU with AVX-512 and its products of bf16: what `dcd/ops/avx512.py` calls.
+// Passes over the maps of a dynamic layer, on a CPU with AVX-512 and its products of bf16: what `dcd/ops/avx512.py`
+// calls.
 //
 // A map is rows of channels (`dcd/ops/rows.py`). Each pass reads a map once for all that is wanted of it, a block of
 // positions at a time, and sums in float32. The equations are those of `dcd/ops/fused_core.py` and of the two forms.
 //
 // Legend of the shape comments: B images, N positions of an image, C channels, L latent dimension, L⁺ columns of q, a
-// multiple of 8 and at most 64, of which `used` ones count. An image is shared out among `chunks` tasks; sums have a part
-// for each.
+// multiple of 8 and at most 64, of which `used` ones count. An image is shared out among `chunks` tasks; sums have a
+// part for each.
 
 #pragma once
 
@@ -13,7 +14,7 @@
 
 namespace dcd {
 
-constexpr Index BLOCK = 48;  // positions: with their channels they stay in the cache; a multiple of the rows of all tiles
+constexpr Index BLOCK = 48;  // positions, a multiple of the rows of all tiles: with their channels they stay in the cache
 constexpr Index AHEAD = 12;  // rows, as many as the largest tile has
 constexpr Index CELLS = 8;   // columns for the cells of the pool, the unused ones zeros
 
@@ -179,9 +180,8 @@ void read_latent(const typename T::Element* x, const float* proj_in, const typen
                 if (moments) q_sums.add(to, to, rows);
             });
             if (seen.stride > 1)
-                for_blocks(positions, chunks, task % chunks, [&](Index n, Index rows) {
-                    x_sums.add(cells + n * CELLS, image + n * channels, rows);
-                });
+                for_blocks(positions, chunks, task % chunks,
+                           [&](Index n, Index rows) { x_sums.add(cells + n * CELLS, image + n * channels, rows); });
             if (moments) q_sums.write(moments + task * latent * latent, 1.f / seen.count);
             x_sums.write(pooled + task * CELLS * channels, 1.f / positions);
         }
@@ -229,8 +229,8 @@ void add_from_narrow(const typename T::Element* wide, const float* scale, const 
 // Equation 22, and with a bias equation 34: scale ⊙ wide + bias + q read_out.
 template <class T>
 void combine(const typename T::Element* wide, const float* scale, const float* bias, const typename T::Element* q,
-             const float* read_out, Index images, Index positions, Index channels, Index used, Index latent, Index chunks,
-             typename T::Element* out) {
+             const float* read_out, Index images, Index positions, Index channels, Index used, Index latent,
+             Index chunks, typename T::Element* out) {
     const Index depth = round_up(used, T::DEPTH);
 #pragma omp parallel for schedule(static)
     for (Index task = 0; task < images * chunks; task++) {
@@ -247,8 +247,9 @@ void combine(const typename T::Element* wide, const float* scale, const float* b
 // Equation 23: d_static_out, and d_scale (B, chunks, C) and d_read_out (B, chunks, L⁺, C).
 template <class T>
 void combine_backward(const typename T::Element* d_y, const typename T::Element* static_out, const float* scale,
-                      const typename T::Element* q, Index images, Index positions, Index channels, Index used, Index latent,
-                      Index chunks, typename T::Element* d_static_out, float* d_scale, float* d_read_out) {
+                      const typename T::Element* q, Index images, Index positions, Index channels, Index used,
+                      Index latent, Index chunks, typename T::Element* d_static_out, float* d_scale,
+                      float* d_read_out) {
 #pragma omp parallel
     {
         NarrowSums<T> collected(used, latent, channels);
@@ -274,8 +275,8 @@ void combine_backward(const typename T::Element* d_y, const typename T::Element*
     }
 }
 
-// The mean (L) over all positions of d_q of equation 6, from the sums of d_y in row L of d_read_out, and of q in row L of
-// moments. It is that of the products with read_out as they are rounded.
+// The mean (L) over all positions of d_q of equation 6, from the sums of d_y in row L of d_read_out, and of q in row L
+// of moments. It is that of the products with read_out as they are rounded.
 template <class T>
 std::vector<float> latent_gradient_mean(const float* d_read_out, const float* read_out, const float* moments,
                                         const float* q_to_d_q, Index images, Index positions, Index channels,
@@ -293,7 +294,8 @@ std::vector<float> latent_gradient_mean(const float* d_read_out, const float* re
             }
             float by_statistics = 0;
             for (Index k = 0; k <= latent_dim; k++)
-                by_statistics += moments[(b * latent + latent_dim) * latent + k] * q_to_d_q[(b * latent + k) * latent + l];
+                by_statistics +=
+                    moments[(b * latent + latent_dim) * latent + k] * q_to_d_q[(b * latent + k) * latent + l];
             means[b * latent_dim + l] = _mm512_reduce_add_ps(by_output) / positions + by_statistics;
         }
     }
@@ -309,8 +311,9 @@ std::vector<float> latent_gradient_mean(const float* d_read_out, const float* re
 template <class T>
 void latent_gradient(const typename T::Element* d_y, const float* d_read_out, const float* read_out,
                      const typename T::Element* q, const float* moments, const float* q_to_d_q,
-                     const typename T::Element* cells, Index cells_from, Index cell_count, Index images, Index positions,
-                     Index channels, Index latent_dim, Index latent, Index chunks, typename T::Element* d_q) {
+                     const typename T::Element* cells, Index cells_from, Index cell_count, Index images,
+                     Index positions, Index channels, Index latent_dim, Index latent, Index chunks,
+                     typename T::Element* d_q) {
     const Index width = round_up(latent_dim, LANES);
     const auto mean = latent_gradient_mean<T>(d_read_out, read_out, moments, q_to_d_q, images, positions, channels,
                                               latent_dim, latent);
@@ -324,8 +327,8 @@ void latent_gradient(const typename T::Element* d_y, const float* d_read_out, co
             for_blocks(positions, chunks, task % chunks, [&](Index n, Index rows) {
                 const Index at = (start + n) * latent;
                 prefetch(d_y + (start + n + BLOCK) * channels, BLOCK * channels);
-                product<T>({d_y + (start + n) * channels, channels, 1}, factor.data(), width, rows, channels, latent_dim,
-                           nothing, [&](Index r, Index c, __mmask16, __m512 values) {
+                product<T>({d_y + (start + n) * channels, channels, 1}, factor.data(), width, rows, channels,
+                           latent_dim, nothing, [&](Index r, Index c, __mmask16, __m512 values) {
                                _mm512_storeu_ps(&by_output[r * width + c], values);
                            });
                 for (Index i = 0; i < rows * latent; i += LANES) {
@@ -334,8 +337,7 @@ void latent_gradient(const typename T::Element* d_y, const float* d_read_out, co
                 }
                 product<Float32>(
                     {q_exact.data(), latent, 1}, q_to_d_q + image * latent * latent, latent, rows, latent_dim + 1,
-                    latent_dim,
-                    [&](Index r, Index c, __mmask16) { return _mm512_loadu_ps(&by_output[r * width + c]); },
+                    latent_dim, [&](Index r, Index c, __mmask16) { return _mm512_loadu_ps(&by_output[r * width + c]); },
                     [&](Index r, Index c, __mmask16, __m512 values) {
                         T::store(d_q + at + r * latent + c, mask_of(latent - c), values - _mm512_loadu_ps(&mean[c]));
                     });

@@ -16,13 +16,17 @@ namespace dcd {
 
 using Matrix = Left<Float32>;
 
-// c (rows, columns) = a (rows, depth) · b (depth, columns), plus c if it is to be added. b and c have rows of these widths.
-inline void multiply(Matrix a, const float* b, Index b_width, float* c, Index c_width, Index rows, Index depth, Index columns,
-                     bool add = false) {
-    const auto finish = [&](Index r, Index i, __mmask16 mask, __m512 values) { store(c + r * c_width + i, mask, values); };
+// c (rows, columns) = a (rows, depth) · b (depth, columns), plus c if it is to be added. b and c have rows of these
+// widths.
+inline void multiply(Matrix a, const float* b, Index b_width, float* c, Index c_width, Index rows, Index depth,
+                     Index columns, bool add = false) {
+    const auto finish = [&](Index r, Index i, __mmask16 mask, __m512 values) {
+        store(c + r * c_width + i, mask, values);
+    };
     if (add)
-        product<Float32>(a, b, b_width, rows, depth, columns,
-                         [&](Index r, Index i, __mmask16 mask) { return load(c + r * c_width + i, mask); }, finish);
+        product<Float32>(
+            a, b, b_width, rows, depth, columns,
+            [&](Index r, Index i, __mmask16 mask) { return load(c + r * c_width + i, mask); }, finish);
     else
         product<Float32>(a, b, b_width, rows, depth, columns, nothing, finish);
 }
@@ -43,7 +47,7 @@ void share(Index total, Index part, Body body) {
 }
 
 inline float hard(float value) { return std::min(std::max(value / 3 + 1, 0.f), 2.f); }
-inline float through_hard(float gradient, float result) { return result > 0 && result < 2 ? gradient / 3 : 0; }
+inline float through_hard(float gradient, float result) { return result <= 0 || result >= 2 ? 0 : gradient / 3; }
 
 struct Sizes {
     Index images, pooled, squeezed, latent_dim, latent, out_channels, positions;
@@ -113,7 +117,8 @@ inline void coefficients(const Sizes& sizes, const float* descriptor, const Bran
 
 // Equations 3 and 9 to 13: `fused` and `read_out` (B, L⁺, O), and the statistics, mean1 without the centre in `offset`.
 inline void fuse(const Sizes& sizes, const float* phi, const float* moments, const float* offset, const Norms& norms,
-          const float* eps, const float* proj_out, const Fuse& saved, float* fused, float* read_out, const Statistics& statistics) {
+                 const float* eps, const float* proj_out, const Fuse& saved, float* fused, float* read_out,
+                 const Statistics& statistics) {
     const auto [images, pooled, squeezed, latent_dim, latent, out_channels, positions] = sizes;
     const Index L = latent_dim, size = latent * L;
     std::vector<float> scale1(L), shift(L), mean2(L), var2(L), to_out(L * out_channels);
@@ -163,7 +168,8 @@ inline void fuse(const Sizes& sizes, const float* phi, const float* moments, con
             std::fill_n(sums, L, 0.f);
             for (Index i = 0; i <= L; i++)
                 for (Index l = 0; l < L; l++) {
-                    const float product = moments_mixed[b * size + i * L + l] - moments[(b * latent + i) * latent + L] * mean2[l];
+                    const float product =
+                        moments_mixed[b * size + i * L + l] - moments[(b * latent + i) * latent + L] * mean2[l];
                     sums[l] += product * mixed[i * L + l];
                 }
         });
@@ -188,13 +194,14 @@ inline void fuse(const Sizes& sizes, const float* phi, const float* moments, con
 }
 
 struct FuseGradients {
-    float *d_phi, *q_to_d_q, *d_proj_out;                // (B, L, L), (B, L⁺, L⁺), (O, L)
+    float *d_phi, *q_to_d_q, *d_proj_out;              // (B, L, L), (B, L⁺, L⁺), (O, L)
     float *d_weight1, *d_bias1, *d_weight2, *d_bias2;  // (L,)
 };
 
 // Equations 5 and 15 to 21, from d_read_out (B, L⁺, O).
-inline void fuse_backward(const Sizes& sizes, const float* d_read_out, const float* phi, const float* moments, const float* fused,
-                   const Norms& norms, const float* proj_out, const Fuse& saved, const FuseGradients& found) {
+inline void fuse_backward(const Sizes& sizes, const float* d_read_out, const float* phi, const float* moments,
+                          const float* fused, const Norms& norms, const float* proj_out, const Fuse& saved,
+                          const FuseGradients& found) {
     const auto [images, pooled, squeezed, latent_dim, latent, out_channels, positions] = sizes;
     const Index L = latent_dim, size = latent * L;
     const float values = float(images) * positions;
@@ -210,7 +217,8 @@ inline void fuse_backward(const Sizes& sizes, const float* d_read_out, const flo
         std::vector<float> away(size), d_mixed(size), turned(L * latent);
         share(images, 1, [&](Index b, Index) {
             float *here = &d_fused[b * size], *of_bias = &sums[b * 4 * L], *of_weight = of_bias + L;
-            multiply(plain(d_read_out + b * latent * out_channels, out_channels), proj_out, L, here, L, L + 1, out_channels, L);
+            multiply(plain(d_read_out + b * latent * out_channels, out_channels), proj_out, L, here, L, L + 1,
+                     out_channels, L);
             std::copy_n(here + L * L, L, of_bias);
             std::fill_n(of_weight, L, 0.f);
             for (Index i = 0; i <= L; i++)
@@ -232,12 +240,14 @@ inline void fuse_backward(const Sizes& sizes, const float* d_read_out, const flo
                     away[i * L + l] = mixed[i * L + l] * by_weight[l] + (i == L ? share2[l] * d_bias2[l] : 0);
                     d_mixed[i * L + l] = d_here[i * L + l] * saved.scale2[l] / positions;
                 }
-            multiply(plain(moments + b * latent * latent, latent), away.data(), L, d_mixed.data(), L, L + 1, L + 1, L, true);
+            multiply(plain(moments + b * latent * latent, latent), away.data(), L, d_mixed.data(), L, L + 1, L + 1, L,
+                     true);
             for (Index i = 0; i < (L + 1) * L; i++) d_mixed[i] *= positions;
             // d_mixedᵀ first, where first is a diagonal and row L
             for (Index j = 0; j < L; j++)
                 for (Index i = 0; i < L; i++)
-                    d_phi[j * L + i] = d_mixed[i * L + j] * saved.first[i * L + i] + d_mixed[L * L + j] * saved.first[L * L + i];
+                    d_phi[j * L + i] =
+                        d_mixed[i * L + j] * saved.first[i * L + i] + d_mixed[L * L + j] * saved.first[L * L + i];
             // of d_first row L and the diagonal alone are wanted
             multiply(plain(&d_mixed[L * L], L), phi_here, L, of_row, L, 1, L, L);
             for (Index i = 0; i < L; i++) {
@@ -278,8 +288,9 @@ struct BranchGradients {
 };
 
 // From d_phi (B, L, L) and d_scale (B, O).
-inline void coefficients_backward(const Sizes& sizes, const float* descriptor, const Branch& branch, const Coefficients& saved,
-                           const float* d_phi, const float* d_scale, const BranchGradients& found) {
+inline void coefficients_backward(const Sizes& sizes, const float* descriptor, const Branch& branch,
+                                  const Coefficients& saved, const float* d_phi, const float* d_scale,
+                                  const BranchGradients& found) {
     const auto [images, pooled, squeezed, latent_dim, latent, out_channels, positions] = sizes;
     const Index size = latent_dim * latent_dim, S = squeezed;
     std::vector<float> d_y(images * S), d_gates(images * S), d_squeezed(images * S), d_before(images * out_channels);
@@ -296,12 +307,13 @@ inline void coefficients_backward(const Sizes& sizes, const float* descriptor, c
                 d_squeezed[i] = d_y[i] * saved.gates[i];
             }
             multiply(plain(&d_gates[first * S], S), branch.gate, S, &d_squeezed[first * S], S, rows, S, S, true);
-            multiply(plain(&d_squeezed[first * S], S), branch.squeeze, pooled, found.d_descriptor + first * pooled, pooled, rows,
-                     S, pooled);
+            multiply(plain(&d_squeezed[first * S], S), branch.squeeze, pooled, found.d_descriptor + first * pooled,
+                     pooled, rows, S, pooled);
         });
         const auto outer = [&](const float* left, Index width, const float* right, Index columns, float* to) {
             share(width, 24, [&](Index first, Index rows) {
-                multiply(transposed(left + first, width), right, columns, to + first * columns, columns, rows, images, columns);
+                multiply(transposed(left + first, width), right, columns, to + first * columns, columns, rows, images,
+                         columns);
             });
         };
         outer(d_squeezed.data(), S, descriptor, pooled, found.d_squeeze);
@@ -314,7 +326,8 @@ inline void coefficients_backward(const Sizes& sizes, const float* descriptor, c
 // Equation 25: kernels (B, O, C), of the elements of T, and unless offset is null the bias (B, O).
 template <class T>
 void form_kernels(const Sizes& sizes, Index channels, const float* channel_scale, const float* static_weight,
-                  const float* read_out, const float* proj_in, const float* offset, typename T::Element* kernels, float* bias) {
+                  const float* read_out, const float* proj_in, const float* offset, typename T::Element* kernels,
+                  float* bias) {
     const Index L = sizes.latent_dim, out_channels = sizes.out_channels;
 #pragma omp parallel for schedule(static)
     for (Index b = 0; b < sizes.images; b++) {
@@ -327,7 +340,8 @@ void form_kernels(const Sizes& sizes, Index channels, const float* channel_scale
             },
             [&](Index o, Index c, __mmask16 mask, __m512 values) { T::store(to + o * channels + c, mask, values); });
         if (offset)
-            multiply(plain(offset, L + 1), by, out_channels, bias + b * out_channels, out_channels, 1, L + 1, out_channels);
+            multiply(plain(offset, L + 1), by, out_channels, bias + b * out_channels, out_channels, 1, L + 1,
+                     out_channels);
     }
 }
 

@@ -15,9 +15,7 @@ using Index = std::int64_t;
 constexpr Index LANES = 16;  // numbers of float32 in a vector
 
 // The lanes that the first `columns` columns take; any count, negative ones too.
-inline __mmask16 mask_of(Index columns) {
-    return columns >= LANES ? 0xffff : columns <= 0 ? 0 : (1u << columns) - 1;
-}
+inline __mmask16 mask_of(Index columns) { return columns >= LANES ? 0xffff : columns <= 0 ? 0 : (1u << columns) - 1; }
 
 constexpr Index round_up(Index count, Index unit) { return (count + unit - 1) / unit * unit; }
 
@@ -25,7 +23,8 @@ inline __m512 load(const float* from, __mmask16 mask) { return _mm512_maskz_load
 inline void store(float* to, __mmask16 mask, __m512 values) { _mm512_mask_storeu_ps(to, mask, values); }
 
 // Elements of maps. A product takes DEPTH elements of a row at once: a factor has DEPTH consecutive elements for each
-// column of a vector. `load_columns` makes factors of 32 columns of DEPTH rows, `sort_columns` puts their sums in order.
+// column of a vector. `load_columns` makes factors of 32 columns of DEPTH rows, `sort_columns` puts their sums in
+// order.
 struct Float32 {
     using Element = float;
     using Factors = __m512;
@@ -71,9 +70,7 @@ struct BFloat16 {
         std::memcpy(&both, from, sizeof both);
         return (Factors)_mm512_set1_epi32(both);
     }
-    static __m512 multiply_add(__m512 sum, Factors left, Factors right) {
-        return _mm512_dpbf16_ps(sum, left, right);
-    }
+    static __m512 multiply_add(__m512 sum, Factors left, Factors right) { return _mm512_dpbf16_ps(sum, left, right); }
     // Rows are interleaved within each 128 bits, which leaves the columns out of order.
     static void load_columns(const Element* row, const Element* next, Index columns, Factors found[2]) {
         const __mmask32 mask = columns >= 32 ? ~0u : (1u << columns) - 1;
@@ -107,8 +104,8 @@ struct Left {
 };
 
 template <class T, int ROWS, int VECTORS, class Init, class Store>
-void product_tile(Left<T> left, const typename T::Element* factor, Index width, Index depth, Index columns, Index first_row,
-                  Index first_column, Init init, Store finish) {
+void product_tile(Left<T> left, const typename T::Element* factor, Index width, Index depth, Index columns,
+                  Index first_row, Index first_column, Init init, Store finish) {
     constexpr int TILES = ROWS * VECTORS;
     const __mmask16 last = mask_of(columns - (VECTORS - 1) * LANES);  // all other vectors are whole
     const auto mask = [&](int i) { return i % VECTORS == VECTORS - 1 ? last : __mmask16(0xffff); };
@@ -119,7 +116,8 @@ void product_tile(Left<T> left, const typename T::Element* factor, Index width, 
     __m512 sums[TILES];
     // One loop, not two nested ones: only such a one is unrolled in time for the sums to stay in registers.
 #pragma GCC unroll 24
-    for (int i = 0; i < TILES; i++) sums[i] = init(first_row + i / VECTORS, first_column + i % VECTORS * LANES, mask(i));
+    for (int i = 0; i < TILES; i++)
+        sums[i] = init(first_row + i / VECTORS, first_column + i % VECTORS * LANES, mask(i));
     for (Index k = 0; k < depth; k += T::DEPTH, factor += width * T::DEPTH) {
         typename T::Factors columns[VECTORS];
 #pragma GCC unroll 4
@@ -137,25 +135,32 @@ void product_tile(Left<T> left, const typename T::Element* factor, Index width, 
 }
 
 template <class T, int ROWS, class Init, class Store>
-void product_row(Left<T> left, const typename T::Element* factor, Index width, Index depth, Index columns, Index first_row,
-                 Init init, Store finish) {
+void product_row(Left<T> left, const typename T::Element* factor, Index width, Index depth, Index columns,
+                 Index first_row, Init init, Store finish) {
     for (Index c = 0; c < columns; c += 4 * LANES) {
         const Index here = std::min(4 * LANES, columns - c);
         const auto* from = factor + c * T::DEPTH;
         switch (round_up(here, LANES) / LANES) {
-            case 1: product_tile<T, ROWS, 1>(left, from, width, depth, here, first_row, c, init, finish); break;
-            case 2: product_tile<T, ROWS, 2>(left, from, width, depth, here, first_row, c, init, finish); break;
-            case 3: product_tile<T, ROWS, 3>(left, from, width, depth, here, first_row, c, init, finish); break;
-            default: product_tile<T, ROWS, 4>(left, from, width, depth, here, first_row, c, init, finish);
+            case 1:
+                product_tile<T, ROWS, 1>(left, from, width, depth, here, first_row, c, init, finish);
+                break;
+            case 2:
+                product_tile<T, ROWS, 2>(left, from, width, depth, here, first_row, c, init, finish);
+                break;
+            case 3:
+                product_tile<T, ROWS, 3>(left, from, width, depth, here, first_row, c, init, finish);
+                break;
+            default:
+                product_tile<T, ROWS, 4>(left, from, width, depth, here, first_row, c, init, finish);
         }
     }
 }
 
-// init(r, c, mask) + left (rows, depth) times factor (depth, columns), given to finish(r, c, mask, values) by vectors of
-// columns from c on. The rows of factor, DEPTH at a time, are `width` columns apart.
+// init(r, c, mask) + left (rows, depth) times factor (depth, columns), given to finish(r, c, mask, values) by vectors
+// of columns from c on. The rows of factor, DEPTH at a time, are `width` columns apart.
 template <class T, class Init, class Store>
-void product(Left<T> left, const typename T::Element* factor, Index width, Index rows, Index depth, Index columns, Init init,
-             Store finish) {
+void product(Left<T> left, const typename T::Element* factor, Index width, Index rows, Index depth, Index columns,
+             Init init, Store finish) {
     Index r = 0;
     if (columns <= LANES)
         for (; r + 12 <= rows; r += 12) product_tile<T, 12, 1>(left, factor, width, depth, columns, r, 0, init, finish);
@@ -183,7 +188,8 @@ std::vector<typename T::Element> pack(const float* matrix, Index row, Index colu
             return column == 1 ? load(from, mask) : _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, apart, from, 4);
         };
         for (Index k = 0; k < depth; k += T::DEPTH)
-            T::store_factors(&packed[k * width + c * T::DEPTH], read(k), k + 1 < depth ? read(k + 1) : _mm512_setzero_ps());
+            T::store_factors(&packed[k * width + c * T::DEPTH], read(k),
+                             k + 1 < depth ? read(k + 1) : _mm512_setzero_ps());
     }
     return packed;
 }

@@ -134,14 +134,14 @@ def kernels_backward(d_rows: Tensor, maps: SavedKernels, saved: SavedCore, setti
     return d_x, as_gradient(d_static, static), _proj_in_gradient(d_q, x, 1, proj_in), *d_others
 
 
-def _call(name: str, dtype: torch.dtype | None, *args: Tensor | int | ctypes.Structure | ctypes.Array | None) -> None:
+def _call(name: str, dtype: torch.dtype | None, *args: Tensor | int | ctypes.Array | None) -> None:
     """Call a function of the library, of maps of this dtype, with the addresses of tensors."""
     key = name if dtype is None else f"{name}_{DTYPES[dtype]}"
     function = _functions.get(key)
     if function is None:
         kinds = [ctypes.c_int64 if isinstance(arg, int) else ctypes.c_void_p for arg in args]
         own = library()
-        assert own is not None  # `fits` has said so
+        assert own is not None  # `fits` has asked
         address = ctypes.c_void_p.in_dll(own, f"dcd_{key}").value
         # pyrefly: ignore[no-matching-overload]: it is not null
         function = _functions[key] = ctypes.CFUNCTYPE(None, *kinds)(address)

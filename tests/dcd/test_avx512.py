@@ -128,6 +128,19 @@ def test_any_layout_of_input_and_gradient(form, kernel_size, layout):
 
 
 @needs_avx512
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_finite_is_seen_in_output_and_gradients(form, dtype):
+    """So a step with it is left out."""
+    layer, x = layer_and_input(form, SHAPES["kernels"], dtype)
+    x[1, 2, 3, 4] = torch.nan
+    found = results(layer, "avx512", x)
+    assert found["y"][1].isnan().all()
+    gradients = [value for name, value in found.items() if name.startswith("gradient of")]
+    assert len(gradients) == 11 and all(value.isnan().any() for value in gradients)
+
+
+@needs_avx512
 def test_who_looks_at_operations_sees_those_of_pytorch():
     layer, x = layer_and_input("kernels", SHAPES["kernels"], torch.float32)
     counts = []
