@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import dcd
+from dcd.layers import available_paths
 from pipelines import native_library
 from tests.helpers import ROOT, SMALL, read
 from tests.jpegs import smooth
@@ -80,11 +83,13 @@ def environment(installed, elsewhere, tmp_path) -> dict[str, str]:
 def test_a_wheel_has_one_name_and_all_modules(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in names} == {"dcd"}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dcd").rglob("*.py")}
-    for room in ("pipelines", "training", "tools"):
+    modules = set()
+    for room in ("dcd", "pipelines", "training", "tools"):
         found = [path for pattern in ("*.py", "*.cpp", "*.h") for path in (ROOT / room).rglob(pattern)]
-        modules |= {f"dcd/app/{path.relative_to(ROOT)}" for path in found}
-    assert names == modules | {"dcd/app/train_dist.py", "dcd/app/pipelines/native/native.so"}
+        modules |= {f"{'' if room == 'dcd' else 'dcd/app/'}{path.relative_to(ROOT)}" for path in found}
+    libraries = {"dcd/app/pipelines/native/native.so"}
+    libraries |= {"dcd/native/avx512.so"} if platform.machine() == "x86_64" else set()
+    assert names == modules | {"dcd/app/train_dist.py"} | libraries
     assert re.fullmatch(rf"dcd_trainer-{dcd.__version__}-py3-none-linux_\w+\.whl", wheel.name)
 
 
@@ -156,6 +161,13 @@ def test_the_library_in_a_wheel_is_used_where_it_fits(installed, environment, el
     assert len(list(tmp_path.glob("dcd/native-*.so"))) == 1
     assert (tmp_path / "prebuilt").read_bytes() == (tmp_path / "compiled").read_bytes()
     assert np.fromfile(tmp_path / "compiled", np.float32).std() > 1
+
+
+def test_the_kernels_in_a_wheel_are_used_without_a_compiler(installed, environment, elsewhere, tmp_path):
+    code = "import torch; from dcd.layers import available_paths; print(available_paths(torch.device('cpu')))"
+    output = call(str(installed / "python"), "-c", code, env=environment, cwd=elsewhere)
+    assert output == f"{available_paths(torch.device('cpu'))}\n"
+    assert not list(tmp_path.glob("dcd/avx512-*"))
 
 
 def test_a_library_for_another_processor_is_not_loaded(monkeypatch, tmp_path, capsys):

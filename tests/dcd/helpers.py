@@ -2,6 +2,8 @@
 networks."""
 
 import copy
+from collections import defaultdict
+from statistics import median
 from unittest.mock import patch
 
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 import dcd
 from dcd import registry
-from dcd.layers import DCDConv2d, set_path
+from dcd.layers import FORMS, DCDConv2d, set_form, set_path
 from dcd.ops.reference import hard_sigmoid2
 
 # in, out, kernel, stride, latent_dim, pool_size, batch, height, width
@@ -90,6 +92,42 @@ def results(layer: DCDConv2d, path: str, x: torch.Tensor, amp: torch.dtype | Non
     found = {"y": y.detach(), "y without gradients": without_gradients, "x": x.grad, **layer.state_dict()}
     found |= {f"gradient of {name}": value.grad for name, value in layer.named_parameters()}
     return {name: value.double() for name, value in found.items()}
+
+
+def in_each_form(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Each shape as maps, and where it can have them as kernels: elsewhere the form "kernels" is maps once more."""
+    return {
+        f"{form}-{name}": (form, shape)
+        for form in FORMS
+        for name, shape in shapes.items()
+        if form == "maps" or shape[2] == shape[3] == 1
+    }
+
+
+def median_errors(
+    form: str, shape: tuple[int, ...], path: str, amp: torch.dtype, mean: float, deviation: float
+) -> dict[str, tuple[float, float]]:
+    """How far the reference and a path are off in lower precision, for each of the `results`: the medians over five
+    inputs.
+
+    Of one alone, the largest error of a small tensor is left to chance, and a scale may be at its bound but for a
+    rounding, which decides whether it has a gradient. A layer in a network gets what batch norm and ReLU make: of 16
+    bits, and with a mean.
+    """
+    *sizes, batch, height, width = shape
+    layer = create_layer(*sizes)
+    set_form(layer, form)
+    by_reference, by_path = defaultdict(list), defaultdict(list)
+    for _ in range(5):
+        x = deviation * torch.randn(4 * batch, sizes[0], height, width) + mean * torch.rand(sizes[0], 1, 1)
+        x = (x if mean == 0 else x.relu()).to(amp).contiguous(memory_format=torch.channels_last)
+        exact = results(layer.double(), "reference", x.double())
+        layer = layer.float()
+        plain, found = results(layer, "reference", x, amp), results(layer, path, x, amp)
+        for name, value in exact.items():
+            by_reference[name].append(error(plain[name], value))
+            by_path[name].append(error(found[name], value))
+    return {name: (median(by_reference[name]), median(errors)) for name, errors in by_path.items()}
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:

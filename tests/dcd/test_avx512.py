@@ -5,7 +5,6 @@ import copy
 import os
 import subprocess
 import sys
-from statistics import median
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from dcd.ops.avx512 import AVX512
 from dcd.ops.avx512_library import has_library
 from dcd.ops.by_pytorch import PYTORCH
 from dcd.ops.fused_core import Parameters
-from tests.dcd.helpers import SHAPES, create_layer, error, results
+from tests.dcd.helpers import SHAPES, create_layer, error, in_each_form, median_errors, results
 
 CAPABLE = torch.cpu.get_capabilities().get("avx512_bf16", False)
 needs_avx512 = pytest.mark.skipif(not CAPABLE, reason="this processor has no AVX-512 with products of bf16")
@@ -31,13 +30,7 @@ LARGER = {
     "larger L, 3x3": (32, 40, 3, 1, 59, 2, 3, 8, 9),
     "strided, larger": (48, 80, 3, 2, 22, 1, 2, 17, 15),
 }
-EVEN = {name: shape for name, shape in (SHAPES | LARGER).items() if shape[0] % 2 == shape[1] % 2 == 0}
-CASES = {
-    f"{form}-{name}": (form, shape)
-    for form in FORMS
-    for name, shape in EVEN.items()
-    if form == "maps" or shape[2] == shape[3] == 1
-}
+CASES = in_each_form({name: shape for name, shape in (SHAPES | LARGER).items() if shape[0] % 2 == shape[1] % 2 == 0})
 
 
 def layer_and_input(form, shape, dtype):
@@ -77,22 +70,8 @@ def test_in_float32_it_is_as_exact_as_the_path_fused(form, shape, training, pois
 @pytest.mark.parametrize("mean, deviation", [(0, 1), (3, 0.3)])
 @pytest.mark.parametrize("form, shape", CASES.values(), ids=CASES)
 def test_in_bf16_it_is_at_most_twice_as_far_off_as_the_reference(form, shape, mean, deviation, poisoned):
-    """The median over five inputs, as in `test_fused.py`."""
-    *sizes, batch, height, width = shape
-    layer, amp = create_layer(*sizes), torch.bfloat16
-    set_form(layer, form)
-    by_reference, by_form = {}, {}
-    for _ in range(5):
-        x = deviation * torch.randn(4 * batch, sizes[0], height, width) + mean * torch.rand(sizes[0], 1, 1)
-        x = (x if mean == 0 else x.relu()).to(amp).contiguous(memory_format=torch.channels_last)
-        exact = results(layer.double(), "reference", x.double())
-        layer = layer.float()
-        plain, found = results(layer, "reference", x, amp), results(layer, "avx512", x, amp)
-        for name, value in exact.items():
-            by_reference.setdefault(name, []).append(error(plain[name], value))
-            by_form.setdefault(name, []).append(error(found[name], value))
-    for name, errors in by_form.items():
-        assert median(errors) <= 2 * median(by_reference[name]) + torch.finfo(amp).eps / 2, name
+    for name, (plain, found) in median_errors(form, shape, "avx512", torch.bfloat16, mean, deviation).items():
+        assert found <= 2 * plain + torch.finfo(torch.bfloat16).eps / 2, name
 
 
 @needs_avx512

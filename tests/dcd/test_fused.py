@@ -4,8 +4,6 @@
 """
 
 import copy
-from collections import defaultdict
-from statistics import median
 
 import pytest
 import torch
@@ -15,15 +13,9 @@ from torch._functorch import config
 import dcd
 from dcd.layers import FORMS, DCDConv2d, dcd_conv2d, set_form, set_path
 from dcd.ops.fused import choose_form
-from tests.dcd.helpers import SHAPES, create_layer, error, results
+from tests.dcd.helpers import SHAPES, create_layer, error, in_each_form, median_errors, results
 
-# Each shape as maps, and where it can have them as kernels: elsewhere the form "kernels" is maps once more
-FORMS_AND_SHAPES = {
-    f"{form}-{name}": (form, shape)
-    for form in FORMS
-    for name, shape in SHAPES.items()
-    if form == "maps" or shape[2] == shape[3] == 1
-}
+FORMS_AND_SHAPES = in_each_form(SHAPES)
 
 
 def form_of(layer: nn.Module, height: int, width: int) -> str:
@@ -85,24 +77,8 @@ def test_outputs_gradients_and_statistics_are_those_of_the_reference(form, shape
 def test_in_lower_precision_it_is_at_most_twice_as_far_off_as_the_reference(
     form, shape, amp, mean, deviation, poisoned
 ):
-    """The median over five inputs: of one alone, the largest error of a small tensor is left to chance, and a scale may
-    be at its bound but for a rounding, which decides whether it has a gradient. A layer in a network gets what batch
-    norm and ReLU make: of 16 bits, and with a mean."""
-    *sizes, batch, height, width = shape
-    layer = create_layer(*sizes)
-    set_form(layer, form)
-    by_reference, by_form = defaultdict(list), defaultdict(list)
-    for _ in range(5):
-        x = deviation * torch.randn(4 * batch, sizes[0], height, width) + mean * torch.rand(sizes[0], 1, 1)
-        x = (x if mean == 0 else x.relu()).to(amp).contiguous(memory_format=torch.channels_last)
-        exact = results(layer.double(), "reference", x.double())
-        layer = layer.float()
-        plain, found = results(layer, "reference", x, amp), results(layer, "fused", x, amp)
-        for name, value in exact.items():
-            by_reference[name].append(error(plain[name], value))
-            by_form[name].append(error(found[name], value))
-    for name, errors in by_form.items():
-        assert median(errors) <= 2 * median(by_reference[name]) + torch.finfo(amp).eps / 2, name
+    for name, (plain, found) in median_errors(form, shape, "fused", amp, mean, deviation).items():
+        assert found <= 2 * plain + torch.finfo(amp).eps / 2, name
 
 
 @pytest.mark.parametrize("form", FORMS)
