@@ -148,8 +148,14 @@ void read_latent(const typename T::Element* x, const float* proj_in, const typen
             for (Index b = 0; b < images; b++) sum += T::load(x + b * image_size + middle * channels + c, mask);
             store(&mean[c], mask, sum * _mm512_set1_ps(1.f / images));
         }
-        for (Index l = 0; l < latent_dim; l++)
-            for (Index c = 0; c < channels; c++) shift[l] -= proj_in[l * channels + c] * mean[c];
+        for (Index l = 0; l < latent_dim; l++) {
+            __m512 sum = _mm512_setzero_ps();
+            for (Index c = 0; c < channels; c += LANES) {
+                const __mmask16 mask = mask_of(channels - c);
+                sum = _mm512_fmadd_ps(load(proj_in + l * channels + c, mask), load(mean.data() + c, mask), sum);
+            }
+            shift[l] = -_mm512_reduce_add_ps(sum);
+        }
         shift[latent_dim] = 1;
         std::copy_n(shift.data(), latent, offset);
     }
