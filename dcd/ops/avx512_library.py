@@ -1,16 +1,20 @@
 """The library of `dcd/native`: the one that a wheel brings along, or one that is compiled at its first use.
 
 It is for x86-64 processors with AVX-512 and its products of bf16 (AMD's since 2022, Intel's servers since 2023). The
-compiled one is kept under `$XDG_CACHE_HOME/dcd` (`~/.cache/dcd`) for every later start; this needs g++ 11 or newer.
+compiled one is kept under `$XDG_CACHE_HOME/dcd` (`~/.cache/dcd`) for every later start; this needs g++ 11 or newer, and
+is done anew at each start where there is no such folder to write to.
 `DCD_AVX512=0` does without.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 import warnings
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -70,14 +74,28 @@ def _compiled() -> Path:
     """The path of the library; it is compiled now unless an earlier start has done so."""
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*"))))
     key.update("\0".join((_compiler(), *FLAGS)).encode())
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    library = Path(base, "dcd", f"avx512-{key.hexdigest()[:16]}.so")
+    library = _cache() / f"avx512-{key.hexdigest()[:16]}.so"
     if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
         temporary = library.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: other ranks may compile it, too
         compile_library(temporary)
         temporary.rename(library)
     return library
+
+
+def _cache() -> Path:
+    """The folder of compiled libraries; where there is none to write to, one for this process, which it removes."""
+    base, home = os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~")
+    if not base and home not in ("~", "/"):
+        base = os.path.join(home, ".cache")
+    with suppress(OSError):
+        if base:
+            folder = Path(base, "dcd")
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
+    folder = tempfile.mkdtemp(prefix="dcd-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _compiler() -> str:

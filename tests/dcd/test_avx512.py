@@ -185,6 +185,16 @@ def test_without_a_compiler_one_warning_names_the_package(tmp_path):
 
 
 @needs_avx512
+def test_where_no_cache_can_be_written_to_it_is_compiled_for_the_process(tmp_path):
+    code = "import torch, dcd.layers as l; print(l.available_paths(torch.device('cpu')))"
+    (tmp_path / "file").touch()
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("('reference', 'fused', 'avx512')\n", "")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("dcd-")] == []
+
+
+@needs_avx512
 def test_a_tensor_that_is_not_contiguous_is_refused():
     turned = torch.zeros(2, 6, 4).transpose(1, 2)
     with pytest.raises(RuntimeError, match="strides .* is not contiguous"):

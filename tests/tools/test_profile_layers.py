@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import dcd
-from dcd.layers import DCDConv2d, NormAct, available_paths
+from dcd.layers import FORMS, DCDConv2d, NormAct, available_paths
 from dcd.layers.rivals import RIVALS
 from tools.profile_layers import main
 from tools.profiling.layer_report import layer_sums, tables
@@ -97,7 +97,8 @@ def test_variants():
     assert all(has_model("resnet18", variant) and has_model("resnet50", variant) for variant in variants)
     layer = create_layer(parse_shape("16x32k3s2@9"), "dcd reference")
     assert isinstance(layer, DCDConv2d) and (layer.path, layer.form) == ("reference", "auto")
-    assert other_variants(CPU) == (PLAIN, "dcd auto", "dcd fused maps", "dcd fused kernels")
+    in_forms = tuple(f"{name} {form}" for name in dcd_variants if name != "dcd reference" for form in FORMS)
+    assert other_variants(CPU) == (PLAIN, "dcd auto", *in_forms) and "dcd fused maps" in in_forms
     layer = create_layer(parse_shape("16x32k1s1@9"), "dcd fused kernels")
     assert (layer.path, layer.form) == ("fused", "kernels")
     plain = [module for module in create_model("resnet18", PLAIN).modules() if isinstance(module, NormAct)]
