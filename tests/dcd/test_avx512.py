@@ -17,7 +17,7 @@ from dcd.ops.avx512 import AVX512
 from dcd.ops.avx512_library import has_library
 from dcd.ops.by_pytorch import PYTORCH
 from dcd.ops.fused_core import Parameters
-from tests.dcd.helpers import SHAPES, create_layer, error, in_each_form, median_errors, results
+from tests.dcd.helpers import SHAPES, calls_of, create_layer, error, in_each_form, median_errors, results
 
 CAPABLE = torch.cpu.get_capabilities().get("avx512_bf16", False)
 needs_avx512 = pytest.mark.skipif(not CAPABLE, reason="this processor has no AVX-512 with products of bf16")
@@ -140,14 +140,16 @@ def test_other_numbers_are_left_to_pytorchs_operations(dtype):
 
 @needs_avx512
 @pytest.mark.parametrize("form, kernel_size", [("maps", 3), ("kernels", 1)])
-def test_compiled_it_has_the_same_gradients(form, kernel_size):
+def test_compiled_it_has_the_same_gradients_by_the_same_kernels(form, kernel_size, monkeypatch):
     torch._dynamo.reset()
+    called = calls_of(monkeypatch, avx512, "_small_matrices", "_small_matrices_backward")
     layer, x = layer_and_input(form, (8, 12, kernel_size, 1, 4, 1, 2, 6, 5), torch.float32)
     set_path(layer, "avx512")
     compiled, found = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager"), []
     for forward in (layer, compiled):
         y = forward(x)
         found.append([y.detach(), *torch.autograd.grad(y.square().sum(), list(forward.parameters()))])
+    assert called == 2 * ["_small_matrices", "_small_matrices_backward"]
     for ours, eager in zip(*found, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
 
