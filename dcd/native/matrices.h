@@ -121,7 +121,7 @@ inline void fuse(const Sizes& sizes, const float* phi, const float* moments, con
                  const Statistics& statistics) {
     const auto [images, pooled, squeezed, latent_dim, latent, out_channels, positions] = sizes;
     const Index L = latent_dim, size = latent * L;
-    std::vector<float> scale1(L), shift(L), mean2(L), var2(L), to_out(L * out_channels);
+    std::vector<float> scale1(L), shift(L), mean2(L), to_out(L * out_channels);
     std::vector<float> moments_mixed(images * size), squares(images * L);
     std::fill_n(saved.first, size, 0.f);
     for (Index l = 0; l < L; l++) {

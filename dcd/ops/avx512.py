@@ -106,11 +106,10 @@ def prepare_kernels(
     static, proj_in, _ = parameters.convolutions
     q, offset, descriptor, moments = _read_latent(x, proj_in, settings, with_cells=True)
     saved, statistics = _small_matrices(moments, offset, descriptor, parameters, settings, q.shape[1])
-    (batch, channels), (channel_scale, _, read_out) = x.shape[:2], saved.matrices
-    kernels = torch.empty(batch, len(static), channels, dtype=x.dtype)
-    bias = torch.empty(batch, len(static))
-    sizes = _sizes(saved.coefficients.descriptor, parameters, q.shape[1], q.shape[2])
-    _call("form_kernels", x.dtype, sizes, channels, channel_scale, static, read_out, proj_in, offset, kernels, bias)
+    (channel_scale, _, read_out), bias = saved.matrices, torch.empty(len(x), len(static))
+    kernels = form_kernels(
+        channel_scale, static.flatten(1), read_out, proj_in.flatten(1), x.dtype, offset=offset, bias=bias
+    )
     return SavedKernels(x, core.pad_proj_in(proj_in, settings.pool_size), q, kernels), bias, saved, statistics
 
 
@@ -210,13 +209,20 @@ def read_folded(x: Tensor, proj_in: Tensor, stride: int, pool_size: int) -> tupl
 
 
 def form_kernels(
-    channel_scale: Tensor, static: Tensor, read_out: Tensor, proj_in: Tensor, dtype: torch.dtype
+    channel_scale: Tensor,
+    static: Tensor,
+    read_out: Tensor,
+    proj_in: Tensor,
+    dtype: torch.dtype,
+    offset: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """As `fused_kernels.form_kernels`, with `padded` without rows of zeros."""
+    """As `fused_kernels.form_kernels`, with `padded` without rows of zeros. With an offset (L⁺,), the bias of equation
+    25 is written to bias (B, O)."""
     (batch, latent, out_channels), (latent_dim, channels) = read_out.shape, proj_in.shape
     kernels = torch.empty(batch, out_channels, channels, dtype=dtype)
     sizes = _integers(batch, 0, 0, latent_dim, latent, out_channels, 0)
-    _call("form_kernels", dtype, sizes, channels, channel_scale, static, read_out, proj_in, None, kernels, None)
+    _call("form_kernels", dtype, sizes, channels, channel_scale, static, read_out, proj_in, offset, kernels, bias)
     return kernels
 
 
